@@ -1,0 +1,144 @@
+"""What the passes of one graph share: options, graph inputs, the Linears found, the inputs added, the counts."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from was_fx.passes.bindings import Binding
+
+Prefill = Literal["dense", "sparse", "half", "all"]
+Phase = Literal["decode", "prefill"]
+
+
+class RewriteError(RuntimeError):
+    """A scheduled Linear could not be rewritten, or an option is not valid."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the passes may do.
+
+    Attributes:
+        prefill: which tokens of a prompt are sparse: "dense" none; "sparse" all but the first 1 % (WAS); "half" the
+            last half (TEAL); "all" every one. A decode step is always sparse.
+        observe: count dropped channels, for realised sparsity.
+        disable: names of passes to leave out.
+    """
+
+    prefill: Prefill = "dense"
+    observe: bool = False
+    disable: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.prefill not in get_args(Prefill):
+            raise ValueError(f"prefill is {self.prefill!r}; it must be one of {', '.join(get_args(Prefill))}")
+
+
+@dataclass(eq=False)
+class LinearSite:
+    """One use of a Linear's weight in the graph.
+
+    Attributes:
+        node: computes y.
+        x: [..., K].
+        weight: graph input, [N, K], or [K, N] when `input_major`.
+        bias: [N], or None.
+        path: dotted path of its module, relative to the compiled one, as far as Dynamo knows it.
+        binding: its schedule entry, or None when it is not scheduled.
+        sparse: the node that replaced it.
+    """
+
+    node: Node
+    x: Node
+    weight: Node
+    bias: Node | None
+    input_major: bool
+    path: str | None
+    binding: Binding | None
+    sparse: Node | None = None
+
+
+@dataclass(frozen=True)
+class ExtraInput:
+    """A graph input that the passes added: a tensor of a binding of the weight at `position`."""
+
+    position: int
+    name: str
+    attribute: Literal["threshold", "counts"]
+
+    def read(self, inputs: Sequence[Any]) -> Tensor:
+        """The tensor for this call's graph inputs."""
+        try:
+            binding: Binding = inputs[self.position]._was.bindings[self.name]
+        except (AttributeError, KeyError):
+            raise RewriteError(
+                f"the weight of {self.name!r} has no schedule any more, but a graph compiled for a sparsified model "
+                "was run on it; call torch.compiler.reset() or was_fx.sparsify(model, schedule) again"
+            ) from None
+        return getattr(binding, self.attribute)
+
+
+@dataclass(eq=False)
+class Context:
+    """State of one run of the pipeline over `module`, a copy of Dynamo's graph module.
+
+    Attributes:
+        inputs: the example of every graph input, in order; a weight's is the Parameter itself.
+        sites: Linears found in the graph, in order.
+        phase: decode or prefill, once chosen.
+        extra: inputs added after Dynamo's own.
+        siblings: per merged call, the weights (graph inputs) it reads.
+        counts: what each pass did.
+        declined: (name, reason) of what a pass left alone.
+    """
+
+    module: GraphModule
+    inputs: list[Any]
+    options: Options
+    sites: list[LinearSite] = field(default_factory=list)
+    phase: Phase = "decode"
+    extra: dict[ExtraInput, Node] = field(default_factory=dict)
+    siblings: list[list[tuple[Node, Binding]]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    declined: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._positions = {node: i for i, node in enumerate(self.module.graph.find_nodes(op="placeholder"))}
+
+    def input_of(self, placeholder: Node) -> Any:
+        """The example of a graph input."""
+        return self.inputs[self._positions[placeholder]]
+
+    def is_input(self, node: object) -> bool:
+        """Whether `node` is one of Dynamo's graph inputs."""
+        return isinstance(node, Node) and node in self._positions
+
+    def extra_input(self, weight: Node, binding: Binding, attribute: Literal["threshold", "counts"]) -> Node:
+        """The graph input that carries a tensor of `binding`, added when it is asked for first."""
+        from was_fx.passes.extra_inputs import add_placeholder
+
+        key = ExtraInput(self._positions[weight], binding.name, attribute)
+        if key not in self.extra:
+            self.extra[key] = add_placeholder(
+                self.module.graph, f"was_{attribute}_{len(self.extra)}", getattr(binding, attribute)
+            )
+        return self.extra[key]
+
+
+def module_path(node: Node) -> str | None:
+    """Dotted path of the module that `node` came from, without Dynamo's prefix for the compiled object."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path, _ = list(stack.values())[-1]
+    return re.sub(r"^[LG]\['[^']*'\]\.?", "", path).replace("_modules['", "").replace("']", "")
+
+
+def value(node: object) -> Any:
+    """The fake value Dynamo recorded for a node; anything else is its own value."""
+    return node.meta.get("example_value") if isinstance(node, Node) else node

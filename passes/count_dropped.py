@@ -1,0 +1,27 @@
+"""Count dropped channels beside every sparse Linear, for realised sparsity.
+
+    before   y = was.sparse_linear(x, [W], [b], [t], S, d)
+    after    was.count_dropped(x, t, counts, S, d)               counts [2] int64, a new graph input, mutated
+             y = was.sparse_linear(x, [W], [b], [t], S, d)
+
+Runs only with the option `observe`.
+"""
+
+import torch
+
+from was_fx.passes.context import Context
+
+
+def count_dropped(context: Context) -> None:
+    """Insert a counter before each sparse Linear."""
+    if not context.options.observe:
+        return
+    graph = context.module.graph
+    for site in context.sites:
+        if site.sparse is None or site.binding is None:
+            continue
+        x, _, _, (threshold,), sequence, dense = site.sparse.args
+        counts = context.extra_input(site.weight, site.binding, "counts")
+        with graph.inserting_before(site.sparse):
+            graph.call_function(torch.ops.was.count_dropped.default, (x, threshold, counts, sequence, dense))
+        context.counts["observed"] += 1

@@ -1,0 +1,127 @@
+"""Find every Linear in the graph and tie it to its schedule entry.
+
+    y = linear(x, W, b)              W [N, K]     nn.Linear, F.linear
+    y = addmm(b, x, W)               W [K, N]     transformers' Conv1D
+    y = matmul(x, W.T)               W [N, K]     Linear subclasses that write the product out
+
+W must be a graph input: a weight that was computed (cast, dequantised, gathered) is left alone. The graph is unchanged;
+the Linears are listed in `context.sites`.
+"""
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch.fx import Node
+
+from was_fx.passes.bindings import bindings, resolve
+from was_fx.passes.context import Context, LinearSite, RewriteError, module_path, value
+
+Match = tuple[Node, Node, Node | None, bool]  # x, weight, bias, weight is [K, N]
+
+
+def _linear(node: Node) -> Match | None:
+    x, weight, *bias = node.args
+    return x, weight, (bias[0] if bias else node.kwargs.get("bias")), False
+
+
+def _addmm(node: Node) -> Match | None:
+    if node.kwargs or len(node.args) != 3:
+        return None
+    bias, x, weight = node.args
+    return x, weight, bias, True
+
+
+def _matmul(node: Node) -> Match | None:
+    x, right = node.args[:2]
+    weight = _transposed(right)
+    return None if weight is None else (x, weight, None, False)
+
+
+def _transposed(node: object) -> Node | None:
+    """W, when `node` is its transpose written in any of the usual ways."""
+    if not isinstance(node, Node):
+        return None
+    if node.op == "call_function" and node.target is getattr and node.args[1] in ("T", "mT"):
+        return node.args[0]
+    if node.op == "call_method" and node.target in ("t", "transpose", "permute", "swapaxes"):
+        dims = sorted(d % 2 for d in _flat(node.args[1:]))
+        return node.args[0] if node.target == "t" or (dims == [0, 1] and _is_swap(node)) else None
+    return None
+
+
+def _is_swap(node: Node) -> bool:
+    return node.target != "permute" or [d % 2 for d in _flat(node.args[1:])] == [1, 0]
+
+
+def _flat(args: tuple) -> list[int]:
+    return list(args[0]) if len(args) == 1 and isinstance(args[0], tuple | list) else list(args)
+
+
+_MATCHERS: dict[object, Callable[[Node], Match | None]] = {
+    torch._C._nn.linear: _linear,
+    torch.nn.functional.linear: _linear,
+    torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    operator.matmul: _matmul,
+    "matmul": _matmul,
+    "mm": _matmul,
+}
+
+
+def recognize_linears(context: Context) -> None:
+    """Fill `context.sites`.
+
+    Raises:
+        RewriteError: a scheduled weight is used, and no use of it was recognised; names it and the use.
+    """
+    for node in context.module.graph.nodes:
+        matcher = _MATCHERS.get(node.target) if node.op in ("call_function", "call_method") else None
+        match = matcher(node) if matcher else None
+        if match is None:
+            continue
+        x, weight, bias, input_major = match
+        if not context.is_input(weight) or len(_shape(weight)) != 2:
+            continue
+        path = module_path(node)
+        binding = resolve(context.input_of(weight), path)
+        context.sites.append(LinearSite(node, x, weight, bias, input_major, path, binding))
+        node.meta["was_linear"] = binding.name if binding else path
+    context.counts["linears"] = len(context.sites)
+    context.counts["scheduled"] = sum(site.binding is not None for site in context.sites)
+    _require_all_recognised(context)
+
+
+def _require_all_recognised(context: Context) -> None:
+    """Every scheduled weight in the graph must have been seen as a Linear (an embedding may share it)."""
+    seen = {site.binding.name for site in context.sites if site.binding}
+    problems = []
+    for placeholder in context.module.graph.find_nodes(op="placeholder"):
+        if not context.is_input(placeholder):
+            continue
+        uses = [user for user in placeholder.users if user.target is not torch.nn.functional.embedding]
+        if not uses:
+            continue
+        problems += [
+            f"{name}: its weight is used by {', '.join(str(user.target) for user in uses)}"
+            for name in bindings(context.input_of(placeholder))
+            if name not in seen and not _other_use_seen(context, placeholder)
+        ]
+    if problems:
+        raise RewriteError(
+            "scheduled Linears were not recognised in the graph:\n  "
+            + "\n  ".join(problems)
+            + "\nexpected linear(x, W, b), addmm(b, x, W) or matmul(x, W.T) with W a parameter; "
+            "leave these Linears out of the schedule"
+        )
+
+
+def _other_use_seen(context: Context, placeholder: Node) -> bool:
+    """A shared weight may be compiled under only some of its names."""
+    return any(site.weight is placeholder and site.binding for site in context.sites)
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    example = value(node)
+    return tuple(example.shape) if isinstance(example, torch.Tensor) else ()

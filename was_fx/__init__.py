@@ -1,0 +1,60 @@
+"""was-fx: decode faster by not reading the weight columns whose input is negligible.
+
+calibration = was_fx.calibrate(model, tokens)
+schedule = was_fx.uniform(calibration, target=0.5)
+model = was_fx.sparsify(model, schedule)
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# In a checkout passes/, kernels/, schedules/ and cli/ lie beside this folder; installed, inside it.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
+    __path__.append(str(_root))
+
+__version__ = "0.1.0"
+
+# Imported when first used: `import was_fx` stays light.
+_HOMES = {
+    "Calibration": "was_fx.schedules.calibration",
+    "Evaluation": "was_fx.evaluation",
+    "LinearSchedule": "was_fx.schedules.schedule",
+    "RewriteError": "was_fx.passes.context",
+    "Schedule": "was_fx.schedules.schedule",
+    "ScheduleError": "was_fx.schedules.errors",
+    "Score": "was_fx.schedules.score",
+    "calibrate": "was_fx.calibration",
+    "densify": "was_fx.sparsification",
+    "evaluate": "was_fx.evaluation",
+    "perplexity": "was_fx.evaluation",
+    "sparsify": "was_fx.sparsification",
+    "uniform": "was_fx.schedules.uniform",
+}
+
+__all__ = [
+    "__version__",
+    *_HOMES,
+]
+
+if TYPE_CHECKING:
+    from was_fx.calibration import calibrate
+    from was_fx.evaluation import Evaluation, evaluate, perplexity
+    from was_fx.passes.context import RewriteError
+    from was_fx.schedules.calibration import Calibration
+    from was_fx.schedules.errors import ScheduleError
+    from was_fx.schedules.schedule import LinearSchedule, Schedule
+    from was_fx.schedules.score import Score
+    from was_fx.schedules.uniform import uniform
+    from was_fx.sparsification import densify, sparsify
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'was_fx' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,157 @@
+"""The Dynamo backend "was": the passes, then Inductor.
+
+torch.compile(model, backend="was")                                   # a sparsified model
+torch.compile(model, backend="was", options={"schedule": "llama.was.safetensors"})
+"""
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from torch.fx import GraphModule
+
+from was_fx.passes.context import Options
+from was_fx.passes.extra_inputs import with_extra_inputs
+from was_fx.passes.pipeline import Context, run
+
+log = logging.getLogger(__name__)
+
+Executor = Literal["inductor", "eager"]
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """The `options` of `torch.compile(..., backend="was")`.
+
+    Attributes:
+        prefill, observe, disable: see `was_fx.passes.context.Options`.
+        executor: "inductor", or "eager" to run the rewritten graph node by node (debugging; no C++ compiler).
+        schedule: a `Schedule` or the path of one, for a model that was not sparsified.
+        inductor: any option of `torch._inductor.config`, by its own name.
+    """
+
+    prefill: str = "dense"
+    observe: bool = False
+    disable: tuple[str, ...] = ()
+    executor: Executor = "inductor"
+    schedule: Any = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> "BackendOptions":
+        """From the `options` of torch.compile.
+
+        Raises:
+            ValueError: an unknown option, or a bad value of one of our own; says which are known.
+        """
+        import torch._inductor
+
+        own = {f.name for f in fields(cls)} - {"inductor"}
+        known = set(torch._inductor.list_options())
+        unknown = [key for key in options if key not in own | known]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], own | known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f'backend "was" has no option {unknown[0]!r}{hint} '
+                f"(its own are {', '.join(sorted(own))}; all others must be options of torch._inductor.config)"
+            )
+        inductor = {key: item for key, item in options.items() if key not in own}
+        parsed = cls(**{key: item for key, item in options.items() if key in own}, inductor=inductor)
+        if parsed.executor not in ("inductor", "eager"):
+            raise ValueError(f"executor is {parsed.executor!r}; it must be 'inductor' or 'eager'")
+        _ = parsed.passes  # checks prefill
+        return parsed
+
+    @property
+    def passes(self) -> Options:
+        """The part that the passes read."""
+        return Options(prefill=self.prefill, observe=self.observe, disable=tuple(self.disable))  # type: ignore[arg-type]
+
+
+def was(
+    module: GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile Dynamo's graph `module` for `inputs`; registered as the backend "was".
+
+    Raises:
+        ValueError: a bad option.
+        RewriteError: a scheduled Linear can't be made sparse.
+    """
+    parsed = BackendOptions.parse({**mode_options(mode), **(options or {})})
+    if parsed.schedule is not None:
+        from was_fx.late_binding import bind_graph, run_once_then_move
+
+        weights = bind_graph(module, inputs, parsed.schedule)
+        if weights:
+            context = run(module, inputs, parsed.passes)
+            return run_once_then_move(with_extra_inputs(context.module.forward, list(context.extra)), weights)
+    context = run(module, inputs, parsed.passes)
+    compiled = _execute(context, parsed)
+    _lay_out(context)  # after compilation, which still sees every weight where Dynamo saw it
+    return with_extra_inputs(compiled, list(context.extra))
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """The Inductor options that a mode of torch.compile, such as "reduce-overhead", stands for."""
+    import torch._inductor
+
+    return dict(torch._inductor.list_mode_options(mode)) if mode else {}
+
+
+def _execute(context: Context, options: BackendOptions) -> Callable[..., Any]:
+    if options.executor == "eager":
+        return context.module.forward
+    from torch._inductor.compile_fx import compile_fx
+
+    extra = [node.meta["example_value"] for node in context.extra.values()]
+    return compile_fx(context.module, [*context.inputs, *extra], config_patches=dict(options.inductor))
+
+
+def _lay_out(context: Context) -> None:
+    """Lay the weights of each merged call one after the other, and their thresholds too.
+
+    Shapes and strides stay as they are, so no guard notices.
+    """
+    from was_fx.kernels.layout import fuse_rows
+
+    for group in context.siblings:
+        weights = [context.input_of(weight) for weight, _ in group]
+        like = weights[0]
+        same = all(
+            w.dtype == like.dtype and w.device == like.device and w.t().is_contiguous() for w in weights
+        )
+        if same and len({id(w) for w in weights}) == len(weights):
+            fuse_rows(weights)
+            fuse_rows([binding.threshold for _, binding in group])
+
+
+def has_compiler() -> bool:
+    """Whether Inductor finds a C++ compiler for CPU code."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
+def register() -> None:
+    """Make the name "was" known to torch.compile without an installed entry point, and without importing this file
+    early (two registrations of one name are an error)."""
+    from importlib.metadata import EntryPoint
+
+    from torch._dynamo.backends import registry
+
+    registry._BACKENDS.setdefault("was", EntryPoint("was", "was_fx.backend:was", "torch_dynamo_backends"))
+
+
+__all__ = ["BackendOptions", "has_compiler", "register", "was"]

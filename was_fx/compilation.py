@@ -1,0 +1,40 @@
+"""How this package calls torch.compile: the settings of Dynamo that a sparsified model needs, in one place."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from was_fx.backend import was
+
+
+def compile_call(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """Compile `function`, a model's call or forward, with the backend "was".
+
+    Args:
+        function: a bound method of a model.
+        options: of the backend "was".
+
+    Returns:
+        A callable of the same arguments. Inside another torch.compile it is `function` itself.
+    """
+    import torch._dynamo
+
+    # fullgraph: a graph break or an exhausted recompile limit must raise, not silently run dense.
+    # dynamic: one graph for every prompt length, one for every cache length.
+    compiled = torch.compile(function, backend=was, dynamic=True, fullgraph=True, options=dict(options))
+    settings = torch._dynamo.config.patch(
+        # Dynamo counts graphs per code object, and transformers runs every model through one. A process may well
+        # use more models, shapes and modes than the default of 8.
+        recompile_limit=64,
+        # Otherwise dynamic=True makes an input of every float, and Inductor turns it down after a first compilation.
+        specialize_float=True,
+    )
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*arguments, **keywords)
+        with settings:
+            return compiled(*arguments, **keywords)
+
+    return call

@@ -1,0 +1,131 @@
+"""`evaluate` and `perplexity`: what a schedule costs in loss, and how sparse the model really was."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from was_fx.compilation import compile_call
+from was_fx.linears import check_tokens, find_linears, weight_bytes_per_token
+from was_fx.passes.bindings import bindings
+from was_fx.passes.context import Prefill
+from was_fx.schedules.budget import model_sparsity
+from was_fx.sparsification import sparse_state
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`.
+
+    Attributes:
+        loss: mean negative log-likelihood, nats per token, over every token but the first of each sequence.
+        tokens: number of tokens scored.
+        nominal: the schedule's model sparsity; 0.0 for a dense model.
+        realised: model sparsity measured on these tokens, over the tokens that were sparse; 0.0 for a dense model.
+        linears: realised sparsity of each scheduled Linear.
+        bytes_saved: realised share of ALL weight bytes of a decode step (the head's included) that is not read.
+    """
+
+    loss: float
+    tokens: int
+    nominal: float
+    realised: float
+    linears: dict[str, float]
+    bytes_saved: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    prefill: Prefill = "sparse",
+    batch_size: int = 1,
+    executor: str | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Loss of a dense or sparsified model on non-overlapping sequences, with its realised sparsity.
+
+    Args:
+        model: a causal LM; sparsified or not.
+        tokens: LongTensor [n, seq] of token ids.
+        prefill: which tokens of each sequence are sparse: "sparse" all but the first 1 % (WAS's convention),
+            "half" the last half (TEAL's), "all" every one. (Sliding windows, as in TEAL's tables, give another scale.)
+        batch_size: sequences per forward pass.
+        executor: "inductor" or "eager"; by default as the model was sparsified.
+        progress: called with (sequences done, n).
+
+    Raises:
+        ValueError, TypeError: as `calibrate` for `tokens`; `prefill` is "dense" for a sparsified model.
+    """
+    check_tokens(model, tokens)
+    state = sparse_state(model)
+    forward: Callable = model.forward
+    if state is not None:
+        if prefill == "dense":
+            raise ValueError("prefill='dense' would measure the dense model; use 'sparse', 'half' or 'all'")
+        options = {"prefill": prefill, "observe": True, "executor": executor or state.options.executor}
+        forward = compile_call(model.forward, options)
+    linears = find_linears(model)
+    scheduled = {
+        name: bindings(linear.parameter)[name]
+        for name, linear in linears.items()
+        if name in bindings(linear.parameter)
+    }
+    for binding in scheduled.values():
+        binding.counts.zero_()
+    loss, count = _mean_loss(model, forward, tokens, batch_size, progress)
+    shapes = {name: linears[name].shape for name in scheduled}
+    realised = {}
+    for name, binding in scheduled.items():
+        dropped, seen = binding.counts.tolist()
+        realised[name] = dropped / seen if seen else 0.0
+    saved = sum(
+        realised[name] * linears[name].parameter.numel() * linears[name].parameter.element_size()
+        for name in scheduled
+    )
+    return Evaluation(
+        loss=loss,
+        tokens=count,
+        nominal=state.schedule.sparsity if state else 0.0,
+        realised=model_sparsity(realised, shapes) if scheduled else 0.0,
+        linears=realised,
+        bytes_saved=saved / weight_bytes_per_token(model, linears.values()),
+    )
+
+
+def perplexity(model: nn.Module, tokens: Tensor, **arguments) -> float:
+    """Perplexity, exp of the mean loss in nats per token; arguments as for `evaluate`."""
+    return evaluate(model, tokens, **arguments).perplexity
+
+
+def _mean_loss(
+    model: nn.Module, forward: Callable, tokens: Tensor, batch_size: int, progress: Progress | None
+) -> tuple[float, int]:
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    try:
+        for start in range(0, tokens.shape[0], batch_size):
+            batch = tokens[start : start + batch_size].to(device=device, dtype=torch.int64)
+            logits = forward(input_ids=batch, use_cache=False).logits
+            for row, targets in zip(
+                logits[:, :-1], batch[:, 1:], strict=True
+            ):  # one at a time: fp32 logits are large
+                total += torch.nn.functional.cross_entropy(row.float(), targets, reduction="sum")
+            if progress is not None:
+                progress(min(start + batch_size, tokens.shape[0]), tokens.shape[0])
+    finally:
+        model.train(training)
+    count = tokens.shape[0] * (tokens.shape[1] - 1)
+    return float(total) / count, count

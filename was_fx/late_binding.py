@@ -1,0 +1,88 @@
+"""A schedule given to `torch.compile(model, backend="was", options={"schedule": …})` on a dense model.
+
+The backend sees a graph and its Parameters, not the model. Names come from the modules that the graph remembers. The
+weights can't be moved while Dynamo compiles, because its guards have seen their strides; so the first graph runs
+once as it is, on the reference, and moves them afterwards. Dynamo then traces again and finds a sparsified model.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from was_fx.kernels.layout import to_input_major, wants_input_major
+from was_fx.passes.bindings import Binding, bind, bindings
+from was_fx.passes.context import Context, LinearSite, Options
+from was_fx.passes.recognize_linears import recognize_linears
+from was_fx.schedules.errors import ScheduleError
+from was_fx.schedules.schedule import Schedule
+from was_fx.schedules.score import channel_norms
+
+
+def bind_graph(module: GraphModule, inputs: Sequence[Any], schedule: Schedule | str | Path) -> list[Tensor]:
+    """Bind every Linear of the graph that `schedule` names.
+
+    Returns:
+        The weights that were bound now; empty when all were bound before.
+
+    Raises:
+        ScheduleError: the names or shapes don't fit the graph; lists every problem.
+    """
+    schedule = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
+    context = Context(module, list(inputs), Options())
+    recognize_linears(context)
+    sites = {site.path: site for site in context.sites if site.path}
+    names = _names(sites, schedule)
+    problems = [
+        f"{name}: no Linear of the graph has this name"
+        for name in schedule.linears
+        if name not in names.values()
+    ]
+    for path, name in names.items():
+        expected, found = schedule.shapes[name], _shape(sites[path], context)
+        if expected != found:
+            problems.append(f"{name}: the schedule is for shape {expected}, the model has {found}")
+    if problems:
+        raise ScheduleError(
+            "the schedule does not fit the compiled graph",
+            problems,
+            "Compile the whole model, or call was_fx.sparsify(model, schedule) first and then compile any part of it.",
+        )
+    weights = []
+    for path, name in names.items():
+        weight = context.input_of(sites[path].weight)
+        if name in bindings(weight):
+            continue
+        norms = channel_norms(weight.t() if sites[path].input_major else weight, schedule.norm)
+        thresholds = schedule.linears[name].channel_thresholds(norms)
+        bind(weight, Binding(name, norms, thresholds.to(norms.device)))
+        weights.append(weight)
+    return weights
+
+
+def run_once_then_move(run: Callable[..., Any], weights: Sequence[Tensor]) -> Callable[..., Any]:
+    """`run`, which after its first call moves `weights` into input-major storage."""
+
+    @torch.compiler.disable
+    def call(*inputs: Any) -> Any:
+        with torch.no_grad():
+            result = run(*inputs)
+        for weight in weights:
+            if wants_input_major(weight):
+                to_input_major(weight)
+        return result
+
+    return call
+
+
+def _names(sites: dict[str, LinearSite], schedule: Schedule) -> dict[str, str]:
+    """Path in the compiled module -> name in the schedule."""
+    return {path: path for path in sites if path in schedule.linears}
+
+
+def _shape(site: LinearSite, context: Context) -> tuple[int, int]:
+    rows, columns = context.input_of(site.weight).shape
+    return (columns, rows) if site.input_major else (rows, columns)

@@ -1,0 +1,118 @@
+"""The Linears of a model, seen alike whatever module class holds them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class LinearModule:
+    """A Linear y = x Wᵀ + b of a model.
+
+    Attributes:
+        name: qualified name of the module.
+        module: `nn.Linear`, a subclass of it, or transformers' `Conv1D`.
+        input_major: the parameter is Wᵀ [K, N] (Conv1D), not W [N, K].
+        head: it computes the logits (the model's output embedding).
+    """
+
+    name: str
+    module: nn.Module
+    input_major: bool
+    head: bool
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight Parameter as the module holds it."""
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:
+        """W [N, K], a view."""
+        return self.parameter.t() if self.input_major else self.parameter
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        n, k = self.weight.shape
+        return n, k
+
+
+def find_linears(model: nn.Module) -> dict[str, LinearModule]:
+    """Every Linear of a model by qualified name, the head included.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    head = _head(model)
+    found = {}
+    for name, module in model.named_modules():
+        input_major = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+        weight = getattr(module, "weight", None)
+        if not (isinstance(module, nn.Linear) or input_major) or not isinstance(weight, Tensor):
+            continue
+        if weight.dim() == 2 and weight.is_floating_point():
+            found[name] = LinearModule(name, module, input_major, module is head)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no Linear with a floating-point weight; "
+            "expected a causal LM such as AutoModelForCausalLM.from_pretrained(...) returns"
+        )
+    return found
+
+
+def body_linears(model: nn.Module) -> dict[str, LinearModule]:
+    """The Linears that are scheduled by default: all but the head."""
+    found = {name: linear for name, linear in find_linears(model).items() if not linear.head}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no Linear besides its head; there is nothing to make sparse"
+        )
+    return found
+
+
+def weight_bytes_per_token(model: nn.Module, linears: Iterable[LinearModule] | None = None) -> int:
+    """Bytes of weights that one dense decode step reads: every parameter except input embeddings, of which it reads
+    a row only, unless the head shares them.
+
+    Args:
+        model: any model.
+        linears: its Linears, if they are known already.
+    """
+    linears = list(find_linears(model).values()) if linears is None else list(linears)
+    read = {id(linear.parameter) for linear in linears}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - read
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in embeddings)
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """Number of token ids the model's input embedding knows, or None when it can't be told."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return embedding.weight.shape[0] if isinstance(getattr(embedding, "weight", None), Tensor) else None
+
+
+def check_tokens(model: nn.Module, tokens: Tensor) -> None:
+    """Check that `tokens` is a LongTensor [n, seq] within the model's vocabulary.
+
+    Raises:
+        TypeError: not an integer tensor.
+        ValueError: wrong rank, empty, or an id outside the vocabulary.
+    """
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokens is {kind}; expected a LongTensor [n, seq] of token ids")
+    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected [n ≥ 1, seq ≥ 2]")
+    size = vocabulary(model)
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or (size is not None and high >= size):
+        raise ValueError(
+            f"tokens holds ids {low} to {high}, but the model's vocabulary is 0 to {(size or 0) - 1}; "
+            "tokenise the text with this model's own tokenizer"
+        )
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -1,0 +1,186 @@
+"""`sparsify` and `densify`: put a schedule on a model in place, and take it off again."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from was_fx.backend import BackendOptions, Executor, has_compiler, mode_options, register
+from was_fx.compilation import compile_call
+from was_fx.kernels.layout import restore, to_input_major, wants_input_major
+from was_fx.linears import LinearModule, body_linears, find_linears
+from was_fx.passes.bindings import Binding, bind, bindings, unbind
+from was_fx.passes.context import Prefill
+from was_fx.schedules.fingerprint import fingerprint
+from was_fx.schedules.schedule import Schedule
+from was_fx.schedules.score import channel_norms
+
+
+@dataclass(eq=False)
+class SparseState:
+    """What `sparsify` leaves on a model.
+
+    Attributes:
+        schedule: the schedule in force.
+        options: the backend options the model is compiled with.
+        compiled_before: the model's compiled call before `sparsify`.
+        requires_grad: the flag of each parameter before `sparsify`.
+    """
+
+    schedule: Schedule
+    options: BackendOptions
+    compiled_before: object
+    requires_grad: dict[str, bool]
+
+
+def sparsify(
+    model: nn.Module,
+    schedule: Schedule | str | Path,
+    *,
+    prefill: Prefill = "dense",
+    executor: Executor | None = None,
+    disable: Sequence[str] = (),
+    mode: str | None = None,
+    allow_other_model: bool = False,
+) -> nn.Module:
+    """Make `model` decode sparsely by `schedule`, in place.
+
+    The model keeps its class, its state_dict and `generate()`. Its weights are moved one by one into input-major
+    storage, and its call is compiled with the backend "was" when it first runs. On a model that is sparsified
+    already, only the numbers change; with the same options nothing is compiled again.
+
+    Args:
+        model: a causal LM of transformers, on its device and in its dtype. Its parameters stop requiring grad.
+        schedule: a `Schedule` or the path of one.
+        prefill: which tokens of a prompt are sparse: "dense" none; "sparse" all but the first 1 % (WAS);
+            "half" the last half (TEAL); "all" every one. Decode steps are always sparse.
+        executor: "inductor", or "eager" to run the rewritten graph node by node. By default Inductor, unless the
+            model is on a CPU without a C++ compiler.
+        disable: names of optional passes to leave out.
+        mode: a mode of `torch.compile`, such as "reduce-overhead".
+        allow_other_model: accept a schedule whose fingerprint is another model's, if names and shapes fit.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ScheduleError: the schedule doesn't fit this model; lists every problem.
+        ValueError: the model has no Linears, or an argument is not valid.
+    """
+    register()
+    schedule = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
+    linears = find_linears(model)
+    known = sparse_state(model)
+    if known and set(schedule.linears) != set(known.schedule.linears):
+        densify(model)
+        known = None
+    executor = executor or _default_executor(next(iter(linears.values())).parameter)
+    raw = {"prefill": prefill, "executor": executor, "disable": tuple(disable), **mode_options(mode)}
+    options = BackendOptions.parse(raw)
+    check_schedule(model, schedule, linears, allow_other_model=allow_other_model)
+    scheduled = {name: linears[name] for name in schedule.linears}
+    if known is None:
+        compiled_before = model._compiled_call_impl
+        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        _move(scheduled, schedule)
+        model.requires_grad_(False)
+    else:
+        compiled_before, flags = known.compiled_before, known.requires_grad
+    set_thresholds(scheduled, schedule)
+    if known is None or known.options != options:
+        model._compiled_call_impl = compile_call(model._call_impl, raw)
+    model._was_state = SparseState(schedule, options, compiled_before, flags)  # type: ignore[assignment]
+    return model
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Undo `sparsify` in place: weights, strides, flags and the model's own compiled call are as before, bit by bit.
+
+    Returns:
+        The same model. A model that is not sparsified is returned as it is.
+    """
+    known = sparse_state(model)
+    for parameter in model.parameters():
+        _release(parameter)
+    if known is not None:
+        model._compiled_call_impl = known.compiled_before
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(known.requires_grad[name])
+        del model._was_state
+    return model
+
+
+def sparse_state(model: nn.Module) -> SparseState | None:
+    """What `sparsify` left on `model`; None for a dense model (a deep copy of a sparsified model is dense)."""
+    known = getattr(model, "_was_state", None)
+    if known is None or not any(bindings(parameter) for parameter in model.parameters()):
+        return None
+    return known
+
+
+def check_schedule(
+    model: nn.Module,
+    schedule: Schedule,
+    linears: dict[str, LinearModule],
+    *,
+    allow_other_model: bool = False,
+) -> None:
+    """Check that `schedule` is one of `model`; see `Schedule.check`."""
+    required = set(body_linears(model))
+    shapes = {
+        name: linear.shape for name, linear in linears.items() if name in required or name in schedule.linears
+    }
+    schedule.check(shapes, model_fingerprint(model, linears), allow_other_model=allow_other_model)
+
+
+def model_fingerprint(model: nn.Module, linears: dict[str, LinearModule]) -> dict:
+    """The fingerprint of a model: architecture, and shapes and a sample of the weights of all its Linears."""
+    return fingerprint(type(model).__name__, {name: linear.weight for name, linear in linears.items()})
+
+
+def set_thresholds(linears: dict[str, LinearModule], schedule: Schedule) -> None:
+    """Write the channel thresholds of `schedule` into the bindings of `linears`, in place."""
+    for name, linear in linears.items():
+        binding = bindings(linear.parameter)[name]
+        binding.threshold.copy_(schedule.linears[name].channel_thresholds(binding.norms))
+
+
+def _move(linears: dict[str, LinearModule], schedule: Schedule) -> None:
+    """Bind each weight and move it into input-major storage; undone as a whole if any fails."""
+    moved: list[Tensor] = []
+    try:
+        for name, linear in linears.items():
+            norms = channel_norms(linear.weight, schedule.norm)
+            parameter = linear.parameter
+            moved.append(parameter)
+            bind(parameter, Binding(name, norms, torch.empty_like(norms)))
+            if not linear.input_major and wants_input_major(parameter):
+                to_input_major(parameter)
+    except BaseException:
+        for parameter in moved:
+            _release(parameter)
+        raise
+
+
+def _release(parameter: Tensor) -> None:
+    """Unbind a weight and give it back the strides it had, in a storage of its own."""
+    before = unbind(parameter)
+    if before is None:
+        return
+    alone = parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
+    if parameter.stride() != before.stride or not alone:
+        restore(parameter, before.stride)
+
+
+def _default_executor(weight: Tensor) -> Executor:
+    if weight.device.type != "cpu" or has_compiler():
+        return "inductor"
+    warnings.warn(
+        "no C++ compiler found, so the rewritten graph runs node by node (executor='eager'), which is slower; "
+        "install g++ or clang for full speed",
+        stacklevel=3,
+    )
+    return "eager"
