@@ -33,6 +33,4 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("count_dropped", reference, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "was::count_dropped", lambda x, threshold, counts, sequence, dense: None, lib=_library
-)
+torch.library.register_fake("was::count_dropped", lambda x, threshold, counts, sequence, dense: None, lib=_library)

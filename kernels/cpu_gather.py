@@ -7,6 +7,7 @@ strided table was 50 times slower.
 Siblings of equal N whose Wᵀ lie one after the other in memory are one table [G·K, N], so one call serves them all.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -28,9 +29,7 @@ def supports(x: Tensor, weights: Sequence[Tensor]) -> bool:
     if x.device.type != "cpu" or x.dtype not in MAX_TOKENS or not x.numel():
         return False
     tokens = x.numel() // x.shape[-1]
-    return tokens <= MAX_TOKENS[x.dtype] and all(
-        w.dtype == x.dtype and w.t().is_contiguous() for w in weights
-    )
+    return tokens <= MAX_TOKENS[x.dtype] and all(w.dtype == x.dtype and w.t().is_contiguous() for w in weights)
 
 
 def sparse_linear(
@@ -41,14 +40,10 @@ def sparse_linear(
     outputs = []
     for run in _adjacent_runs(weights):
         table, threshold = _as_table(weights[run]), _stack(thresholds[run])
-        outputs.append(
-            _gather_one(rows, table, threshold) if rows.shape[0] == 1 else _gather(rows, table, threshold)
-        )
+        outputs.append(_gather_one(rows, table, threshold) if rows.shape[0] == 1 else _gather(rows, table, threshold))
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     if any(bias is not None for bias in biases):
-        y = y + torch.cat(
-            [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-        )
+        y = y + torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)])
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -65,14 +60,8 @@ def _gather_one(row: Tensor, table: Tensor, threshold: Tensor) -> Tensor:
         starts = torch.arange(0, (segments + 1) * channels, channels)
         bounds = torch.searchsorted(kept, starts).tolist()
     bags = BAGS_PER_THREAD * torch.get_num_threads()
-    offsets = [
-        begin + (end - begin) * bag // bags
-        for begin, end in zip(bounds, bounds[1:], strict=False)
-        for bag in range(bags)
-    ]
-    sums = torch.nn.functional.embedding_bag(
-        kept, table, torch.tensor(offsets), mode="sum", per_sample_weights=values
-    )
+    offsets = [begin + (end - begin) * bag // bags for begin, end in itertools.pairwise(bounds) for bag in range(bags)]
+    sums = torch.nn.functional.embedding_bag(kept, table, torch.tensor(offsets), mode="sum", per_sample_weights=values)
     return sums.view(segments, bags, -1).sum(1).view(1, -1)
 
 
@@ -96,11 +85,7 @@ def _adjacent_runs(weights: Sequence[Tensor]) -> Iterator[slice]:
     """Slices of neighbours that one table can serve: equal N, Wᵀ one after the other in memory."""
     start = 0
     for i in range(1, len(weights) + 1):
-        if (
-            i < len(weights)
-            and weights[i].shape == weights[i - 1].shape
-            and follows(weights[i - 1], weights[i])
-        ):
+        if i < len(weights) and weights[i].shape == weights[i - 1].shape and follows(weights[i - 1], weights[i]):
             continue
         yield slice(start, i)
         start = i
@@ -114,8 +99,6 @@ def _as_table(weights: Sequence[Tensor]) -> Tensor:
 
 def _stack(thresholds: Sequence[Tensor]) -> Tensor:
     """Thresholds [K] as [G, K], without a copy where they lie one after the other."""
-    if all(follows(a, b) for a, b in zip(thresholds, thresholds[1:], strict=False)):
-        return thresholds[0].as_strided(
-            (len(thresholds), thresholds[0].shape[0]), (thresholds[0].shape[0], 1)
-        )
+    if all(follows(a, b) for a, b in itertools.pairwise(thresholds)):
+        return thresholds[0].as_strided((len(thresholds), thresholds[0].shape[0]), (thresholds[0].shape[0], 1))
     return torch.stack(list(thresholds))

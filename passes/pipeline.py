@@ -47,9 +47,7 @@ def run(module: GraphModule, inputs: Sequence[Any], options: Options) -> Context
     optional = [name for name in names if name not in _REQUIRED]
     unknown = sorted(set(options.disable) - set(optional))
     if unknown:
-        raise ValueError(
-            f"disable names {', '.join(unknown)}; the passes to choose from are {', '.join(optional)}"
-        )
+        raise ValueError(f"disable names {', '.join(unknown)}; the passes to choose from are {', '.join(optional)}")
     context = Context(own_copy(module), list(inputs), options)
     for each in PIPELINE:
         if each.__name__ not in options.disable:

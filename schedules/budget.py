@@ -16,9 +16,7 @@ def model_sparsity(sparsities: Mapping[str, float], shapes: Mapping[str, tuple[i
     """
     unknown = [name for name in sparsities if name not in shapes]
     if unknown:
-        raise ValueError(
-            f"no shape was given for {', '.join(unknown)}: give (N, K) for each scheduled Linear"
-        )
+        raise ValueError(f"no shape was given for {', '.join(unknown)}: give (N, K) for each scheduled Linear")
     weights = {name: shapes[name][0] * shapes[name][1] for name in sparsities}
     total = sum(weights.values())
     if total == 0:

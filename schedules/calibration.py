@@ -141,14 +141,10 @@ class CalibrationBuilder:
         ValueError: if the norms do not fit the shapes.
     """
 
-    def __init__(
-        self, score: Score, shapes: Mapping[str, tuple[int, int]], norms: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, score: Score, shapes: Mapping[str, tuple[int, int]], norms: Mapping[str, Tensor]) -> None:
         unfit = [name for name in shapes if name not in norms or norms[name].shape != shapes[name][1:]]
         if unfit:
-            raise ValueError(
-                f"expected channel norms [K] for each Linear, wrong or missing: {', '.join(unfit)}"
-            )
+            raise ValueError(f"expected channel norms [K] for each Linear, wrong or missing: {', '.join(unfit)}")
         self._score = score
         self._shapes = dict(shapes)
         self._scales = {name: channel_scale(norms[name].detach(), score.exponent) for name in shapes}

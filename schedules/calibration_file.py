@@ -36,9 +36,7 @@ def pack_settings(
     }
 
 
-def unpack(
-    tensors: Mapping[str, Tensor], order: Mapping[str, object]
-) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+def unpack(tensors: Mapping[str, Tensor], order: Mapping[str, object]) -> tuple[Tensor, dict[str, Tensor], list[str]]:
     """The inverse of `pack`, in the given order of names, and which tensors are unknown.
 
     Levels that are missing are given back as an empty tensor.
@@ -77,9 +75,7 @@ def calibration_problems(
         if not is_matrix_shape(shapes.get(name)):
             problems.append(f"{name} has thresholds, but the shape {shapes.get(name)}: expected (N, K)")
         if not _is_fp32_vector(values) or values.shape != levels.shape:
-            problems.append(
-                f"{name}: the thresholds are {_kind(values)}, expected float32 {list(levels.shape)}"
-            )
+            problems.append(f"{name}: the thresholds are {_kind(values)}, expected float32 {list(levels.shape)}")
         elif not bool((values.isfinite() & (values >= 0)).all()):
             problems.append(f"{name}: the thresholds hold NaN, infinite or negative values")
         elif not bool((values.diff() >= 0).all()):

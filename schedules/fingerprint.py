@@ -33,9 +33,7 @@ def fingerprint(architecture: str, weights: Mapping[str, Tensor]) -> dict[str, s
     for name, weight in weights.items():
         if weight.ndim != 2 or weight.numel() == 0 or weight.is_meta:
             found = f"{list(weight.shape)} on {weight.device}"
-            raise ValueError(
-                f"a fingerprint needs weights [N, K] with values; {name} is {found}: load it first"
-            )
+            raise ValueError(f"a fingerprint needs weights [N, K] with values; {name} is {found}: load it first")
     names = sorted(weights)
     shapes = json.dumps([[name, *weights[name].shape] for name in names])
     content = hashlib.sha256()
@@ -52,9 +50,7 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
     """How the model with the fingerprint `found` differs from the one with `expected`, a line each."""
     lines = []
     if expected.get("architecture") != found.get("architecture"):
-        lines.append(
-            f"the architecture is {found.get('architecture')}, expected {expected.get('architecture')}"
-        )
+        lines.append(f"the architecture is {found.get('architecture')}, expected {expected.get('architecture')}")
     if expected.get("shapes") != found.get("shapes"):
         lines.append("the names or shapes of the Linears are others")
     elif expected.get("weights") != found.get("weights"):

@@ -38,8 +38,7 @@ class LinearSchedule:
         if not isinstance(other, LinearSchedule):
             return NotImplemented
         return (
-            (self.sparsity, self.threshold, self.exponent)
-            == (other.sparsity, other.threshold, other.exponent)
+            (self.sparsity, self.threshold, self.exponent) == (other.sparsity, other.threshold, other.exponent)
         ) and _same(self.channel_threshold, other.channel_threshold)
 
     __hash__ = None  # type: ignore[assignment]  # holds a tensor
@@ -51,9 +50,7 @@ class LinearSchedule:
         return channel_thresholds(self.threshold, norms, self.exponent)
 
 
-def schedule_problems(
-    linears: Mapping[str, LinearSchedule], shapes: Mapping[str, tuple[int, int]]
-) -> list[str]:
+def schedule_problems(linears: Mapping[str, LinearSchedule], shapes: Mapping[str, tuple[int, int]]) -> list[str]:
     """Everything wrong with scheduled Linears and their shapes (N, K), one line per problem."""
     problems = [] if linears else ["no Linear is scheduled"]
     problems += [f"{name} has a shape but no schedule" for name in shapes if name not in linears]

@@ -137,9 +137,7 @@ class Schedule:
             schedule = cls(linears, shapes, norm, metadata)
             if abs(schedule.sparsity - nominal) <= 1e-6:
                 return schedule
-            problems = [
-                f"the nominal sparsity is recorded as {nominal}, the entries give {schedule.sparsity}"
-            ]
+            problems = [f"the nominal sparsity is recorded as {nominal}, the entries give {schedule.sparsity}"]
         raise ScheduleError(
             f"{path} is not a valid schedule", problems, "Correct the file, or make the schedule again."
         )

@@ -56,9 +56,7 @@ class ScheduleMetadata:
     def to_strings(self) -> dict[str, str]:
         """One string per field: text as it is, everything else as JSON."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        return {
-            key: value if isinstance(value, str) else to_json(value, key) for key, value in values.items()
-        }
+        return {key: value if isinstance(value, str) else to_json(value, key) for key, value in values.items()}
 
     @classmethod
     def read(cls, reader: MetadataReader) -> "ScheduleMetadata":

@@ -75,9 +75,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     except OSError as error:
         _remove(temporary)
         reason = error.strerror or str(error)
-        message = (
-            f"cannot write the file ({reason}); choose an existing directory that is writable and has room"
-        )
+        message = f"cannot write the file ({reason}); choose an existing directory that is writable and has room"
         raise OSError(error.errno or errno.EIO, message, str(path)) from error
     except BaseException:
         _remove(temporary)

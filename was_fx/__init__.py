@@ -34,8 +34,20 @@ _HOMES = {
 }
 
 __all__ = [
+    "Calibration",
+    "Evaluation",
+    "LinearSchedule",
+    "RewriteError",
+    "Schedule",
+    "ScheduleError",
+    "Score",
     "__version__",
-    *_HOMES,
+    "calibrate",
+    "densify",
+    "evaluate",
+    "perplexity",
+    "sparsify",
+    "uniform",
 ]
 
 if TYPE_CHECKING:

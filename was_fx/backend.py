@@ -124,9 +124,7 @@ def _lay_out(context: Context) -> None:
     for group in context.siblings:
         weights = [context.input_of(weight) for weight, _ in group]
         like = weights[0]
-        same = all(
-            w.dtype == like.dtype and w.device == like.device and w.t().is_contiguous() for w in weights
-        )
+        same = all(w.dtype == like.dtype and w.device == like.device and w.t().is_contiguous() for w in weights)
         if same and len({id(w) for w in weights}) == len(weights):
             fuse_rows(weights)
             fuse_rows([binding.threshold for _, binding in group])

@@ -44,17 +44,14 @@ def calibrate(
         TypeError: `tokens` is not an integer tensor.
     """
     if sparse_state(model) is not None:
-        raise ValueError(
-            "the model is sparsified; calibration needs the dense one: was_fx.densify(model) first"
-        )
+        raise ValueError("the model is sparsified; calibration needs the dense one: was_fx.densify(model) first")
     check_tokens(model, tokens)
     score = score or Score()
     linears = body_linears(model)
     norms = {name: channel_norms(linear.weight, score.norm) for name, linear in linears.items()}
     builder = CalibrationBuilder(score, {name: linear.shape for name, linear in linears.items()}, norms)
     hooks = [
-        linear.module.register_forward_pre_hook(partial(_record, builder, name))
-        for name, linear in linears.items()
+        linear.module.register_forward_pre_hook(partial(_record, builder, name)) for name, linear in linears.items()
     ]
     training = model.training
     model.eval()

@@ -77,9 +77,7 @@ def evaluate(
         forward = compile_call(model.forward, options)
     linears = find_linears(model)
     scheduled = {
-        name: bindings(linear.parameter)[name]
-        for name, linear in linears.items()
-        if name in bindings(linear.parameter)
+        name: bindings(linear.parameter)[name] for name, linear in linears.items() if name in bindings(linear.parameter)
     }
     for binding in scheduled.values():
         binding.counts.zero_()
@@ -90,8 +88,7 @@ def evaluate(
         dropped, seen = binding.counts.tolist()
         realised[name] = dropped / seen if seen else 0.0
     saved = sum(
-        realised[name] * linears[name].parameter.numel() * linears[name].parameter.element_size()
-        for name in scheduled
+        realised[name] * linears[name].parameter.numel() * linears[name].parameter.element_size() for name in scheduled
     )
     return Evaluation(
         loss=loss,
@@ -119,9 +116,7 @@ def _mean_loss(
         for start in range(0, tokens.shape[0], batch_size):
             batch = tokens[start : start + batch_size].to(device=device, dtype=torch.int64)
             logits = forward(input_ids=batch, use_cache=False).logits
-            for row, targets in zip(
-                logits[:, :-1], batch[:, 1:], strict=True
-            ):  # one at a time: fp32 logits are large
+            for row, targets in zip(logits[:, :-1], batch[:, 1:], strict=True):  # one at a time: fp32 logits are large
                 total += torch.nn.functional.cross_entropy(row.float(), targets, reduction="sum")
             if progress is not None:
                 progress(min(start + batch_size, tokens.shape[0]), tokens.shape[0])

@@ -37,9 +37,7 @@ def bind_graph(module: GraphModule, inputs: Sequence[Any], schedule: Schedule | 
     sites = {site.path: site for site in context.sites if site.path}
     names = _names(sites, schedule)
     problems = [
-        f"{name}: no Linear of the graph has this name"
-        for name in schedule.linears
-        if name not in names.values()
+        f"{name}: no Linear of the graph has this name" for name in schedule.linears if name not in names.values()
     ]
     for path, name in names.items():
         expected, found = schedule.shapes[name], _shape(sites[path], context)

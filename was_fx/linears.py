@@ -67,9 +67,7 @@ def body_linears(model: nn.Module) -> dict[str, LinearModule]:
     """The Linears that are scheduled by default: all but the head."""
     found = {name: linear for name, linear in find_linears(model).items() if not linear.head}
     if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no Linear besides its head; there is nothing to make sparse"
-        )
+        raise ValueError(f"{type(model).__name__} has no Linear besides its head; there is nothing to make sparse")
     return found
 
 

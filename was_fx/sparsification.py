@@ -130,9 +130,7 @@ def check_schedule(
 ) -> None:
     """Check that `schedule` is one of `model`; see `Schedule.check`."""
     required = set(body_linears(model))
-    shapes = {
-        name: linear.shape for name, linear in linears.items() if name in required or name in schedule.linears
-    }
+    shapes = {name: linear.shape for name, linear in linears.items() if name in required or name in schedule.linears}
     schedule.check(shapes, model_fingerprint(model, linears), allow_other_model=allow_other_model)
 
 

@@ -121,9 +121,7 @@ def test_refusals(use, message):
         use()
 
 
-@pytest.mark.parametrize(
-    ("sparsity", "threshold"), [(0.25, 0.0), (0.375, 0.5), (0.5, 1.0), (0.625, 2.0), (0.75, 3.0)]
-)
+@pytest.mark.parametrize(("sparsity", "threshold"), [(0.25, 0.0), (0.375, 0.5), (0.5, 1.0), (0.625, 2.0), (0.75, 3.0)])
 def test_threshold_and_sparsity_are_inverse_and_linear_between_levels(sparsity, threshold):
     assert by_hand().threshold("up", sparsity) == pytest.approx(threshold)
     assert by_hand().sparsity("up", threshold) == pytest.approx(sparsity)

@@ -55,9 +55,7 @@ def test_bf16_scores_are_cut_at_the_nearest_share():
     assert (realised - LEVELS).mean().abs() <= 1e-4
 
 
-@pytest.mark.parametrize(
-    ("level", "positive"), [(0.0, False), (0.3, False), (0.6, False), (0.601, True), (0.9, True)]
-)
+@pytest.mark.parametrize(("level", "positive"), [(0.0, False), (0.3, False), (0.6, False), (0.601, True), (0.9, True)])
 def test_levels_up_to_the_share_of_zeros_give_zero(level, positive):
     scores = torch.cat([torch.zeros(500), -torch.zeros(100), torch.full((400,), 0.5)])
     threshold = histogram_of(scores).quantiles([level]).item()

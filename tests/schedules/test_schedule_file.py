@@ -70,9 +70,7 @@ def test_settings_there_and_back_keep_their_order():
     ],
 )
 def test_every_problem_is_listed_and_the_rest_is_read(change, expected):
-    tensors = {
-        key: tensor for key, tensor in {**pack_linears(LINEARS), **change}.items() if tensor is not None
-    }
+    tensors = {key: tensor for key, tensor in {**pack_linears(LINEARS), **change}.items() if tensor is not None}
     linears, problems = unpack_linears(tensors, SHAPES)
     assert problems == expected
     damaged = {key.rpartition(".")[0] for key in change if "bias" not in key}

@@ -1,7 +1,7 @@
 """The embedded model: a Llama of 5.8 M parameters with its tokenizer and sample texts.
 
-It lets the demo and the tests run without a network. `README.md` in this folder says what the model is, how it
-was made and what it is not for.
+It lets the demo and the tests run without a network. `README.md` in this folder says what the model is, how
+it was made and what it is not for.
 
     from was_fx import embedded
 
