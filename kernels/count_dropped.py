@@ -34,3 +34,5 @@ _library.define(
 )
 _library.impl("count_dropped", reference, "CompositeExplicitAutograd")
 torch.library.register_fake("was::count_dropped", lambda x, threshold, counts, sequence, dense: None, lib=_library)
+
+count_dropped = torch.ops.was.count_dropped.default

@@ -111,3 +111,5 @@ _library.define(
 )
 _library.impl("sparse_linear", _sparse_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("was::sparse_linear", _fake, lib=_library)
+
+sparse_linear = torch.ops.was.sparse_linear.default

@@ -7,8 +7,7 @@
 Runs only with the option `observe`.
 """
 
-import torch
-
+from was_fx.kernels.count_dropped import count_dropped as count_dropped_op
 from was_fx.passes.context import Context
 
 
@@ -23,5 +22,5 @@ def count_dropped(context: Context) -> None:
         x, _, _, (threshold,), sequence, dense = site.sparse.args
         counts = context.extra_input(site.weight, site.binding, "counts")
         with graph.inserting_before(site.sparse):
-            graph.call_function(torch.ops.was.count_dropped.default, (x, threshold, counts, sequence, dense))
+            graph.call_function(count_dropped_op, (x, threshold, counts, sequence, dense))
         context.counts["observed"] += 1

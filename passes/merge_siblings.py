@@ -15,6 +15,7 @@ from collections import defaultdict
 import torch
 from torch.fx import Node
 
+from was_fx.kernels.sparse_linear import sparse_linear
 from was_fx.passes.context import Context, LinearSite, value
 
 
@@ -53,7 +54,7 @@ def _merge(context: Context, group: list[LinearSite]) -> None:
         weights = [_weight(context, site) for site in group]
         thresholds = [site.sparse.args[3][0] for site in group]
         merged = graph.call_function(
-            torch.ops.was.sparse_linear.default,
+            sparse_linear,
             (x, weights, [site.bias for site in group], thresholds, sequence, dense),
         )
         sizes = [value(weight).shape[0] for weight in weights]

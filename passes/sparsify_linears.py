@@ -9,10 +9,10 @@ graph of a prompt stays dense when the option `prefill` is "dense".
 
 import operator
 
-import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from was_fx.kernels.sparse_linear import sparse_linear
 from was_fx.passes.choose_phase import sequence_source
 from was_fx.passes.context import Context, LinearSite, RewriteError, value
 
@@ -67,7 +67,7 @@ def _rewrite(context: Context, site: LinearSite, sequence: Node | int, dense: No
         if weight is not site.weight:
             weight.meta["example_value"] = value(site.weight).t()
         sparse = graph.call_function(
-            torch.ops.was.sparse_linear.default,
+            sparse_linear,
             (site.x, [weight], [site.bias], [threshold], sequence, dense),
         )
     sparse.meta.update(site.node.meta)
