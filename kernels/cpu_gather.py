@@ -99,6 +99,7 @@ def _as_table(weights: Sequence[Tensor]) -> Tensor:
 
 def _stack(thresholds: Sequence[Tensor]) -> Tensor:
     """Thresholds [K] as [G, K], without a copy where they lie one after the other."""
-    if all(follows(a, b) for a, b in itertools.pairwise(thresholds)):
+    dense = all(t.is_contiguous() for t in thresholds)
+    if dense and all(follows(a, b) for a, b in itertools.pairwise(thresholds)):
         return thresholds[0].as_strided((len(thresholds), thresholds[0].shape[0]), (thresholds[0].shape[0], 1))
     return torch.stack(list(thresholds))

@@ -68,7 +68,8 @@ def reference(
     for weight, bias, threshold in zip(weights, biases, thresholds, strict=True):
         kept = rows.masked_fill(dropped_channels(rows, threshold, sequence, dense), 0)
         outputs.append(torch.nn.functional.linear(kept, weight, bias))
-    return torch.cat(outputs, dim=-1).reshape(*x.shape[:-1], -1)
+    y = torch.cat(outputs, dim=-1)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def implementation(x: Tensor, weights: Sequence[Tensor], dense: int) -> Implementation:

@@ -71,7 +71,7 @@ def bindings(weight: object) -> dict[str, Binding]:
 
 
 def resolve(weight: object, path: str | None) -> Binding | None:
-    """The binding of a weight for the module at `path`, which may be relative to a sub-module.
+    """The binding of a weight for the module at `path`, which may be relative to a sub-module or to a wrapper.
 
     Args:
         weight: a graph input.
@@ -80,5 +80,11 @@ def resolve(weight: object, path: str | None) -> Binding | None:
     found = bindings(weight)
     if len(found) <= 1:
         return next(iter(found.values()), None)
-    matches = [b for name, b in found.items() if path and (name == path or name.endswith("." + path))]
+    if path in found:
+        return found[path]
+    matches = [b for name, b in found.items() if path and _ends_alike(name, path)]
     return matches[0] if len(matches) == 1 else None
+
+
+def _ends_alike(name: str, path: str) -> bool:
+    return name.endswith("." + path) or path.endswith("." + name)

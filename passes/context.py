@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from was_fx.passes.bindings import Binding
+from was_fx.passes.bindings import Binding, bindings, resolve
 
 Prefill = Literal["dense", "sparse", "half", "all"]
 Phase = Literal["decode", "prefill"]
@@ -50,7 +50,7 @@ class LinearSite:
         bias: [N], or None.
         path: dotted path of its module, relative to the compiled one, as far as Dynamo knows it.
         binding: its schedule entry, or None when it is not scheduled.
-        sparse: the node that replaced it.
+        sparse: the call that replaced it.
     """
 
     node: Node
@@ -60,26 +60,55 @@ class LinearSite:
     input_major: bool
     path: str | None
     binding: Binding | None
-    sparse: Node | None = None
+    sparse: "SparseCall | None" = None
+
+    @property
+    def name(self) -> str:
+        """Qualified name in the sparsified model, or what is known of it."""
+        return self.binding.name if self.binding else self.path or self.weight.name
+
+
+@dataclass(eq=False)
+class SparseCall:
+    """A `was.sparse_linear` node with its arguments by name, and the Linear's own part of them.
+
+    Attributes:
+        node: computes y [..., N] of this Linear, or of this Linear and its siblings.
+        weight: [N, K], the graph input or a transposed view of it.
+        threshold: [K] fp32, a graph input.
+        sequence: tokens per sequence.
+        dense: leading tokens of each sequence that stay dense.
+    """
+
+    node: Node
+    weight: Node
+    threshold: Node
+    sequence: Node | int
+    dense: Node | int
 
 
 @dataclass(frozen=True)
 class ExtraInput:
-    """A graph input that the passes added: a tensor of a binding of the weight at `position`."""
+    """A graph input that the passes added: a tensor of a binding of the weight at `position`.
+
+    Modules of one shape share a graph, so the weight of a call may bind another name than the one the graph was made
+    with; then `path`, relative to the compiled module, tells its bindings apart.
+    """
 
     position: int
     name: str
+    path: str | None
     attribute: Literal["threshold", "counts"]
 
     def read(self, inputs: Sequence[Any]) -> Tensor:
         """The tensor for this call's graph inputs."""
-        try:
-            binding: Binding = inputs[self.position]._was.bindings[self.name]
-        except (AttributeError, KeyError):
+        weight = inputs[self.position]
+        binding = bindings(weight).get(self.name) or resolve(weight, self.path)
+        if binding is None:
             raise RewriteError(
                 f"the weight of {self.name!r} has no schedule any more, but a graph compiled for a sparsified model "
                 "was run on it; call torch.compiler.reset() or was_fx.sparsify(model, schedule) again"
-            ) from None
+            )
         return getattr(binding, self.attribute)
 
 
@@ -118,14 +147,22 @@ class Context:
         """Whether `node` is one of Dynamo's graph inputs."""
         return isinstance(node, Node) and node in self._positions
 
-    def extra_input(self, weight: Node, binding: Binding, attribute: Literal["threshold", "counts"]) -> Node:
-        """The graph input that carries a tensor of `binding`, added when it is asked for first."""
+    def replace(self, old: Node, new: Node) -> None:
+        """Let all users of `old`, and the Linears of `sites` among them, read `new`; `old` stays, unused."""
+        old.replace_all_uses_with(new)
+        for site in self.sites:
+            site.x = new if site.x is old else site.x
+            site.bias = new if site.bias is old else site.bias
+
+    def extra_input(self, site: LinearSite, attribute: Literal["threshold", "counts"]) -> Node:
+        """The graph input that carries a tensor of the binding of `site`, added when it is asked for first."""
         from was_fx.passes.extra_inputs import add_placeholder
 
-        key = ExtraInput(self._positions[weight], binding.name, attribute)
+        assert site.binding is not None
+        key = ExtraInput(self._positions[site.weight], site.binding.name, site.path, attribute)
         if key not in self.extra:
             self.extra[key] = add_placeholder(
-                self.module.graph, f"was_{attribute}_{len(self.extra)}", getattr(binding, attribute)
+                self.module.graph, f"was_{attribute}_{len(self.extra)}", getattr(site.binding, attribute)
             )
         return self.extra[key]
 

@@ -19,8 +19,8 @@ def count_dropped(context: Context) -> None:
     for site in context.sites:
         if site.sparse is None or site.binding is None:
             continue
-        x, _, _, (threshold,), sequence, dense = site.sparse.args
-        counts = context.extra_input(site.weight, site.binding, "counts")
-        with graph.inserting_before(site.sparse):
-            graph.call_function(count_dropped_op, (x, threshold, counts, sequence, dense))
+        call = site.sparse
+        counts = context.extra_input(site, "counts")
+        with graph.inserting_before(call.node):
+            graph.call_function(count_dropped_op, (site.x, call.threshold, counts, call.sequence, call.dense))
         context.counts["observed"] += 1

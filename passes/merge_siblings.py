@@ -10,34 +10,43 @@ Each keeps its own thresholds. The groups are listed in `context.siblings`, so t
 the other in one storage.
 """
 
+import re
 from collections import defaultdict
+from collections.abc import Collection
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from was_fx.kernels.sparse_linear import sparse_linear
-from was_fx.passes.context import Context, LinearSite, value
+from was_fx.passes.context import Context, LinearSite, SparseCall, value
+
+Sibling = tuple[LinearSite, SparseCall]
+
+# Names of what writes to its first argument: add_, iadd, setitem, __setitem__.
+_IN_PLACE = re.compile(r"\w*[a-z]_|i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)|_*setitem_*")
 
 
-def declined(context: Context, site: LinearSite) -> str | None:
-    """Why this sparse Linear can't be merged with any other, or None."""
+def declined(context: Context, site: LinearSite, written: Collection[int] = ()) -> str | None:
+    """Why this sparse Linear can't be merged with any other, or None; `written` are the storages written in place."""
     if site.bias is not None and not context.is_input(site.bias):
         return "its bias is computed in the graph"
+    if _storage(site.x) in written:
+        return "its input is written in place"
     return None
 
 
 def merge_siblings(context: Context) -> None:
     """Merge every group of two or more."""
-    groups: dict[tuple, list[LinearSite]] = defaultdict(list)
+    groups: dict[tuple, list[Sibling]] = defaultdict(list)
+    written = _written_storages(context.module.graph)
     for site in context.sites:
         if site.sparse is None:
             continue
-        reason = declined(context, site)
+        reason = declined(context, site, written)
         if reason:
-            context.declined.append((site.binding.name if site.binding else str(site.path), reason))
+            context.declined.append((site.name, reason))
             continue
-        x, *_, sequence, dense = site.sparse.args
-        groups[x, sequence, dense].append(site)
+        groups[site.x, site.sparse.sequence, site.sparse.dense].append((site, site.sparse))
     for group in groups.values():
         if len(group) > 1:
             _merge(context, group)
@@ -45,45 +54,55 @@ def merge_siblings(context: Context) -> None:
             context.counts["merged linears"] += len(group)
 
 
-def _merge(context: Context, group: list[LinearSite]) -> None:
+def _merge(context: Context, group: list[Sibling]) -> None:
     graph = context.module.graph
-    first = group[0].sparse
-    assert first is not None
-    x, *_, sequence, dense = first.args
-    with graph.inserting_before(first):
-        weights = [_weight(context, site) for site in group]
-        thresholds = [site.sparse.args[3][0] for site in group]
-        merged = graph.call_function(
-            sparse_linear,
-            (x, weights, [site.bias for site in group], thresholds, sequence, dense),
-        )
+    x, first = group[0][0].x, group[0][1]
+    with graph.inserting_before(first.node):
+        weights = [_weight(graph, site) for site, _ in group]
         sizes = [value(weight).shape[0] for weight in weights]
+        biases, thresholds = [site.bias for site, _ in group], [call.threshold for _, call in group]
+        merged = graph.call_function(sparse_linear, (x, weights, biases, thresholds, first.sequence, first.dense))
         merged.meta["example_value"] = value(x).new_empty(*value(x).shape[:-1], sum(sizes))
-        merged.meta["was_linear"] = tuple(site.sparse.meta["was_linear"] for site in group)
+        merged.meta["was_linear"] = tuple(site.name for site, _ in group)
         start = 0
-        for site, size in zip(group, sizes, strict=True):
+        for (_, call), size in zip(group, sizes, strict=True):
             part = graph.call_function(torch.narrow, (merged, -1, start, size))
-            part.meta.update(site.sparse.meta)
+            part.meta.update(call.node.meta)
             part.meta["example_value"] = torch.narrow(value(merged), -1, start, size)
-            site.sparse.replace_all_uses_with(part)
+            context.replace(call.node, part)
             start += size
-    for site in group:
-        _erase(graph, site.sparse)
-        site.sparse = merged
-    context.siblings.append([(site.weight, site.binding) for site in group if site.binding])
+    for (site, call), weight in zip(group, weights, strict=True):
+        graph.erase_node(call.node)
+        if call.weight is not site.weight:
+            graph.erase_node(call.weight)
+        site.sparse = SparseCall(merged, weight, call.threshold, call.sequence, call.dense)
+    context.siblings.append([(site.weight, site.binding) for site, _ in group if site.binding])
 
 
-def _weight(context: Context, site: LinearSite) -> Node:
-    """W [N, K] at the insertion point."""
+def _weight(graph: Graph, site: LinearSite) -> Node:
+    """W [N, K] at the insertion point: earlier than where the Linear's own view of it stands."""
     if not site.input_major:
         return site.weight
-    node = context.module.graph.call_method("t", (site.weight,))
+    node = graph.call_method("t", (site.weight,))
     node.meta["example_value"] = value(site.weight).t()
     return node
 
 
-def _erase(graph: torch.fx.Graph, sparse: Node) -> None:
-    weights = [node for node in sparse.args[1] if node.op != "placeholder"]
-    graph.erase_node(sparse)
-    for node in weights:
-        graph.erase_node(node)
+def _written_storages(graph: Graph) -> set[int]:
+    """Storages that some node writes to in place: calls around such a write can't be moved together."""
+    written: set[int] = set()
+    for node in graph.nodes:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if not node.op.startswith("call"):
+            continue
+        if _IN_PLACE.fullmatch(name) or node.kwargs.get("inplace"):
+            written |= {_storage(node.args[0])} if node.args else set()
+        if "out" in node.kwargs:
+            written.add(_storage(node.kwargs["out"]))
+    return written - {0}
+
+
+def _storage(node: object) -> int:
+    """What tells the storage of a node's fake value from others; 0 when it has none."""
+    example = value(node)
+    return example.untyped_storage()._cdata if isinstance(example, torch.Tensor) else 0

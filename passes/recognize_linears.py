@@ -4,12 +4,15 @@
     y = addmm(b, x, W)               W [K, N]     transformers' Conv1D
     y = matmul(x, W.T)               W [N, K]     Linear subclasses that write the product out
 
+The transpose may be .T, .mT, t, transpose, swapaxes, swapdims or permute, a method or a function.
+
 W must be a graph input: a weight that was computed (cast, dequantised, gathered) is left alone. The graph is unchanged;
 the Linears are listed in `context.sites`.
 """
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -17,12 +20,12 @@ from torch.fx import Node
 from was_fx.passes.bindings import bindings, resolve
 from was_fx.passes.context import Context, LinearSite, RewriteError, module_path, value
 
-Match = tuple[Node, Node, Node | None, bool]  # x, weight, bias, weight is [K, N]
+Match = tuple[Any, Any, Any, bool]  # x, weight, bias, weight is [K, N]
 
 
 def _linear(node: Node) -> Match | None:
-    x, weight, *bias = node.args
-    return x, weight, (bias[0] if bias else node.kwargs.get("bias")), False
+    x, weight, bias = _arguments(node, "input", "weight", "bias")
+    return x, weight, bias, False
 
 
 def _addmm(node: Node) -> Match | None:
@@ -33,30 +36,41 @@ def _addmm(node: Node) -> Match | None:
 
 
 def _matmul(node: Node) -> Match | None:
-    x, right = node.args[:2]
+    if "out" in node.kwargs:
+        return None
+    x, right = _arguments(node, "input", "mat2" if "mat2" in node.kwargs else "other")
     weight = _transposed(right)
     return None if weight is None else (x, weight, None, False)
 
 
-def _transposed(node: object) -> Node | None:
-    """W, when `node` is its transpose written in any of the usual ways."""
-    if not isinstance(node, Node):
+def _arguments(node: Node, *names: str) -> list[Any]:
+    """Arguments in the order of `names`, however they were passed; None for a missing one."""
+    return [*node.args, *(node.kwargs.get(name) for name in names[len(node.args) :])]
+
+
+def _transposed(node: object) -> Any:
+    """W [N, K], when `node` is its transpose written in any of the usual ways."""
+    if not isinstance(node, Node) or not node.args:
         return None
-    if node.op == "call_function" and node.target is getattr and node.args[1] in ("T", "mT"):
+    if node.target is getattr:
+        return node.args[0] if node.args[1] in ("T", "mT") else None
+    if node.target in _TRANSPOSES:
         return node.args[0]
-    if node.op == "call_method" and node.target in ("t", "transpose", "permute", "swapaxes"):
-        dims = sorted(d % 2 for d in _flat(node.args[1:]))
-        return node.args[0] if node.target == "t" or (dims == [0, 1] and _is_swap(node)) else None
-    return None
+    dims = _dims([*node.args[1:], *node.kwargs.values()])
+    if node.target in _SWAPS and sorted(dims) == [0, 1]:
+        return node.args[0]
+    return node.args[0] if node.target in _PERMUTATIONS and dims == [1, 0] else None
 
 
-def _is_swap(node: Node) -> bool:
-    return node.target != "permute" or [d % 2 for d in _flat(node.args[1:])] == [1, 0]
+def _dims(arguments: list[Any]) -> list[int]:
+    """Dimensions of a matrix, counted from its first; empty when they are not constants."""
+    flat = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], list | tuple) else arguments
+    return [dim % 2 for dim in flat] if all(isinstance(dim, int) for dim in flat) else []
 
 
-def _flat(args: tuple) -> list[int]:
-    return list(args[0]) if len(args) == 1 and isinstance(args[0], tuple | list) else list(args)
-
+_TRANSPOSES = {"t", torch.t}
+_SWAPS = {"transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes, torch.swapdims}
+_PERMUTATIONS = {"permute", torch.permute}
 
 _MATCHERS: dict[object, Callable[[Node], Match | None]] = {
     torch._C._nn.linear: _linear,

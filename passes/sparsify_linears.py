@@ -7,14 +7,16 @@ S is the number of tokens per sequence and d how many of them, at the start of a
 graph of a prompt stays dense when the option `prefill` is "dense".
 """
 
+import math
 import operator
+from typing import Any
 
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from was_fx.kernels.sparse_linear import sparse_linear
 from was_fx.passes.choose_phase import sequence_source
-from was_fx.passes.context import Context, LinearSite, RewriteError, value
+from was_fx.passes.context import Context, LinearSite, RewriteError, SparseCall, value
 
 
 def declined(context: Context, site: LinearSite) -> str | None:
@@ -25,6 +27,8 @@ def declined(context: Context, site: LinearSite) -> str | None:
         return "prompts stay dense"
     if value(site.x).dtype != value(site.weight).dtype:
         return f"x is {value(site.x).dtype} and its weight {value(site.weight).dtype}"
+    if value(site.node).dtype != value(site.x).dtype:
+        return f"autocast makes its output {value(site.node).dtype} from {value(site.x).dtype}"
     return None
 
 
@@ -42,14 +46,13 @@ def sparsify_linears(context: Context) -> None:
             _rewrite(context, site, *token_range(site))
             context.counts["sparsified"] += 1
             continue
-        name = site.binding.name if site.binding else site.path or site.weight.name
-        context.declined.append((name, reason))
+        context.declined.append((site.name, reason))
         if site.binding is None:
             context.counts["dense (not scheduled)"] += 1
         elif reason == "prompts stay dense":
             context.counts["dense (prompt)"] += 1
         else:
-            problems.append(f"{name}: {reason}")
+            problems.append(f"{site.name}: {reason}")
     if problems:
         raise RewriteError(
             "scheduled Linears could not be rewritten:\n  "
@@ -59,9 +62,8 @@ def sparsify_linears(context: Context) -> None:
 
 
 def _rewrite(context: Context, site: LinearSite, sequence: Node | int, dense: Node | int) -> None:
-    assert site.binding is not None
     graph = context.module.graph
-    threshold = context.extra_input(site.weight, site.binding, "threshold")
+    threshold = context.extra_input(site, "threshold")
     with graph.inserting_before(site.node):
         weight = graph.call_method("t", (site.weight,)) if site.input_major else site.weight
         if weight is not site.weight:
@@ -71,9 +73,9 @@ def _rewrite(context: Context, site: LinearSite, sequence: Node | int, dense: No
             (site.x, [weight], [site.bias], [threshold], sequence, dense),
         )
     sparse.meta.update(site.node.meta)
-    site.node.replace_all_uses_with(sparse)
+    context.replace(site.node, sparse)
     graph.erase_node(site.node)
-    site.sparse = sparse
+    site.sparse = SparseCall(sparse, weight, threshold, sequence, dense)
 
 
 class _TokenRange:
@@ -82,22 +84,25 @@ class _TokenRange:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.nodes: tuple[Node | int, Node | int] | None = None
-        self.length: object = None
+        self.length: Any = None
+        self.rows: Any = None
 
     def __call__(self, site: LinearSite) -> tuple[Node | int, Node | int]:
         if self.context.phase == "decode" or self.context.options.prefill == "all":
             return 1, 0
         source = sequence_source(site.x)
-        if self.nodes is None:
-            if source is None:
-                raise RewriteError(
-                    f"{site.node.meta.get('was_linear')}: can't tell the sequences of its flattened input apart, as "
-                    f"prefill={self.context.options.prefill!r} needs; use prefill='dense' or 'all'"
-                )
+        if source is not None and self.nodes is None:
             self.length = value(source).shape[-2]
+            self.rows = math.prod(value(source).shape[:-1])
             self.nodes = self._compute(source)
-        elif source is not None and not statically_known_true(value(source).shape[-2] == self.length):
+        if source is not None and not statically_known_true(value(source).shape[-2] == self.length):
             return 1, 0  # only the last tokens of the prompt came this far
+        flat = source is None and not statically_known_true(math.prod(value(site.x).shape[:-1]) == self.rows)
+        if self.nodes is None or flat:
+            raise RewriteError(
+                f"{site.name}: can't tell the sequences of its input {tuple(value(site.x).shape)} apart, as "
+                f"prefill={self.context.options.prefill!r} needs; use prefill='dense' or 'all'"
+            )
         return self.nodes
 
     def _compute(self, source: Node) -> tuple[Node, Node]:

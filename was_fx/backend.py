@@ -84,6 +84,7 @@ def was(
         ValueError: a bad option.
         RewriteError: a scheduled Linear can't be made sparse.
     """
+    raise_recompile_limit()
     parsed = BackendOptions.parse({**mode_options(mode), **(options or {})})
     if parsed.schedule is not None:
         from was_fx.late_binding import bind_graph, run_once_then_move
@@ -111,7 +112,8 @@ def _execute(context: Context, options: BackendOptions) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     extra = [node.meta["example_value"] for node in context.extra.values()]
-    return compile_fx(context.module, [*context.inputs, *extra], config_patches=dict(options.inductor))
+    compiled: Any = compile_fx(context.module, [*context.inputs, *extra], config_patches=dict(options.inductor))
+    return compiled
 
 
 def _lay_out(context: Context) -> None:
@@ -140,6 +142,17 @@ def has_compiler() -> bool:
     except InvalidCxxCompiler:
         return False
     return True
+
+
+def raise_recompile_limit() -> None:
+    """Let Dynamo keep 64 graphs per code object instead of 8, for the rest of the process.
+
+    transformers runs every model through one code object, so all models, shapes and modes share the limit; past it
+    Dynamo stops compiling and runs the model as it is, dense, with a warning only.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
 def register() -> None:

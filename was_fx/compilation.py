@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from was_fx.backend import was
+from was_fx.backend import raise_recompile_limit, was
 
 
 def compile_call(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
@@ -19,16 +19,12 @@ def compile_call(function: Callable[..., Any], options: Mapping[str, Any]) -> Ca
     """
     import torch._dynamo
 
+    raise_recompile_limit()
     # fullgraph: a graph break or an exhausted recompile limit must raise, not silently run dense.
     # dynamic: one graph for every prompt length, one for every cache length.
     compiled = torch.compile(function, backend=was, dynamic=True, fullgraph=True, options=dict(options))
-    settings = torch._dynamo.config.patch(
-        # Dynamo counts graphs per code object, and transformers runs every model through one. A process may well
-        # use more models, shapes and modes than the default of 8.
-        recompile_limit=64,
-        # Otherwise dynamic=True makes an input of every float, and Inductor turns it down after a first compilation.
-        specialize_float=True,
-    )
+    # Otherwise dynamic=True makes an input of every float, and Inductor turns it down after a first compilation.
+    settings = torch._dynamo.config.patch(specialize_float=True)
 
     @functools.wraps(function)
     def call(*arguments: Any, **keywords: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def find_linears(model: nn.Module) -> dict[str, LinearModule]:
     Raises:
         ValueError: the model has none.
     """
-    head = _head(model)
+    head = _embedding(model, "get_output_embeddings")
     found = {}
     for name, module in model.named_modules():
         input_major = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
@@ -87,8 +88,8 @@ def weight_bytes_per_token(model: nn.Module, linears: Iterable[LinearModule] | N
 
 def vocabulary(model: nn.Module) -> int | None:
     """Number of token ids the model's input embedding knows, or None when it can't be told."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return embedding.weight.shape[0] if isinstance(getattr(embedding, "weight", None), Tensor) else None
+    weight = getattr(_embedding(model, "get_input_embeddings"), "weight", None)
+    return weight.shape[0] if isinstance(weight, Tensor) else None
 
 
 def check_tokens(model: nn.Module, tokens: Tensor) -> None:
@@ -112,5 +113,7 @@ def check_tokens(model: nn.Module, tokens: Tensor) -> None:
         )
 
 
-def _head(model: nn.Module) -> nn.Module | None:
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def _embedding(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a model of transformers answers; None for any other module."""
+    get: Any = getattr(model, getter, None)
+    return get() if get is not None else None

@@ -1,9 +1,10 @@
 """`sparsify` and `densify`: put a schedule on a model in place, and take it off again."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class SparseState:
 
     schedule: Schedule
     options: BackendOptions
-    compiled_before: object
+    compiled_before: Callable[..., Any] | None
     requires_grad: dict[str, bool]
 
 
@@ -107,6 +108,8 @@ def densify(model: nn.Module) -> nn.Module:
         _release(parameter)
     if known is not None:
         model._compiled_call_impl = known.compiled_before
+        if known.compiled_before is None:
+            del model._compiled_call_impl  # the class has the None
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(known.requires_grad[name])
         del model._was_state
