@@ -28,6 +28,7 @@ _HOMES = {
     "calibrate": "was_fx.calibration",
     "densify": "was_fx.sparsification",
     "evaluate": "was_fx.evaluation",
+    "recalibrate": "was_fx.calibration",
     "perplexity": "was_fx.evaluation",
     "sparsify": "was_fx.sparsification",
     "uniform": "was_fx.schedules.uniform",
@@ -46,12 +47,13 @@ __all__ = [
     "densify",
     "evaluate",
     "perplexity",
+    "recalibrate",
     "sparsify",
     "uniform",
 ]
 
 if TYPE_CHECKING:
-    from was_fx.calibration import calibrate
+    from was_fx.calibration import calibrate, recalibrate
     from was_fx.evaluation import Evaluation, evaluate, perplexity
     from was_fx.passes.context import RewriteError
     from was_fx.schedules.calibration import Calibration

@@ -1,15 +1,18 @@
-"""`calibrate`: run text through a dense model and keep the distribution of every Linear's scores."""
+"""`calibrate`: run text through a dense model and keep the distribution of every Linear's scores.
+`recalibrate`: the same for a schedule's thresholds, while the model drops what the schedule says."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from was_fx.linears import body_linears, check_tokens, find_linears
+from was_fx.linears import LinearModule, body_linears, check_tokens, find_linears
 from was_fx.schedules.calibration import Calibration, CalibrationBuilder
-from was_fx.schedules.score import Score, channel_norms
-from was_fx.sparsification import model_fingerprint, sparse_state
+from was_fx.schedules.schedule import Schedule
+from was_fx.schedules.score import Score, channel_norms, channel_scale
+from was_fx.sparsification import check_schedule, model_fingerprint, sparse_state
 
 Progress = Callable[[int, int], None]
 
@@ -50,9 +53,80 @@ def calibrate(
     linears = body_linears(model)
     norms = {name: channel_norms(linear.weight, score.norm) for name, linear in linears.items()}
     builder = CalibrationBuilder(score, {name: linear.shape for name, linear in linears.items()}, norms)
-    hooks = [
-        linear.module.register_forward_pre_hook(partial(_record, builder, name)) for name, linear in linears.items()
-    ]
+    hooks = {name: partial(_record, builder, name) for name in linears}
+    _run(model, linears, hooks, tokens, batch_size, progress)
+    return builder.build(text=text, fingerprint=model_fingerprint(model, find_linears(model)))
+
+
+@torch.no_grad()
+def recalibrate(
+    model: nn.Module,
+    schedule: Schedule,
+    tokens: Tensor,
+    *,
+    rounds: int = 1,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Schedule:
+    """The same sparsities with thresholds read from the activations of the model as it runs by `schedule`.
+
+    A model that drops channels has other activations than the dense one it was calibrated on, so what it realises
+    drifts from the nominal sparsity, most in the last inputs that depend on many dropped ones. Each round runs the
+    text through the model with channels dropped and takes each threshold anew.
+
+    Args:
+        model: the dense model of the schedule.
+        schedule: its sparsities are kept. Linears with thresholds of their own for each channel are kept as they are.
+        tokens: LongTensor [n, seq] of token ids, any device; a few thousand tokens do.
+        rounds: how often; the second changes little.
+        batch_size: sequences per forward pass.
+        progress: called with (sequences done, n · rounds).
+
+    Returns:
+        A new schedule.
+
+    Raises:
+        ScheduleError: the schedule doesn't fit the model, or the sparse model's activations are not finite.
+        ValueError, TypeError: as `calibrate`.
+    """
+    if sparse_state(model) is not None:
+        raise ValueError("the model is sparsified; give the dense one: was_fx.densify(model) first")
+    check_tokens(model, tokens)
+    found = find_linears(model)
+    check_schedule(model, schedule, found)
+    linears = {name: found[name] for name in schedule.linears}
+    norms = {name: channel_norms(linear.weight, schedule.norm) for name, linear in linears.items()}
+    # The exponent differs from Linear to Linear, so it goes into the scale: |x|·g^α is the score of norms g^α.
+    scales = {name: channel_scale(norms[name], entry.exponent) for name, entry in schedule.linears.items()}
+    for done in range(rounds):
+        builder = CalibrationBuilder(Score(1.0, schedule.norm), schedule.shapes, scales)
+        hooks = {
+            name: partial(_record_and_drop, builder, name, entry.channel_thresholds(norms[name]))
+            for name, entry in schedule.linears.items()
+        }
+        step = None if progress is None else partial(_later_round, progress, done, rounds)
+        _run(model, linears, hooks, tokens, batch_size, step)
+        measured = builder.build(text=schedule.metadata.calibration_text, fingerprint=schedule.metadata.fingerprint)
+        schedule = schedule.replace(
+            {
+                name: replace(entry, threshold=measured.threshold(name, entry.sparsity))
+                for name, entry in schedule.linears.items()
+                if entry.channel_threshold is None
+            }
+        )
+    return schedule
+
+
+def _run(
+    model: nn.Module,
+    linears: Mapping[str, LinearModule],
+    hooks: Mapping[str, Callable],
+    tokens: Tensor,
+    batch_size: int,
+    progress: Progress | None,
+) -> None:
+    """Run the text through the model with a forward-pre-hook on each Linear."""
+    handles = [linear.module.register_forward_pre_hook(hooks[name]) for name, linear in linears.items()]
     training = model.training
     model.eval()
     try:
@@ -62,11 +136,22 @@ def calibrate(
             if progress is not None:
                 progress(min(start + batch_size, tokens.shape[0]), tokens.shape[0])
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
         model.train(training)
-    return builder.build(text=text, fingerprint=model_fingerprint(model, find_linears(model)))
 
 
 def _record(builder: CalibrationBuilder, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
     builder.add(name, args[0])
+
+
+def _record_and_drop(
+    builder: CalibrationBuilder, name: str, threshold: Tensor, module: nn.Module, args: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    x, *rest = args
+    builder.add(name, x)
+    return x.masked_fill(x.abs() <= threshold, 0), *rest
+
+
+def _later_round(progress: Progress, done: int, rounds: int, sequences: int, of: int) -> None:
+    progress(done * of + sequences, rounds * of)

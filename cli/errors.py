@@ -1,0 +1,72 @@
+"""The one place where errors become messages and exit codes: 1 failed, 2 usage, 130 interrupted."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from was_fx.cli.console import stderr
+
+INTERRUPTED = 130
+_OURS = Path(__file__).resolve().parent.parent
+
+
+class Commands(TyperGroup):
+    """The group of all sub-commands, which reports their errors.
+
+    Bad usage is left to Typer. With `--debug`, or WAS_DEBUG=1, errors keep their traceback.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen sub-command."""
+        warnings.showwarning = _show_warning
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            report_interrupt()
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            known = expected(error)
+            if known is None or ctx.params.get("debug"):
+                raise
+            report(known)
+            raise typer.Exit(1) from None
+
+
+def expected(error: BaseException) -> BaseException | None:
+    """The error to tell the user about, taken out of torch.compile's wrapper; None if it is a defect of ours."""
+    error = getattr(error, "inner_exception", None) or error
+    if isinstance(error, BrokenPipeError):
+        return None  # `was … | head`: Click ends quietly
+    kinds: list[type[BaseException]] = [ValueError, TypeError, OSError]
+    for module, name in (("was_fx.passes.context", "RewriteError"), ("torch", "OutOfMemoryError")):
+        if module in sys.modules:
+            kinds.append(getattr(sys.modules[module], name))
+    return error if isinstance(error, tuple(kinds)) else None
+
+
+def report(error: BaseException) -> None:
+    """Print an error on stderr: what is wrong, and what to do about it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error) or type(error).__name__
+    # Remedies name Python's arguments; the command line has its own.
+    text = text.replace("`allow_other_model=True`", "--allow-other-model")
+    stderr().print(f"[bold red]Error:[/] {escape(text)}", soft_wrap=True)
+
+
+def report_interrupt() -> None:
+    """Say that Ctrl-C was heard."""
+    stderr().print("\n[bold yellow]Interrupted.[/] No file was written.", soft_wrap=True)
+
+
+def _show_warning(message: Any, category: type[Warning], filename: str, *rest: Any) -> None:
+    """Our own warnings in one line; those of libraries only with WAS_DEBUG."""
+    if Path(filename).resolve().is_relative_to(_OURS) or os.environ.get("WAS_DEBUG"):
+        stderr().print(f"[bold yellow]Warning:[/] {escape(str(message))}", soft_wrap=True)

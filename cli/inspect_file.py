@@ -1,0 +1,170 @@
+"""`was inspect`: what is in a schedule or a calibration."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from was_fx.cli import options
+from was_fx.cli.console import print_json, stdout
+from was_fx.cli.files import load_any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from was_fx import Calibration, Schedule
+
+EXAMPLES = options.examples(
+    "was inspect schedule.was.safetensors",
+    "was inspect schedule.was.safetensors --thresholds",
+    "was inspect calibration.safetensors --json",
+)
+QUANTILES = (0.25, 0.5, 0.75, 0.9)
+
+
+def inspect_file(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A schedule or a calibration (safetensors).", show_default=False),
+    ],
+    thresholds: Annotated[
+        bool, typer.Option("--thresholds", help="A schedule's thresholds τ, in score units, instead of sparsities.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Show a schedule (sparsity of each Linear) or a calibration (threshold of some sparsities)."""
+    from was_fx import Schedule
+
+    found = load_any(file)
+    if isinstance(found, Schedule):
+        if json:
+            print_json(_schedule_json(file, found))
+        else:
+            show_schedule(stdout(), file.name, found, thresholds=thresholds)
+    elif json:
+        print_json(_calibration_json(file, found))
+    else:
+        show_calibration(stdout(), file.name, found)
+
+
+def show_schedule(console: "Console", name: str, schedule: "Schedule", *, thresholds: bool = False) -> None:
+    """Draw blocks × projections, the budget and where the schedule comes from."""
+    from was_fx.cli.grid import draw
+
+    what = "thresholds τ" if thresholds else "sparsity in %"
+    console.print(f"{name}: {what}", style="bold", markup=False, soft_wrap=True)
+    linears = schedule.linears
+    if thresholds:
+        draw(console, {name: (f"{linear.threshold:.3g}", None) for name, linear in linears.items()})
+    else:
+        draw(console, {name: (f"{100 * each.sparsity:.1f}", each.sparsity) for name, each in linears.items()})
+    weights = sum(n * k for n, k in schedule.shapes.values())
+    skipped = weights * schedule.sparsity
+    meta = schedule.metadata
+    target = "no target" if meta.target is None else f"target {100 * meta.target:.4g} %"
+    excluded = f", {len(meta.excluded)} left dense on purpose" if meta.excluded else ""
+    scores = sorted({str(schedule.score(name)) for name in linears})
+    lines = {
+        "budget": f"{100 * schedule.sparsity:.2f} % nominal, {target}",
+        "": f"{_count(skipped)} of {_count(weights)} scheduled weights not read per token",
+        " ": f"({_count(2 * skipped)}B less in bf16); the head is never scheduled by default",
+        "linears": f"{len(linears)} scheduled{excluded}",
+        "recipe": meta.recipe + ("" if meta.seed is None else f", seed {meta.seed}"),
+        "score": scores[0] if len(scores) == 1 else f"{len(scores)} different, {scores[0]} … {scores[-1]}",
+        "text": _text(meta.calibration_text, meta.calibration_tokens),
+        "model": _fingerprint(meta.fingerprint),
+        "was-fx": meta.tool_version or "unknown",
+    }
+    _lines(console, lines)
+
+
+def show_calibration(console: "Console", name: str, calibration: "Calibration") -> None:
+    """Draw the threshold of some sparsities for each Linear, and where the calibration comes from."""
+    from was_fx.cli.grid import short_names
+    from was_fx.cli.tables import new_table
+    from was_fx.schedules.names import split_name
+
+    console.print(f"{name}: threshold τ that drops …", style="bold", markup=False, soft_wrap=True)
+    split = {each: split_name(each) for each in calibration.thresholds}
+    short = short_names(projection for _, projection in split.values())
+    table = new_table("block", "Linear", "[N, K]", *(f"{100 * level:.0f} %" for level in QUANTILES))
+    table.columns[1].justify = "left"
+    last = float(calibration.levels[-1])
+    for each, (block, projection) in split.items():
+        n, k = calibration.shapes[each]
+        values = [f"{calibration.threshold(each, q):.4g}" if q <= last else "–" for q in QUANTILES]
+        table.add_row("" if block is None else str(block), short[projection], f"{n} × {k}", *values)
+    console.print(table)
+    lines = {
+        "linears": str(len(split)),
+        "score": str(calibration.score),
+        "text": _text(calibration.text, calibration.tokens),
+        "model": _fingerprint(calibration.fingerprint),
+    }
+    _lines(console, lines)
+
+
+def _schedule_json(path: Path, schedule: "Schedule") -> dict[str, Any]:
+    import dataclasses
+
+    linears = {
+        name: {
+            "sparsity": each.sparsity,
+            "threshold": each.threshold,
+            "exponent": each.exponent,
+            "shape": list(schedule.shapes[name]),
+        }
+        for name, each in schedule.linears.items()
+    }
+    return {
+        "kind": "schedule",
+        "path": str(path),
+        "sparsity": schedule.sparsity,
+        "norm": schedule.norm,
+        "metadata": dataclasses.asdict(schedule.metadata),
+        "linears": linears,
+    }
+
+
+def _calibration_json(path: Path, calibration: "Calibration") -> dict[str, Any]:
+    last = float(calibration.levels[-1])
+    linears = {
+        name: {
+            "shape": list(calibration.shapes[name]),
+            "thresholds": {str(q): calibration.threshold(name, q) for q in QUANTILES if q <= last},
+        }
+        for name in calibration.thresholds
+    }
+    return {
+        "kind": "calibration",
+        "path": str(path),
+        "score": {"exponent": calibration.score.exponent, "norm": calibration.score.norm},
+        "tokens": calibration.tokens,
+        "text": calibration.text,
+        "fingerprint": dict(calibration.fingerprint),
+        "linears": linears,
+    }
+
+
+def _lines(console: "Console", lines: Mapping[str, str]) -> None:
+    for key, text in lines.items():
+        console.print(f"[bold]{key.strip():<8}[/] ", end="")
+        console.print(text, markup=False, soft_wrap=True)
+
+
+def _text(text: str, tokens: int) -> str:
+    return f"{text or 'unknown'}, {tokens:,} tokens" if tokens else text or "unknown"
+
+
+def _fingerprint(fingerprint: Mapping[str, Any]) -> str:
+    if not fingerprint:
+        return "any (no fingerprint)"
+    return f"{fingerprint.get('architecture', 'unknown')}, weights {str(fingerprint.get('weights', ''))[:12]}"
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} "

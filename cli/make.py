@@ -1,0 +1,49 @@
+"""`was make`, also `was sparsify`: a schedule from a calibration."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from was_fx.cli import options
+from was_fx.cli.console import print_json, stdout
+from was_fx.cli.files import check_output, load_calibration
+
+EXAMPLES = options.examples(
+    "was make calibration.safetensors --target 0.5",
+    "was make calibration.safetensors --target 60% --out llama-60.was.safetensors",
+)
+
+
+def make(
+    calibration: Annotated[
+        Path, typer.Argument(metavar="CALIBRATION", help="A file that `was calibrate` wrote.", show_default=False)
+    ],
+    target: Annotated[
+        float,
+        typer.Option(
+            parser=options.parse_share,
+            metavar="SHARE",
+            help="Share of the scheduled weights that a token shall not read, such as 0.5 or 50%.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the schedule.")] = Path(
+        "schedule.was.safetensors"
+    ),
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    """Make a schedule with the same sparsity for every Linear. Needs no model and takes no time."""
+    check_output(out, force)
+    found = load_calibration(calibration)
+
+    import was_fx
+
+    schedule = was_fx.uniform(found, target)
+    schedule.save(out)
+    if json:
+        print_json({"path": str(out), "target": target, "nominal": schedule.sparsity, "linears": len(schedule.linears)})
+        return
+    summary = f"Wrote {out}: {len(schedule.linears)} Linears at {100 * target:g} %, score {found.score}"
+    stdout().print(summary, markup=False, soft_wrap=True)
+    stdout().print(f"Next: was inspect {out}", markup=False, soft_wrap=True)

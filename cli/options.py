@@ -1,0 +1,105 @@
+"""Options and arguments that several sub-commands share."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+EMBEDDED = "embedded"
+
+
+class Prefill(StrEnum):
+    """Which tokens of a window are sparse."""
+
+    sparse = "sparse"
+    half = "half"
+    all = "all"
+
+
+class Executor(StrEnum):
+    """What runs the rewritten graph."""
+
+    inductor = "inductor"
+    eager = "eager"
+
+
+class Dtype(StrEnum):
+    """The dtype of weights and activations."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+def examples(*lines: str) -> str:
+    """A command's closing help: commands to copy, each with what it does."""
+    return "\n\n".join(["[bold]Examples[/]", *lines])
+
+
+def parse_share(text: str) -> float:
+    """A share of 1 from `0.5` or `50%`, at least 0 and below 1."""
+    number = text.strip()
+    percent = number.endswith("%")
+    try:
+        share = float(number.removesuffix("%")) / (100 if percent else 1)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number; give a share such as 0.5 or 50%") from None
+    if not 0 <= share < 1:
+        hint = f"; did you mean {share:g}%?" if not percent and 1 < share < 100 else "; for example 0.5 or 50%"
+        raise typer.BadParameter(f"{text!r} is outside 0 ≤ target < 1{hint}")
+    return share
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Directory or Hub name of a causal LM, or [bold]embedded[/] for the small model inside was-fx.",
+        show_default=False,
+    ),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="UTF-8 text file; or embedded:calibration, embedded:validation or embedded:test for a text inside "
+        "was-fx. Only the embedded model has a default.",
+        show_default=False,
+    ),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Tokens per window. The text is cut into windows that don't overlap; what fills no window is dropped. "
+        "By default 512, or what the model can take if that is less.",
+        show_default=False,
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Windows per forward pass. More is faster and takes more memory.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(help="Dtype to load the model in. auto: as the checkpoint is stored (the embedded model: fp32)."),
+]
+Device = Annotated[
+    str,
+    typer.Option(metavar="cpu|cuda|auto", help="Device to run on. auto: a CUDA device if there is one."),
+]
+ExecutorOption = Annotated[
+    Executor | None,
+    typer.Option(
+        help="inductor: compiled, fast, takes a while to start. eager: the rewritten graph node by node, starts at "
+        "once. By default inductor, unless a CPU has no C++ compiler.",
+        show_default=False,
+    ),
+]
+OtherModel = Annotated[
+    bool,
+    typer.Option(
+        "--allow-other-model",
+        help="Accept a schedule made for another model if all names and shapes fit, for example a fine-tuned one.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")]

@@ -1,0 +1,100 @@
+"""Small models of many architectures decode as the same model with the weak input channels set to zero."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import was_fx
+import was_fx.backend
+
+TOLERANCE = {"logits": 1e-5}
+PROMPT, NEW = 12, 8
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOKENS = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+COMMON = {**SIZES, **TOKENS, "max_position_embeddings": 64}
+FEED_FORWARD = {**COMMON, "intermediate_size": 96}
+GROUPED = {**FEED_FORWARD, "num_key_value_heads": 2}
+
+# Configuration, Linears scheduled, groups of siblings, and Linears in the graph that no schedule names.
+ARCHITECTURES = {
+    "Llama": (GROUPED, 14, 4, 1),
+    "Mistral": (GROUPED, 14, 4, 1),
+    "Qwen2": (GROUPED, 14, 4, 1),
+    "Qwen3": ({**GROUPED, "head_dim": 16}, 14, 4, 1),
+    "Gemma2": ({**GROUPED, "head_dim": 16}, 14, 4, 1),
+    "Phi": (FEED_FORWARD, 12, 2, 1),
+    "Phi3": (GROUPED, 8, 0, 1),
+    "GPT2": ({"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, **TOKENS}, 8, 0, 1),
+    "GPTNeoX": (FEED_FORWARD, 8, 0, 1),
+    "OPT": ({**COMMON, "ffn_dim": 96, "word_embed_proj_dim": 64}, 12, 2, 1),
+    "Bloom": ({"hidden_size": 64, "n_layer": 2, "n_head": 4, **TOKENS}, 8, 0, 1),
+    "Falcon": ({**SIZES, **TOKENS}, 8, 2, 1),
+    "StableLm": (GROUPED, 14, 4, 1),
+    "Olmo2": (GROUPED, 14, 4, 1),
+    "Cohere": (GROUPED, 14, 2, 1),
+    "Mixtral": ({**GROUPED, "num_local_experts": 4}, 8, 2, 3),  # the routers and the head; experts are no Linears
+}
+
+
+def zero_weak_channels(module: nn.Module, args: tuple, threshold: float, norms: torch.Tensor) -> tuple:
+    x, *rest = args
+    return torch.where(x.abs() > threshold / norms, x, torch.zeros_like(x)), *rest
+
+
+def oracle(model: nn.Module, schedule: was_fx.Schedule) -> nn.Module:
+    """A copy of a dense model whose scheduled Linears see only the channels with |x_j| > τ / ‖W[:, j]‖₁."""
+    model = copy.deepcopy(model)
+    for name, entry in schedule.linears.items():
+        module = model.get_submodule(name)
+        outputs = 1 if type(module).__name__ == "Conv1D" else 0
+        norms = module.weight.detach().abs().sum(outputs)
+        module.register_forward_pre_hook(partial(zero_weak_channels, threshold=entry.threshold, norms=norms))
+    return model
+
+
+def generate(model: nn.Module, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy continuation [1, PROMPT + NEW], and the logits of its tokens [NEW, V]."""
+    result = model.generate(
+        prompt, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    return result.sequences, torch.cat(result.logits)
+
+
+def assert_alike(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    (tokens, logits), (expected_tokens, expected_logits) = found, expected
+    assert torch.equal(tokens, expected_tokens)
+    assert (logits - expected_logits).abs().max() < TOLERANCE["logits"] * expected_logits.abs().max()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_generation_equals_the_model_with_weak_channels_zeroed(name, monkeypatch):
+    settings, scheduled, groups, unscheduled = ARCHITECTURES[name]
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    tokens, prompt = torch.randint(2, 128, (2, 16)), torch.randint(2, 128, (1, PROMPT))
+    contexts = []
+    inner = was_fx.backend.run
+    monkeypatch.setattr(was_fx.backend, "run", lambda *a: contexts.append(inner(*a)) or contexts[-1])
+
+    calibration = was_fx.calibrate(model, tokens)
+    schedule = was_fx.uniform(calibration, 0.5)
+    dense, expected = generate(model, prompt), generate(oracle(model, schedule), prompt)
+    assert not torch.allclose(dense[1], expected[1], rtol=1e-2)
+    was_fx.sparsify(model, schedule, prefill="all", executor="eager")
+    assert_alike(generate(model, prompt), expected)
+
+    assert [context.phase for context in contexts] == ["prefill", "decode"]
+    for context in contexts:
+        assert context.counts["sparsified"] == len(schedule.linears) == scheduled
+        assert {site.name for site in context.sites if site.sparse} == set(schedule.linears)
+        assert context.counts["merged groups"] == groups
+        assert context.counts["dense (not scheduled)"] == unscheduled
+
+    was_fx.sparsify(model, was_fx.uniform(calibration, 0.0), prefill="all", executor="eager")
+    assert_alike(generate(model, prompt), dense)
+    assert len(contexts) == 2  # other numbers, the same graphs
