@@ -1,5 +1,6 @@
 """`was calibrate`: measure a model's activations on a text."""
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,15 +46,19 @@ def calibrate(
     ] = None,
     exponent: Annotated[
         float | None,
-        typer.Option(min=0, help="Your own score instead: |x_j| · ‖W_j‖^A.", metavar="A", show_default=False),
+        typer.Option(min=0, metavar="A", help="Your own score instead: |x_j| · ‖W_j‖^A.", show_default=False),
     ] = None,
     norm: Annotated[
         int | None,
-        typer.Option(min=1, max=2, help="Which norm of the weights --exponent uses, 1 or 2.", show_default=False),
+        typer.Option(
+            min=1, max=2, metavar="P", help="Which norm of the weights --exponent uses, 1 or 2.", show_default=False
+        ),
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="Measure at most about so many tokens (whole windows); by default the whole text."),
+        typer.Option(
+            min=2, metavar="N", help="Measure at most about so many tokens (whole windows); by default the whole text."
+        ),
     ] = None,
     length: options.Length = None,
     batch_size: options.BatchSize = 4,
@@ -64,7 +69,7 @@ def calibrate(
 ) -> None:
     """Measure the activations of a model on a text: once per model and score.
 
-    The result holds, for each Linear, the threshold of each sparsity. `was make` turns it into schedules.
+    The result holds, for each Linear, the threshold of each sparsity. [bold]was make[/] turns it into schedules.
     """
     from was_fx.cli.texts import read_text, text_name, windows
 
@@ -93,7 +98,7 @@ def calibrate(
         markup=False,
         soft_wrap=True,
     )
-    console.print(f"Next: was make {out} --target 50%", markup=False, soft_wrap=True)
+    console.print(f"Next: was make {shlex.quote(str(out))} --target 50%", markup=False, soft_wrap=True)
 
 
 def _score(name: ScoreName | None, exponent: float | None, norm: int | None) -> "Score":

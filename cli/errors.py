@@ -24,7 +24,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen sub-command."""
-        warnings.showwarning = _show_warning
+        shown, warnings.showwarning = warnings.showwarning, _show_warning
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -36,6 +36,8 @@ class Commands(TyperGroup):
                 raise
             report(known)
             raise typer.Exit(1) from None
+        finally:
+            warnings.showwarning = shown
 
 
 def expected(error: BaseException) -> BaseException | None:
@@ -63,7 +65,7 @@ def report(error: BaseException) -> None:
 
 def report_interrupt() -> None:
     """Say that Ctrl-C was heard."""
-    stderr().print("\n[bold yellow]Interrupted.[/] No file was written.", soft_wrap=True)
+    stderr().print("\n[bold yellow]Interrupted.[/] Nothing was left half-written.", soft_wrap=True)
 
 
 def _show_warning(message: Any, category: type[Warning], filename: str, *rest: Any) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,9 @@ def load_schedule(path: Path) -> "Schedule":
     from was_fx.schedules.storage import CALIBRATION
 
     if _kind(path) == CALIBRATION:
-        raise ValueError(f"{path} is a calibration, not a schedule; make one of it: was make {path} --target 0.5")
+        raise ValueError(
+            f"{path} is a calibration, not a schedule; make one of it: was make {shlex.quote(str(path))} --target 0.5"
+        )
     return Schedule.load(path)
 
 
@@ -36,7 +39,7 @@ def load_calibration(path: Path) -> "Calibration":
     from was_fx.schedules.storage import SCHEDULE
 
     if _kind(path) == SCHEDULE:
-        raise ValueError(f"{path} is a schedule already; look at it with: was inspect {path}")
+        raise ValueError(f"{path} is a schedule already; look at it with: was inspect {shlex.quote(str(path))}")
     return Calibration.load(path)
 
 

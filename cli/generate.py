@@ -24,10 +24,12 @@ def generate(
     schedule: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A schedule; without one, the model is dense.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Stop after so many tokens.")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Draw each token instead of taking the likeliest.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample: lower is more predictable.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="With --sample: the same seed gives the same text.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0.01, metavar="T", help="With --sample: lower is more predictable.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="With --sample: the same seed gives the same text.")] = 0,
     dense_too: Annotated[bool, typer.Option("--dense-too", help="The dense model's text first, to compare.")] = False,
     executor: options.ExecutorOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -48,6 +50,7 @@ def generate(
 
     with progress(f"Loading {model}"):
         loaded = load_model(model, dtype, device)
+    encode(loaded, prompt, max_new_tokens)  # says what is wrong before anything is printed
     how = {"max_new_tokens": max_new_tokens, "seed": seed, "temperature": temperature if sample else None}
     runs: dict[str, dict[str, Any]] = {}
     headings = dense_too and found is not None and not json
@@ -86,6 +89,24 @@ def _stream(loaded: Loaded, prompt: str, how: dict[str, Any], *, heading: str | 
     return result
 
 
+def encode(loaded: Loaded, prompt: str, max_new_tokens: int) -> Any:
+    """The tokens of a prompt, on the model's device.
+
+    Raises:
+        ValueError: there are none, or too many for the model with so many new ones.
+    """
+    inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
+    given = inputs["input_ids"].shape[1]
+    if given == 0:
+        raise ValueError("the prompt has no tokens; give some text")
+    if loaded.positions is not None and given + max_new_tokens > loaded.positions:
+        raise ValueError(
+            f"the prompt has {given} tokens, with --max-new-tokens {max_new_tokens} more than the "
+            f"{loaded.positions} that {loaded.name} takes; give a shorter prompt or fewer new tokens"
+        )
+    return inputs
+
+
 def continuation(
     loaded: Loaded,
     prompt: str,
@@ -104,15 +125,8 @@ def continuation(
 
     from was_fx.speed import TokenClock
 
-    inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
+    inputs = encode(loaded, prompt, max_new_tokens)
     given = inputs["input_ids"].shape[1]
-    if given == 0:
-        raise ValueError("the prompt has no tokens; give some text")
-    if loaded.positions is not None and given + max_new_tokens > loaded.positions:
-        raise ValueError(
-            f"the prompt has {given} tokens, with --max-new-tokens {max_new_tokens} more than the "
-            f"{loaded.positions} that {loaded.name} takes; give a shorter prompt or fewer new tokens"
-        )
     sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
     settings = loaded.model.generation_config
     padding = settings.pad_token_id if settings.pad_token_id is not None else loaded.tokenizer.eos_token_id

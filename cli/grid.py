@@ -26,7 +26,7 @@ def draw(console: Console, cells: Mapping[str, Cell]) -> None:
     labels = [prefix for prefix, _ in rows]
     several = len(set(labels)) > 1
     label = {key: f"{key[0]}.{key[1]}" if several else str(key[1]) for key in rows}
-    room = console.width - max([5, *map(len, label.values())]) - 1
+    room = console.width - max([5, *map(len, label.values())]) - 4
     for group in _groups(projections, names, width, room):
         table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold", collapse_padding=True)
         table.add_column("block", justify="right", no_wrap=True)
@@ -94,7 +94,7 @@ def _groups(projections: list[str], names: Mapping[str, str], width: int, room: 
     group: list[str] = []
     used = 0
     for projection in projections:
-        needed = max(width, len(names[projection]) + 2)
+        needed = 1 + max(width, len(names[projection]) + 2)
         if group and used + needed > room:
             yield group
             group, used = [], 0

@@ -33,7 +33,11 @@ def inspect_file(
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Show a schedule (sparsity of each Linear) or a calibration (threshold of some sparsities)."""
+    """Show what is in a schedule or a calibration.
+
+    Of a schedule the sparsity of each Linear, what it saves and where it comes from; of a calibration the thresholds
+    τ that drop 25, 50, 75 and 90 % of the inputs.
+    """
     from was_fx import Schedule
 
     found = load_any(file)
@@ -51,12 +55,13 @@ def inspect_file(
 def show_schedule(console: "Console", name: str, schedule: "Schedule", *, thresholds: bool = False) -> None:
     """Draw blocks × projections, the budget and where the schedule comes from."""
     from was_fx.cli.grid import draw
+    from was_fx.cli.tables import significant
 
     what = "thresholds τ" if thresholds else "sparsity in %"
     console.print(f"{name}: {what}", style="bold", markup=False, soft_wrap=True)
     linears = schedule.linears
     if thresholds:
-        draw(console, {name: (f"{linear.threshold:.3g}", None) for name, linear in linears.items()})
+        draw(console, {name: (significant(linear.threshold, 3), None) for name, linear in linears.items()})
     else:
         draw(console, {name: (f"{100 * each.sparsity:.1f}", each.sparsity) for name, each in linears.items()})
     weights = sum(n * k for n, k in schedule.shapes.values())
@@ -82,7 +87,7 @@ def show_schedule(console: "Console", name: str, schedule: "Schedule", *, thresh
 def show_calibration(console: "Console", name: str, calibration: "Calibration") -> None:
     """Draw the threshold of some sparsities for each Linear, and where the calibration comes from."""
     from was_fx.cli.grid import short_names
-    from was_fx.cli.tables import new_table
+    from was_fx.cli.tables import new_table, significant
     from was_fx.schedules.names import split_name
 
     console.print(f"{name}: threshold τ that drops …", style="bold", markup=False, soft_wrap=True)
@@ -93,7 +98,7 @@ def show_calibration(console: "Console", name: str, calibration: "Calibration") 
     last = float(calibration.levels[-1])
     for each, (block, projection) in split.items():
         n, k = calibration.shapes[each]
-        values = [f"{calibration.threshold(each, q):.4g}" if q <= last else "–" for q in QUANTILES]
+        values = [significant(calibration.threshold(each, q), 4) if q <= last else "–" for q in QUANTILES]
         table.add_row("" if block is None else str(block), short[projection], f"{n} × {k}", *values)
     console.print(table)
     lines = {

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -9,6 +10,12 @@ import typer
 from was_fx.cli import calibrate, demo, generate, inspect_file, make, ppl
 from was_fx.cli.errors import INTERRUPTED, Commands, report_interrupt
 from was_fx.cli.options import examples
+
+HELP = """Decode faster by not reading the weight columns whose input is negligible.
+
+A [bold]calibration[/] is what the activations of a model look like on a text. A [bold]schedule[/] says below
+which threshold each Linear skips an input channel. It lies beside the checkpoint, which stays as it is.
+"""
 
 app = typer.Typer(
     cls=Commands,
@@ -20,6 +27,10 @@ app = typer.Typer(
 )
 
 
+def _joined(text: str) -> str:
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from was_fx import __version__
@@ -29,13 +40,14 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback(
+    help=_joined(HELP),
     epilog=examples(
         "was demo  [dim]everything at once, on a tiny model, offline[/]",
         "was calibrate MODEL --text book.txt  [dim]measure a model on a text, once[/]",
         "was make calibration.safetensors --target 50%  [dim]make a schedule of it[/]",
-        "was ppl MODEL --schedule schedule.was.safetensors --text other.txt  [dim]what it costs[/]",
-        "was generate MODEL --schedule schedule.was.safetensors --prompt Hello  [dim]decode with it[/]",
-    )
+        "was ppl MODEL --schedule FILE --text other.txt  [dim]see what it costs[/]",
+        "was generate MODEL --schedule FILE --prompt Hello  [dim]decode with it[/]",
+    ),
 )
 def was(
     version: Annotated[
@@ -45,20 +57,21 @@ def was(
         bool, typer.Option("--debug", envvar="WAS_DEBUG", hidden=True, help="Show the tracebacks of errors.")
     ] = False,
 ) -> None:
-    """Decode faster by not reading the weight columns whose input is negligible.
-
-    A [bold]calibration[/] is what the activations of a model look like on a text. A [bold]schedule[/] says below
-    which threshold each Linear skips an input channel. It lies beside the checkpoint, which stays as it is.
-    """
+    """What every sub-command starts with."""
 
 
-app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
-app.command("calibrate", epilog=calibrate.EXAMPLES)(calibrate.calibrate)
-app.command("make", epilog=make.EXAMPLES)(make.make)
-app.command("sparsify", epilog=make.EXAMPLES, help="The same as [bold]was make[/].")(make.make)
-app.command("inspect", epilog=inspect_file.EXAMPLES)(inspect_file.inspect_file)
-app.command("ppl", epilog=ppl.EXAMPLES)(ppl.ppl)
-app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
+def _add(name: str, command: Callable[..., None], epilog: str, text: str | None = None) -> None:
+    """Register a sub-command; the lines of a paragraph of its docstring are joined, for Typer keeps line breaks."""
+    app.command(name, epilog=epilog, help=_joined(text or command.__doc__ or ""))(command)
+
+
+_add("demo", demo.demo, demo.EXAMPLES)
+_add("calibrate", calibrate.calibrate, calibrate.EXAMPLES)
+_add("make", make.make, make.EXAMPLES)
+_add("sparsify", make.make, make.EXAMPLES, "The same as [bold]was make[/].")
+_add("inspect", inspect_file.inspect_file, inspect_file.EXAMPLES)
+_add("ppl", ppl.ppl, ppl.EXAMPLES)
+_add("generate", generate.generate, generate.EXAMPLES)
 
 
 def main() -> None:
@@ -67,7 +80,7 @@ def main() -> None:
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that can't show ‖W‖
     try:
-        app()
+        app(prog_name="was")
     except KeyboardInterrupt:
         report_interrupt()
         sys.exit(INTERRUPTED)

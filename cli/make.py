@@ -1,5 +1,6 @@
 """`was make`, also `was sparsify`: a schedule from a calibration."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -46,4 +47,4 @@ def make(
         return
     summary = f"Wrote {out}: {len(schedule.linears)} Linears at {100 * target:g} %, score {found.score}"
     stdout().print(summary, markup=False, soft_wrap=True)
-    stdout().print(f"Next: was inspect {out}", markup=False, soft_wrap=True)
+    stdout().print(f"Next: was inspect {shlex.quote(str(out))}", markup=False, soft_wrap=True)

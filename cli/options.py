@@ -72,12 +72,15 @@ Length = Annotated[
     int | None,
     typer.Option(
         min=2,
+        metavar="N",
         help="Tokens per window. The text is cut into windows that don't overlap; what fills no window is dropped. "
         "By default 512, or what the model can take if that is less.",
         show_default=False,
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Windows per forward pass. More is faster and takes more memory.")]
+BatchSize = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Windows per forward pass. More is faster and takes more memory.")
+]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(help="Dtype to load the model in. auto: as the checkpoint is stored (the embedded model: fp32)."),

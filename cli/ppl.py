@@ -35,7 +35,9 @@ def ppl(
         ),
     ] = options.Prefill.sparse,
     length: options.Length = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score at most so many windows.", show_default=False)] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Score at most so many windows.", show_default=False)
+    ] = None,
     batch_size: options.BatchSize = 4,
     executor: options.ExecutorOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -74,7 +76,8 @@ def ppl(
         rows = [{"schedule": str(path) if path else None, **_row(result)} for path, result in results]
         print_json({"model": model, "text": name, "prefill": prefill.value, "length": ids.shape[1], "results": rows})
         return
-    _show(results, f"{model} on {name}, windows of {ids.shape[1]} tokens, prefill {prefill.value}")
+    scored = f"{results[0][1].tokens:,} tokens in windows of {ids.shape[1]}"
+    _show(results, f"{model} on {name}: {scored}, prefill {prefill.value}")
 
 
 def _row(result: "Evaluation") -> dict[str, Any]:
@@ -86,11 +89,11 @@ def _show(results: "list[tuple[Path | None, Evaluation]]", title: str) -> None:
 
     from was_fx.cli.tables import new_table, percent
 
-    table = new_table("schedule", "perplexity", "nominal", "realised", "bytes saved", "tokens")
+    table = new_table("schedule", "perplexity", "nominal", "realised", "bytes saved")
     table.columns[0].overflow = "fold"
     for path, result in results:
         shares = [percent(s) if path else "–" for s in (result.nominal, result.realised, result.bytes_saved)]
-        table.add_row(escape(str(path or "dense")), f"{result.perplexity:.2f}", *shares, f"{result.tokens:,}")
+        table.add_row(escape(str(path or "dense")), f"{result.perplexity:.2f}", *shares)
     console = stdout()
     console.print(title, style="bold", markup=False)
     console.print(table)

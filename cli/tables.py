@@ -23,6 +23,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def significant(number: float, digits: int) -> str:
+    """A number with so many significant digits: `29.0`, `0.0544`."""
+    return f"{number:#.{digits}g}".removesuffix(".")
+
+
 def heat(text: str, share: float) -> Text:
     """`text` on a colour that goes with a share from 0 to 1."""
     step = min(int(share * len(_HEAT)), len(_HEAT) - 1)

@@ -26,10 +26,11 @@ def bind_graph(module: GraphModule, inputs: Sequence[Any], schedule: Schedule | 
     """Bind every Linear of the graph that `schedule` names.
 
     Returns:
-        The weights that were bound now; empty when all were bound before.
+        The weights that were bound now and have yet to move into input-major storage.
 
     Raises:
-        ScheduleError: the names or shapes don't fit the graph; lists every problem.
+        ScheduleError: the names or shapes don't fit the graph, or its weights have another schedule already; lists
+            every problem.
     """
     schedule = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
     context = Context(module, list(inputs), Options())
@@ -43,6 +44,8 @@ def bind_graph(module: GraphModule, inputs: Sequence[Any], schedule: Schedule | 
         expected, found = schedule.shapes[name], _shape(sites[path], context)
         if expected != found:
             problems.append(f"{name}: the schedule is for shape {expected}, the model has {found}")
+        elif _bound_otherwise(context.input_of(sites[path].weight), name, schedule):
+            problems.append(f"{name}: the model has other thresholds already; was_fx.densify(model) takes them off")
     if problems:
         raise ScheduleError(
             "the schedule does not fit the compiled graph",
@@ -57,7 +60,8 @@ def bind_graph(module: GraphModule, inputs: Sequence[Any], schedule: Schedule | 
         norms = channel_norms(weight.t() if sites[path].input_major else weight, schedule.norm)
         thresholds = schedule.linears[name].channel_thresholds(norms)
         bind(weight, Binding(name, norms, thresholds.to(norms.device)))
-        weights.append(weight)
+        if not sites[path].input_major and wants_input_major(weight) and not weight.t().is_contiguous():
+            weights.append(weight)
     return weights
 
 
@@ -69,8 +73,7 @@ def run_once_then_move(run: Callable[..., Any], weights: Sequence[Tensor]) -> Ca
         with torch.no_grad():
             result = run(*inputs)
         for weight in weights:
-            if wants_input_major(weight):
-                to_input_major(weight)
+            to_input_major(weight)
         return result
 
     return call
@@ -79,6 +82,13 @@ def run_once_then_move(run: Callable[..., Any], weights: Sequence[Tensor]) -> Ca
 def _names(sites: dict[str, LinearSite], schedule: Schedule) -> dict[str, str]:
     """Path in the compiled module -> name in the schedule."""
     return {path: path for path in sites if path in schedule.linears}
+
+
+def _bound_otherwise(weight: Tensor, name: str, schedule: Schedule) -> bool:
+    binding = bindings(weight).get(name)
+    if binding is None:
+        return False
+    return not torch.equal(binding.threshold, schedule.linears[name].channel_thresholds(binding.norms))
 
 
 def _shape(site: LinearSite, context: Context) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """`decode_speed`: time per token of a model, dense under torch.compile and sparse, interleaved in one process."""
 
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -68,7 +69,7 @@ class TokenClock:
     def steps(self) -> list[float]:
         """Milliseconds of each decode step: from one new token to the next, so that the prompt does not count."""
         arrived = self.times[1:]
-        return [1e3 * (after - before) for before, after in zip(arrived, arrived[1:], strict=False)]
+        return [1e3 * (after - before) for before, after in itertools.pairwise(arrived)]
 
 
 def random_model(config: Any, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", seed: int = 0) -> nn.Module:
