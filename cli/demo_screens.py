@@ -34,13 +34,14 @@ def quality(console: Console, found: "Mapping[tuple[str, float], Evaluation]", s
     """Perplexity by sparsity, side by side for each score."""
     _heading(console, "1  Quality")
     dense = found["dense", 0.0]
-    columns = [f"{score.upper()} {what}" for score in scores for what in ("ppl", "realised")]
+    columns = [f"{what} {score.upper()}" for what in ("realised", "ppl") for score in scores]
     table = new_table("nominal", *columns, "bytes saved")
-    table.add_row("dense", f"{dense.perplexity:.1f}", "–", *["", ""] * (len(scores) - 1), "–")
+    table.add_row("dense", *["–"] * len(scores), *[f"{dense.perplexity:.1f}"] * len(scores), "–")
     for level in dict.fromkeys(level for _, level in found if level):
         results = [found[score, level] for score in scores]
-        cells = [text for each in results for text in (f"{each.perplexity:.1f}", percent(each.realised))]
-        table.add_row(f"{100 * level:.0f} %", *cells, percent(results[0].bytes_saved))
+        realised = [percent(each.realised) for each in results]
+        perplexities = [f"{each.perplexity:.1f}" for each in results]
+        table.add_row(f"{100 * level:.0f} %", *realised, *perplexities, percent(results[0].bytes_saved))
     console.print(table)
     _paragraph(
         console,
@@ -60,7 +61,7 @@ def samples(console: Console, prompt: str, texts: Mapping[str, str]) -> None:
     _heading(console, "2  Text")
     for label, text in (("dense", texts["dense"]), ("sparse, WAS at 50 %", texts["sparse"])):
         console.print(f"[bold]{label}[/]")
-        body = f"[bold]{escape(prompt)}[/]{escape(' '.join(text.split(' ')).rstrip())}"
+        body = f"[bold]{escape(prompt)}[/]{escape(text.rstrip())}"
         console.print(Padding(body, (0, 2, 1, 2)))
     _paragraph(console, "The same random numbers chose the words; the first that differs leads elsewhere.")
 
@@ -90,6 +91,7 @@ def closing(console: Console) -> None:
         "was make calibration.safetensors --target 50%",
         "was inspect schedule.was.safetensors",
         "was ppl MODEL --schedule schedule.was.safetensors --text other.txt",
+        'was generate MODEL --schedule schedule.was.safetensors --prompt "Once"',
     ):
         console.print(f"  [cyan]{command}[/]")
     console.print()

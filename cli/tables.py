@@ -6,7 +6,7 @@ from rich.text import Text
 
 # From pale yellow to dark red in the 256 colours. Foreground and background are both set, so a cell reads the same
 # on a dark and on a light terminal.
-_HEAT = (230, 229, 223, 222, 215, 209, 203, 167, 124, 88)
+_HEAT = (230, 229, 223, 222, 215, 209, 203, 160, 124, 88)
 _DARK_FROM = 7
 
 
@@ -30,7 +30,7 @@ def significant(number: float, digits: int) -> str:
 
 def heat(text: str, share: float) -> Text:
     """`text` on a colour that goes with a share from 0 to 1."""
-    step = min(int(share * len(_HEAT)), len(_HEAT) - 1)
+    step = min(int(share * len(_HEAT) + 1e-4), len(_HEAT) - 1)
     ink = 231 if step >= _DARK_FROM else 16
     return Text(text, style=f"color({ink}) on color({_HEAT[step]})")
 

@@ -98,7 +98,10 @@ def test_follows_needs_the_very_next_element(first, second, expected):
 
 
 def test_follows_needs_one_storage():
-    assert not follows(torch.arange(4.0), torch.arange(4.0))
+    memory = bytearray(32)
+    first, second = (torch.frombuffer(memory, dtype=torch.float32, count=4, offset=offset) for offset in (0, 16))
+    assert second.data_ptr() == first.data_ptr() + 16
+    assert not follows(first, second)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""The two numbers of `kernels/cpu_gather.py`: bags per thread, and up to how many tokens the gather pays.
+
+    python benchmarks/cpu_bags.py
+
+Every time is the median over calls that rotate through more weights than the caches hold, dense and sparse taking
+turns. Prints JSON lines.
+"""
+
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from environment import describe
+from torch import Tensor
+
+from was_fx.kernels import cpu_gather
+from was_fx.kernels.sparse_linear import reference
+
+SHAPES = ((2048, 2048), (2048, 8192), (8192, 2048))  # K, N
+ROTATED_BYTES = 256 << 20
+
+
+def interleaved_ms(functions: dict[str, Callable[[Tensor], object]], weights: list[Tensor]) -> dict[str, float]:
+    """Median milliseconds of each function over the rotated weights."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn, (weight, (name, function)) in enumerate(itertools.product(weights * 3, functions.items())):
+        start = time.perf_counter()
+        function(weight)
+        if turn >= len(functions):
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: round(statistics.median(each), 3) for name, each in times.items()}
+
+
+def problem(k: int, n: int, tokens: int, sparsity: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """x [tokens, K], t [K] that drops a share of its channels, and weights [N, K] in input-major storage."""
+    x = torch.randn(tokens, k).to(dtype)
+    threshold = torch.full((k,), torch.quantile(x.float().abs(), sparsity).item())
+    size = k * n * x.element_size()
+    weights = [torch.randn(k, n).to(dtype).t() for _ in range(max(2, ROTATED_BYTES // size))]
+    return x, threshold, weights
+
+
+def bags(dtype: torch.dtype) -> None:
+    for (k, n), sparsity in itertools.product(SHAPES, (0.5, 0.75)):
+        x, threshold, weights = problem(k, n, 1, sparsity, dtype)
+
+        def run(weight: Tensor, per_thread: int, x: Tensor = x, threshold: Tensor = threshold) -> Tensor:
+            cpu_gather.BAGS_PER_THREAD = per_thread
+            return cpu_gather.sparse_linear(x, [weight], [None], [threshold])
+
+        functions = {str(b): (lambda weight, b=b, run=run: run(weight, b)) for b in (1, 2, 4, 8)}
+        report("bags per thread", dtype, k, n, sparsity, interleaved_ms(functions, weights))
+
+
+def tokens(dtype: torch.dtype) -> None:
+    for (k, n), sparsity, count in itertools.product(SHAPES[1:], (0.5, 0.75), (1, 2, 3, 4, 6, 8, 12)):
+        x, threshold, weights = problem(k, n, count, sparsity, dtype)
+        functions = {
+            "gather": lambda weight, x=x, t=threshold: cpu_gather.sparse_linear(x, [weight], [None], [t]),
+            "dense product": lambda weight, x=x, t=threshold: reference(x, [weight], [None], [t]),
+        }
+        report(f"{count} tokens", dtype, k, n, sparsity, interleaved_ms(functions, weights))
+
+
+def report(what: str, dtype: torch.dtype, k: int, n: int, sparsity: float, ms: dict[str, float]) -> None:
+    row = describe() | {"what": what, "dtype": str(dtype), "K": k, "N": n, "sparsity": sparsity, "ms": ms}
+    sys.stdout.write(json.dumps(row) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    for each in (torch.bfloat16, torch.float32):
+        bags(each)
+        tokens(each)
