@@ -24,7 +24,8 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen sub-command."""
-        shown, warnings.showwarning = warnings.showwarning, _show_warning
+        shown = warnings.showwarning
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

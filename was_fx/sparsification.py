@@ -75,7 +75,7 @@ def sparsify(
     schedule = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
     linears = find_linears(model)
     known = sparse_state(model)
-    if known and set(schedule.linears) != set(known.schedule.linears):
+    if known and (set(schedule.linears) != set(known.schedule.linears) or schedule.norm != known.schedule.norm):
         densify(model)
         known = None
     executor = executor or _default_executor(next(iter(linears.values())).parameter)

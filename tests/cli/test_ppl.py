@@ -24,6 +24,17 @@ def test_table_fits_eighty_columns(was, schedule):
     assert "50.0 %" in outcome.stdout
 
 
+def test_a_schedule_counts_the_same_after_one_of_another_norm(was, schedule, tmp_path):
+    wina = tmp_path / "wina.was.safetensors"
+    calibration = tmp_path / "wina.safetensors"
+    common = ("--limit", 1, "--length", 64, "--executor", "eager", "--json")
+    was("calibrate", "embedded", "--score", "wina", "--tokens", 512, "--length", 256, "--out", calibration)
+    was("make", calibration, "--target", "0.5", "--out", wina)
+    alone = was("ppl", "embedded", "--schedule", wina, *common).json["results"][-1]
+    after = was("ppl", "embedded", "--schedule", schedule, "--schedule", wina, *common).json["results"][-1]
+    assert after == alone
+
+
 def test_refuses_the_schedule_of_another_model(was, schedule, other_model, text):
     outcome = was("ppl", other_model, "--schedule", schedule, "--text", text, "--limit", 1)
     assert outcome.code == 1
