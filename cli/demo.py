@@ -28,6 +28,7 @@ class Size:
 
     Attributes:
         calibration: windows of the calibration text, each of 512 tokens.
+        recalibration: how many of them `recalibrate` reads, twice for each schedule.
         stride: every how many-th window of the test text is scored.
         limit: at most so many of them.
         levels: model sparsities.
@@ -36,6 +37,7 @@ class Size:
     """
 
     calibration: int
+    recalibration: int
     stride: int
     limit: int
     levels: tuple[float, ...]
@@ -43,8 +45,8 @@ class Size:
     speed_levels: tuple[float, ...] = (0.5, 0.75)
 
 
-FULL = Size(calibration=32, stride=2, limit=56, levels=(0.25, 0.4, 0.5, 0.6, 0.75), blocks=2)
-FAST = Size(calibration=8, stride=14, limit=8, levels=(0.25, 0.5, 0.75), blocks=0)
+FULL = Size(calibration=32, recalibration=16, stride=2, limit=56, levels=(0.25, 0.4, 0.5, 0.6, 0.75), blocks=2)
+FAST = Size(calibration=8, recalibration=4, stride=14, limit=8, levels=(0.25, 0.5, 0.75), blocks=0)
 
 
 def demo(
@@ -82,7 +84,7 @@ def demo(
 
 
 def calibrated(loaded: Loaded, size: Size) -> "dict[str, dict[float, Schedule]]":
-    """Uniform schedules by score and level."""
+    """Uniform schedules by score and level, with thresholds from the model as it runs sparsely."""
     import was_fx
     from was_fx import embedded
 
@@ -98,7 +100,13 @@ def calibrated(loaded: Loaded, size: Size) -> "dict[str, dict[float, Schedule]]"
                 batch_size=4,
                 progress=advance,
             )
-        found[name] = {level: was_fx.uniform(calibration, level) for level in size.levels}
+        found[name] = {}
+        for level in size.levels:
+            schedule = was_fx.uniform(calibration, level)
+            with progress(f"Recalibrating it at {100 * level:.0f} %") as advance:
+                found[name][level] = was_fx.recalibrate(
+                    loaded.model, schedule, ids[: size.recalibration], batch_size=4, progress=advance
+                )
     return found
 
 

@@ -1,105 +1,125 @@
-"""Sparse Linear on a CPU: gather only the kept rows of Wᵀ, through `embedding_bag`.
+"""Sparse Linear on a CPU: gather only the kept rows of Wᵀ, in C++ (`cpu_gather.cpp`).
 
-`embedding_bag(kept, Wᵀ, offsets, mode="sum", per_sample_weights=x[kept])` sums the kept rows of Wᵀ [K, N], each
-scaled by its input, without copying them, and accumulates in fp32. Wᵀ must be row-contiguous: gathering from a
-strided table was 50 times slower.
-
-Siblings of equal N whose Wᵀ lie one after the other in memory are one table [G·K, N], so one call serves them all.
+The file is compiled once, when it is first needed, with the C++ compiler that Inductor needs too, and kept in the
+user's cache. Without a compiler `cpu_embedding_bag` does the same work in plain PyTorch at about half the speed.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from was_fx.kernels.layout import follows
+log = logging.getLogger(__name__)
 
-# One token is split over bags, because the bags are what runs in parallel. Each bag rounds its sum to the
-# input's dtype, so no more bags than pay: `benchmarks/cpu_bags.py` prints the measurement behind this factor.
-BAGS_PER_THREAD = 2
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+
+_FUNCTIONS = {torch.bfloat16: "sparse_linear_bf16", torch.float32: "sparse_linear_fp32"}
 
 # Most tokens a call may hold before the dense product, which reads W once for all of them, is faster (at 50 %
-# sparsity; `benchmarks/cpu_bags.py`).
-MAX_TOKENS = {torch.float32: 8, torch.bfloat16: 2}
+# sparsity; `benchmarks/cpu_kernels.py`).
+MAX_TOKENS = {torch.float32: 8, torch.bfloat16: 4}
 
 
 def supports(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether the gather serves x [..., K] and weights [N_i, K]: few tokens on a CPU, Wᵀ row-contiguous."""
+    """Whether this serves x [..., K] and weights [N_i, K]: few tokens on a CPU, Wᵀ row-contiguous, a compiler."""
     if x.device.type != "cpu" or x.dtype not in MAX_TOKENS or not x.numel():
         return False
-    tokens = x.numel() // x.shape[-1]
-    return tokens <= MAX_TOKENS[x.dtype] and all(w.dtype == x.dtype and w.t().is_contiguous() for w in weights)
+    if x.numel() // x.shape[-1] > MAX_TOKENS[x.dtype]:
+        return False
+    return all(w.dtype == x.dtype and w.t().is_contiguous() for w in weights) and library() is not None
 
 
 def sparse_linear(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], thresholds: Sequence[Tensor]
 ) -> Tensor:
     """`was::sparse_linear` for the few tokens of a decode step; see `sparse_linear.reference` for the meaning."""
-    rows = x.reshape(-1, x.shape[-1])
-    outputs = []
-    for run in _adjacent_runs(weights):
-        table, threshold = _as_table(weights[run]), _stack(thresholds[run])
-        outputs.append(_gather_one(rows, table, threshold) if rows.shape[0] == 1 else _gather(rows, table, threshold))
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    if any(bias is not None for bias in biases):
-        y = y + torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)])
-    return y.reshape(*x.shape[:-1], -1)
-
-
-def _gather_one(row: Tensor, table: Tensor, threshold: Tensor) -> Tensor:
-    """One token: row [1, K], table [G·K, N], threshold [G, K] -> [1, G·N]."""
-    segments, channels = threshold.shape
-    kept = torch.le(row.abs(), threshold).logical_not_().view(-1).nonzero().view(-1)
-    values = row.view(-1)
-    if segments == 1:
-        values = values[kept]
-        bounds = [0, kept.shape[0]]
-    else:
-        values = values[kept % channels]
-        starts = torch.arange(0, (segments + 1) * channels, channels)
-        bounds = torch.searchsorted(kept, starts).tolist()
-    bags = BAGS_PER_THREAD * torch.get_num_threads()
-    offsets = [begin + (end - begin) * bag // bags for begin, end in itertools.pairwise(bounds) for bag in range(bags)]
-    sums = torch.nn.functional.embedding_bag(kept, table, torch.tensor(offsets), mode="sum", per_sample_weights=values)
-    return sums.view(segments, bags, -1).sum(1).view(1, -1)
-
-
-def _gather(rows: Tensor, table: Tensor, threshold: Tensor) -> Tensor:
-    """A few tokens, one bag each: rows [M, K], table [G·K, N], threshold [G, K] -> [M, G·N]."""
-    segments, channels = threshold.shape
-    keep = torch.le(rows.abs(), threshold[:, None]).logical_not_()  # [G, M, K]
-    segment, token, channel = keep.nonzero(as_tuple=True)
-    counts = keep.sum(-1).view(-1)
-    sums = torch.nn.functional.embedding_bag(
-        channel + segment * channels,
-        table,
-        counts.cumsum(0) - counts,
-        mode="sum",
-        per_sample_weights=rows[token, channel],
+    loaded = library()
+    assert loaded is not None  # `supports` asked
+    channels = x.shape[-1]
+    rows = x.reshape(-1, channels).contiguous()
+    biases = [None if bias is None else bias.contiguous() for bias in biases]
+    thresholds = [threshold.contiguous() for threshold in thresholds]
+    sizes = [weight.shape[0] for weight in weights]
+    y = x.new_empty(*x.shape[:-1], sum(sizes))
+    getattr(loaded, _FUNCTIONS[x.dtype])(
+        ctypes.c_void_p(rows.data_ptr()),
+        _pointers(weights),
+        _pointers(biases),
+        _pointers(thresholds),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        ctypes.c_void_p(y.data_ptr()),
+        ctypes.c_int64(rows.shape[0]),
+        ctypes.c_int64(channels),
+        ctypes.c_int64(len(sizes)),
+        ctypes.c_int64(torch.get_num_threads()),
     )
-    return sums.view(segments, rows.shape[0], -1).transpose(0, 1).reshape(rows.shape[0], -1)
+    return y
 
 
-def _adjacent_runs(weights: Sequence[Tensor]) -> Iterator[slice]:
-    """Slices of neighbours that one table can serve: equal N, Wᵀ one after the other in memory."""
-    start = 0
-    for i in range(1, len(weights) + 1):
-        if i < len(weights) and weights[i].shape == weights[i - 1].shape and follows(weights[i - 1], weights[i]):
-            continue
-        yield slice(start, i)
-        start = i
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where it can't be compiled (logged once)."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if compiler is None:
+        log.warning("no C++ compiler found; decoding on this CPU takes about twice as long. Install g++ or clang")
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        output = getattr(error, "stderr", b"") or str(error).encode()
+        log.warning(
+            "%s can't compile %s; decoding on this CPU takes about twice as long:\n%s",
+            compiler,
+            SOURCE.name,
+            output.decode(errors="replace")[-2000:],
+        )
+        return None
 
 
-def _as_table(weights: Sequence[Tensor]) -> Tensor:
-    """Adjacent weights [N, K] as one table [G·K, N] over the memory they already share."""
-    n, k = weights[0].shape
-    return weights[0].as_strided((len(weights) * k, n), (n, 1))
+def _compiled(compiler: str) -> Path:
+    """Path of the shared library, compiled unless the cache holds it for this source, compiler and processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    key = hashlib.sha256()
+    for part in (SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode()):
+        key.update(part)
+    target = _cache() / f"cpu_gather_{key.hexdigest()[:16]}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True)
+            os.replace(made, target)  # whole or not at all, also when two processes compile
+    return target
 
 
-def _stack(thresholds: Sequence[Tensor]) -> Tensor:
-    """Thresholds [K] as [G, K], without a copy where they lie one after the other."""
-    dense = all(t.is_contiguous() for t in thresholds)
-    if dense and all(follows(a, b) for a, b in itertools.pairwise(thresholds)):
-        return thresholds[0].as_strided((len(thresholds), thresholds[0].shape[0]), (thresholds[0].shape[0], 1))
-    return torch.stack(list(thresholds))
+def _cache() -> Path:
+    """A folder of the user's to keep compiled files in; a temporary one when theirs can't be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "was_fx"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="was_fx_"))
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="was_fx_"))
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from was_fx.kernels import cpu_gather
+from was_fx.kernels import cpu_embedding_bag, cpu_gather
 
 Implementation = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]], Tensor]
 
@@ -74,8 +74,11 @@ def reference(
 
 def implementation(x: Tensor, weights: Sequence[Tensor], dense: int) -> Implementation:
     """The implementation that serves these arguments: the first whose `supports` says yes, else the reference."""
-    if not dense and cpu_gather.supports(x, weights):
-        return cpu_gather.sparse_linear
+    if dense:
+        return reference
+    for candidate in (cpu_gather, cpu_embedding_bag):
+        if candidate.supports(x, weights):
+            return candidate.sparse_linear
     return reference
 
 

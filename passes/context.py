@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -92,24 +93,30 @@ class ExtraInput:
     """A graph input that the passes added: a tensor of a binding of the weight at `position`.
 
     Modules of one shape share a graph, so the weight of a call may bind another name than the one the graph was made
-    with; then `path`, relative to the compiled module, tells its bindings apart.
+    with; then `path`, relative to the compiled module, tells its bindings apart. A weight without a binding is
+    dense: densified since, or of a model that never was sparse. All its channels are kept.
     """
 
     position: int
     name: str
     path: str | None
     attribute: Literal["threshold", "counts"]
+    size: int
 
     def read(self, inputs: Sequence[Any]) -> Tensor:
         """The tensor for this call's graph inputs."""
         weight = inputs[self.position]
         binding = bindings(weight).get(self.name) or resolve(weight, self.path)
-        if binding is None:
+        if binding is not None:
+            return getattr(binding, self.attribute)
+        if bindings(weight):
             raise RewriteError(
-                f"the weight of {self.name!r} has no schedule any more, but a graph compiled for a sparsified model "
-                "was run on it; call torch.compiler.reset() or was_fx.sparsify(model, schedule) again"
+                f"a graph compiled for {self.name!r} was run on a weight that is scheduled as "
+                f"{', '.join(bindings(weight))}; call torch.compiler.reset() and run the model again"
             )
-        return getattr(binding, self.attribute)
+        if self.attribute == "counts":
+            return torch.zeros(self.size, dtype=torch.int64, device=weight.device)
+        return torch.full((self.size,), -1.0, device=weight.device)  # no magnitude is below it
 
 
 @dataclass(eq=False)
@@ -159,11 +166,10 @@ class Context:
         from was_fx.passes.extra_inputs import add_placeholder
 
         assert site.binding is not None
-        key = ExtraInput(self._positions[site.weight], site.binding.name, site.path, attribute)
+        tensor = getattr(site.binding, attribute)
+        key = ExtraInput(self._positions[site.weight], site.binding.name, site.path, attribute, tensor.shape[0])
         if key not in self.extra:
-            self.extra[key] = add_placeholder(
-                self.module.graph, f"was_{attribute}_{len(self.extra)}", getattr(site.binding, attribute)
-            )
+            self.extra[key] = add_placeholder(self.module.graph, f"was_{attribute}_{len(self.extra)}", tensor)
         return self.extra[key]
 
 

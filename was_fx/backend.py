@@ -68,7 +68,8 @@ class BackendOptions:
     @property
     def passes(self) -> Options:
         """The part that the passes read."""
-        return Options(prefill=self.prefill, observe=self.observe, disable=tuple(self.disable))  # type: ignore[arg-type]
+        disable = (self.disable,) if isinstance(self.disable, str) else tuple(self.disable)
+        return Options(prefill=self.prefill, observe=self.observe, disable=disable)  # type: ignore[arg-type]
 
 
 def was(

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from was_fx.backend import raise_recompile_limit, was
 
 
@@ -15,7 +17,10 @@ def compile_call(function: Callable[..., Any], options: Mapping[str, Any]) -> Ca
         options: of the backend "was".
 
     Returns:
-        A callable of the same arguments. Inside another torch.compile it is `function` itself.
+        A callable of the same arguments. Inside a torch.compile with the backend "was" it is `function` itself, to
+        be traced with the options given there. Inside one with another backend, such as the one that transformers'
+        `generate()` starts on a GPU with a static cache, it stays out of the graph and runs as ever: traced there,
+        the model would be dense.
     """
     import torch._dynamo
 
@@ -26,11 +31,29 @@ def compile_call(function: Callable[..., Any], options: Mapping[str, Any]) -> Ca
     # Otherwise dynamic=True makes an input of every float, and Inductor turns it down after a first compilation.
     settings = torch._dynamo.config.patch(specialize_float=True)
 
-    @functools.wraps(function)
-    def call(*arguments: Any, **keywords: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return function(*arguments, **keywords)
+    def run(*arguments: Any, **keywords: Any) -> Any:
         with settings:
             return compiled(*arguments, **keywords)
 
+    hidden = torch.compiler.disable(run)
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return run(*arguments, **keywords)
+        if _traced_for_was():
+            return function(*arguments, **keywords)
+        return hidden(*arguments, **keywords)
+
     return call
+
+
+@torch.compiler.assume_constant_result
+def _traced_for_was() -> bool:
+    """While Dynamo traces: whether it does so for the backend "was"."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return getattr(backend, "compiler_fn", backend) is was

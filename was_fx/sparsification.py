@@ -74,14 +74,14 @@ def sparsify(
     register()
     schedule = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
     linears = find_linears(model)
-    known = sparse_state(model)
-    if known and (set(schedule.linears) != set(known.schedule.linears) or schedule.norm != known.schedule.norm):
-        densify(model)
-        known = None
     executor = executor or _default_executor(next(iter(linears.values())).parameter)
     raw = {"prefill": prefill, "executor": executor, "disable": tuple(disable), **mode_options(mode)}
     options = BackendOptions.parse(raw)
     check_schedule(model, schedule, linears, allow_other_model=allow_other_model)
+    known = sparse_state(model)
+    if known and (set(schedule.linears) != set(known.schedule.linears) or schedule.norm != known.schedule.norm):
+        densify(model)  # other weights to move, or other channel norms
+        known = None
     scheduled = {name: linears[name] for name in schedule.linears}
     if known is None:
         compiled_before = model._compiled_call_impl

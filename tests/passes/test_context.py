@@ -55,10 +55,14 @@ def bound(*names):
     ],
 )
 def test_extra_input_is_read_from_the_weight_of_the_call(names, name, path, threshold):
-    assert ExtraInput(1, name, path, "threshold").read([None, bound(*names)]).tolist() == [threshold] * 3
+    assert ExtraInput(1, name, path, "threshold", 3).read([None, bound(*names)]).tolist() == [threshold] * 3
 
 
-@pytest.mark.parametrize("names", [(), ("layers.1.b", "layers.1.c")])
-def test_extra_input_of_a_weight_without_its_schedule_is_an_error(names):
-    with pytest.raises(RewriteError, match=r"'layers\.0\.a' has no schedule any more"):
-        ExtraInput(0, "layers.0.a", "a", "threshold").read([bound(*names)])
+def test_extra_input_of_a_weight_scheduled_under_other_names_is_an_error():
+    with pytest.raises(RewriteError, match=r"'layers\.0\.a' was run on a weight that is scheduled as layers\.1\.b"):
+        ExtraInput(0, "layers.0.a", "a", "threshold", 3).read([bound("layers.1.b", "layers.1.c")])
+
+
+@pytest.mark.parametrize(("attribute", "expected"), [("threshold", [-1.0] * 3), ("counts", [0] * 3)])
+def test_extra_input_of_a_dense_weight_keeps_every_channel(attribute, expected):
+    assert ExtraInput(0, "layers.0.a", "a", attribute, 3).read([bound()]).tolist() == expected

@@ -1,11 +1,9 @@
 """Inputs beyond Dynamo's own: the numbers of each call's own weights."""
 
-import pytest
 import torch
 from torch import nn
 
 from was_fx.passes.bindings import Binding, bind, bindings, unbind
-from was_fx.passes.context import RewriteError
 from was_fx.passes.extra_inputs import own_copy, with_extra_inputs
 
 
@@ -71,13 +69,15 @@ def test_modules_of_one_shape_share_a_graph_and_keep_their_own_numbers(rewrite):
     assert len(module.contexts) == 1
 
 
-def test_weight_that_lost_its_schedule_is_an_error_and_not_dense(rewrite):
-    module = rewrite(Net(), {"a": 0.5, "b": 0.5}, prefill="all")
+def test_weight_that_lost_its_schedule_is_dense_again(rewrite):
+    module = rewrite(Net(), {"a": 0.5, "b": 0.5}, prefill="all", observe=True)
     x = torch.randn(1, 3, 12)
     module(x)
+    unbind(module.weight("a"))
     unbind(module.weight("b"))
-    with pytest.raises(RewriteError, match="the weight of 'b' has no schedule any more"):
-        module(x)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), module.module(x))
+    assert len(module.contexts) == 1
 
 
 def test_extra_inputs_follow_all_others_at_a_static_address(rewrite):

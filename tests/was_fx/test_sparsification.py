@@ -285,3 +285,29 @@ def test_bad_arguments_are_refused_and_the_model_untouched(llama, calibration, a
 def test_a_model_without_linears_is_refused(calibration):
     with pytest.raises(ValueError, match="no Linear"):
         was_fx.sparsify(torch.nn.Embedding(3, 4), was_fx.uniform(calibration, target=0.5))
+
+
+def test_another_backend_around_the_model_does_not_make_it_dense(llama, calibration, oracle, tokens):
+    """transformers compiles the decode step itself on a GPU with a static cache, around what is compiled already."""
+    schedule = was_fx.uniform(calibration, target=0.5)
+    expected = oracle(llama, schedule)
+    was_fx.sparsify(llama, schedule, prefill="all", executor="eager")
+    graphs = []
+    around = torch.compile(llama.__call__, backend=lambda module, inputs: graphs.append(module) or module.forward)
+    with torch.no_grad():
+        torch.testing.assert_close(around(tokens).logits, expected(tokens).logits, **TOLERANCE[torch.float32])
+    assert graphs == []
+
+
+def test_generate_that_compiles_by_itself_equals_the_oracle(llama, calibration, oracle, tokens):
+    from transformers import CompileConfig
+
+    schedule = was_fx.uniform(calibration, target=0.5)
+    expected = oracle(llama, schedule).generate(tokens[:1, :16], max_new_tokens=8, do_sample=False)
+    was_fx.sparsify(llama, schedule, prefill="all", executor="eager")
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    got = llama.generate(
+        tokens[:1, :16], max_new_tokens=8, do_sample=False, cache_implementation="static", compile_config=config
+    )
+    assert got.equal(expected)

@@ -1,6 +1,7 @@
-"""The two numbers of `kernels/cpu_gather.py`: bags per thread, and up to how many tokens the gather pays.
+"""Sparse Linear on this CPU: the C++ gather, embedding_bag and the dense product; up to how many tokens each gather
+pays; and over how many bags embedding_bag should split a token.
 
-    python benchmarks/cpu_bags.py
+    python benchmarks/cpu_kernels.py
 
 Every time is the median over calls that rotate through more weights than the caches hold, dense and sparse taking
 turns. Prints JSON lines.
@@ -17,7 +18,7 @@ import torch
 from environment import describe
 from torch import Tensor
 
-from was_fx.kernels import cpu_gather
+from was_fx.kernels import cpu_embedding_bag, cpu_gather
 from was_fx.kernels.sparse_linear import reference
 
 SHAPES = ((2048, 2048), (2048, 8192), (8192, 2048))  # K, N
@@ -49,19 +50,22 @@ def bags(dtype: torch.dtype) -> None:
         x, threshold, weights = problem(k, n, 1, sparsity, dtype)
 
         def run(weight: Tensor, per_thread: int, x: Tensor = x, threshold: Tensor = threshold) -> Tensor:
-            cpu_gather.BAGS_PER_THREAD = per_thread
-            return cpu_gather.sparse_linear(x, [weight], [None], [threshold])
+            cpu_embedding_bag.BAGS_PER_THREAD = per_thread
+            return cpu_embedding_bag.sparse_linear(x, [weight], [None], [threshold])
 
         functions = {str(b): (lambda weight, b=b, run=run: run(weight, b)) for b in (1, 2, 4, 8)}
         report("bags per thread", dtype, k, n, sparsity, interleaved_ms(functions, weights))
 
 
 def tokens(dtype: torch.dtype) -> None:
-    for (k, n), sparsity, count in itertools.product(SHAPES[1:], (0.5, 0.75), (1, 2, 3, 4, 6, 8, 12)):
+    for (k, n), sparsity, count in itertools.product(SHAPES, (0.5, 0.75), (1, 2, 4, 6, 8, 12)):
         x, threshold, weights = problem(k, n, count, sparsity, dtype)
+        row_major = {weight.data_ptr(): weight.contiguous() for weight in weights}
         functions = {
             "gather": lambda weight, x=x, t=threshold: cpu_gather.sparse_linear(x, [weight], [None], [t]),
+            "embedding_bag": lambda weight, x=x, t=threshold: cpu_embedding_bag.sparse_linear(x, [weight], [None], [t]),
             "dense product": lambda weight, x=x, t=threshold: reference(x, [weight], [None], [t]),
+            "dense Linear": lambda weight, x=x, rows=row_major: torch.nn.functional.linear(x, rows[weight.data_ptr()]),
         }
         report(f"{count} tokens", dtype, k, n, sparsity, interleaved_ms(functions, weights))
 
