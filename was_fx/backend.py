@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import torch
 from torch.fx import GraphModule
 
 from was_fx.passes.context import Options
@@ -113,7 +114,11 @@ def _execute(context: Context, options: BackendOptions) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     extra = [node.meta["example_value"] for node in context.extra.values()]
-    compiled: Any = compile_fx(context.module, [*context.inputs, *extra], config_patches=dict(options.inductor))
+    patches = dict(options.inductor)
+    if torch.__version__ < "2.12" and not torch.cuda.is_available():
+        # torch 2.11 writes this check into a vectorised CPU loop before the value that it checks.
+        patches.setdefault("assert_indirect_indexing", False)
+    compiled: Any = compile_fx(context.module, [*context.inputs, *extra], config_patches=patches)
     return compiled
 
 

@@ -14,21 +14,25 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-# Relative error of the logits. Inductor keeps fp32 between fused bf16 operations, so a channel near its threshold can
-# fall on the other side.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
-
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("executor", ["eager", "inductor"])
-def test_logits_equal_the_oracle(llama, tokens, oracle, dtype, executor):
+def test_logits_are_as_near_to_exact_as_the_oracles(llama, tokens, oracle, dtype, executor):
+    """In bf16 a channel near its threshold can fall on either side, so both are compared with fp32."""
     model, ids = llama.to("cuda", dtype), tokens.cuda()
     schedule = was_fx.uniform(was_fx.calibrate(model, tokens), target=0.5)
     expected = oracle(model, schedule)
+    exact = copy.deepcopy(expected).float()
     was_fx.sparsify(model, schedule, prefill="all", executor=executor)
     with torch.no_grad():
-        got, wanted = model(ids).logits.float(), expected(ids).logits.float()
-    assert (got - wanted).norm() / wanted.norm() < TOLERANCE[dtype]
+        wanted = exact(ids).logits
+        ours, theirs = [(each(ids).logits.float() - wanted).norm() / wanted.norm() for each in (model, expected)]
+    assert ours < 1.5 * theirs + 1e-5
+
+
+def test_cuda_graphs_are_refused(llama, calibration):
+    with pytest.raises(ValueError, match="CUDA graphs"):
+        was_fx.sparsify(llama.to("cuda"), was_fx.uniform(calibration, target=0.5), mode="reduce-overhead")
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
