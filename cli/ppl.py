@@ -64,7 +64,7 @@ def ppl(
         loaded = load_model(model, dtype, device)
     ids = windows(loaded, content, name, length=length, limit=limit)
     arguments: dict[str, Any] = {"prefill": prefill.value, "batch_size": batch_size}
-    runner = executor.value if executor else None
+    runner: Any = executor.value if executor else None
     results: list[tuple[Path | None, Evaluation]] = []
     for path, each in zip([None, *paths], [None, *schedules], strict=True):
         label = "dense" if path is None else str(path)

@@ -16,12 +16,12 @@ from torch import Tensor
 from was_fx.kernels.layout import follows
 
 # One token is split over bags, because the bags are what runs in parallel. Each bag rounds its sum to the
-# input's dtype, so no more bags than pay: `benchmarks/cpu_kernels.py` prints the measurement behind this factor.
-BAGS_PER_THREAD = 2
+# input's dtype, and more than one per thread was no faster (`benchmarks/cpu_kernels.py`).
+BAGS_PER_THREAD = 1
 
 # Most tokens a call may hold before the dense product, which reads W once for all of them, is faster (at 50 %
 # sparsity; `benchmarks/cpu_kernels.py`).
-MAX_TOKENS = {torch.float32: 8, torch.bfloat16: 2}
+MAX_TOKENS = {torch.float32: 4, torch.bfloat16: 4}
 
 
 def supports(x: Tensor, weights: Sequence[Tensor]) -> bool:

@@ -74,9 +74,9 @@ void gather(const T* __restrict weight, int64_t n, int64_t width, const int32_t*
             for (int r = 0; r < ROWS; ++r) __builtin_prefetch(next[r] + begin, 0, 2);
             const int64_t end = std::min(begin + line, width);
             for (int64_t c = begin; c < end; ++c) {
-                float sum = sums[c];
+                float sum = 0.0f;  // of these rows first: a long sum of short ones rounds less than one long sum
                 for (int r = 0; r < ROWS; ++r) sum += scale[r] * load(row[r][c]);
-                sums[c] = sum;
+                sums[c] += sum;
             }
         }
     }

@@ -28,7 +28,7 @@ _FUNCTIONS = {torch.bfloat16: "sparse_linear_bf16", torch.float32: "sparse_linea
 
 # Most tokens a call may hold before the dense product, which reads W once for all of them, is faster (at 50 %
 # sparsity; `benchmarks/cpu_kernels.py`).
-MAX_TOKENS = {torch.float32: 8, torch.bfloat16: 4}
+MAX_TOKENS = {torch.float32: 8, torch.bfloat16: 8}
 
 
 def supports(x: Tensor, weights: Sequence[Tensor]) -> bool:

@@ -115,7 +115,8 @@ def _execute(context: Context, options: BackendOptions) -> Callable[..., Any]:
 
     extra = [node.meta["example_value"] for node in context.extra.values()]
     patches = dict(options.inductor)
-    if torch.__version__ < "2.12" and not torch.cuda.is_available():
+    on_cpu = not any(isinstance(each, torch.Tensor) and each.is_cuda for each in context.inputs)
+    if torch.__version__ < "2.12" and on_cpu:
         # torch 2.11 writes this check into a vectorised CPU loop before the value that it checks.
         patches.setdefault("assert_indirect_indexing", False)
     compiled: Any = compile_fx(context.module, [*context.inputs, *extra], config_patches=patches)

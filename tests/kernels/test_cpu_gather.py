@@ -9,7 +9,7 @@ from was_fx.kernels import cpu_embedding_bag, cpu_gather
 from was_fx.kernels.sparse_linear import implementation
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
-DTYPE_ROWS = [(torch.float32, 1), (torch.float32, 3), (torch.float32, 8), (torch.bfloat16, 1), (torch.bfloat16, 2)]
+DTYPE_ROWS = [(torch.float32, 1), (torch.float32, 3), (torch.float32, 4), (torch.bfloat16, 1), (torch.bfloat16, 2)]
 
 
 @pytest.fixture(params=[cpu_gather, cpu_embedding_bag], ids=["C++", "embedding_bag"])
@@ -117,7 +117,7 @@ def test_noncontiguous_thresholds(make_case, error, groups, make, gather):
     assert error(gather(case), case.exact()) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("shape", [(16,), (1, 16), (1, 1, 16), (2, 1, 16), (2, 3, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (1, 1, 16), (2, 1, 16), (2, 2, 16)], ids=str)
 def test_leading_dimensions_are_kept(make_case, error, shape, gather):
     case = make_case(shape, (6, 3))
     y = gather(case)
