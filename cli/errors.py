@@ -47,7 +47,7 @@ def expected(error: BaseException) -> BaseException | None:
     if isinstance(error, BrokenPipeError):
         return None  # `was … | head`: Click ends quietly
     kinds: list[type[BaseException]] = [ValueError, TypeError, OSError]
-    for module, name in (("was_fx.passes.context", "RewriteError"), ("torch", "OutOfMemoryError")):
+    for module, name in (("was_fx.passes.errors", "RewriteError"), ("torch", "OutOfMemoryError")):
         if module in sys.modules:
             kinds.append(getattr(sys.modules[module], name))
     return error if isinstance(error, tuple(kinds)) else None

@@ -2,22 +2,16 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from was_fx.passes.bindings import Binding, bindings, resolve
+from was_fx.passes.bindings import Binding
+from was_fx.passes.extra_inputs import ExtraInput, add_placeholder
 
 Prefill = Literal["dense", "sparse", "half", "all"]
 Phase = Literal["decode", "prefill"]
-
-
-class RewriteError(RuntimeError):
-    """A scheduled Linear could not be rewritten, or an option is not valid."""
 
 
 @dataclass(frozen=True)
@@ -88,37 +82,6 @@ class SparseCall:
     dense: Node | int
 
 
-@dataclass(frozen=True)
-class ExtraInput:
-    """A graph input that the passes added: a tensor of a binding of the weight at `position`.
-
-    Modules of one shape share a graph, so the weight of a call may bind another name than the one the graph was made
-    with; then `path`, relative to the compiled module, tells its bindings apart. A weight without a binding is
-    dense: densified since, or of a model that never was sparse. All its channels are kept.
-    """
-
-    position: int
-    name: str
-    path: str | None
-    attribute: Literal["threshold", "counts"]
-    size: int
-
-    def read(self, inputs: Sequence[Any]) -> Tensor:
-        """The tensor for this call's graph inputs."""
-        weight = inputs[self.position]
-        binding = bindings(weight).get(self.name) or resolve(weight, self.path)
-        if binding is not None:
-            return getattr(binding, self.attribute)
-        if bindings(weight):
-            raise RewriteError(
-                f"a graph compiled for {self.name!r} was run on a weight that is scheduled as "
-                f"{', '.join(bindings(weight))}; call torch.compiler.reset() and run the model again"
-            )
-        if self.attribute == "counts":
-            return torch.zeros(self.size, dtype=torch.int64, device=weight.device)
-        return torch.full((self.size,), -1.0, device=weight.device)  # no magnitude is below it
-
-
 @dataclass(eq=False)
 class Context:
     """State of one run of the pipeline over `module`, a copy of Dynamo's graph module.
@@ -163,8 +126,6 @@ class Context:
 
     def extra_input(self, site: LinearSite, attribute: Literal["threshold", "counts"]) -> Node:
         """The graph input that carries a tensor of the binding of `site`, added when it is asked for first."""
-        from was_fx.passes.extra_inputs import add_placeholder
-
         assert site.binding is not None
         tensor = getattr(site.binding, attribute)
         key = ExtraInput(self._positions[site.weight], site.binding.name, site.path, attribute, tensor.shape[0])

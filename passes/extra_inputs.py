@@ -10,7 +10,8 @@ constant of the first would answer for the second. `with_extra_inputs` reads the
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +19,39 @@ from torch._dynamo.source import SyntheticLocalSource
 from torch._guards import detect_fake_mode
 from torch.fx import Graph, GraphModule, Node
 
-from was_fx.passes.context import ExtraInput
+from was_fx.passes.bindings import bindings, resolve
+from was_fx.passes.errors import RewriteError
+
+
+@dataclass(frozen=True)
+class ExtraInput:
+    """A graph input that the passes added: a tensor of a binding of the weight at `position`.
+
+    Modules of one shape share a graph, so the weight of a call may bind another name than the one the graph was made
+    with; then `path`, relative to the compiled module, tells its bindings apart. A weight without a binding is
+    dense: densified since, or of a model that never was sparse. All its channels are kept.
+    """
+
+    position: int
+    name: str
+    path: str | None
+    attribute: Literal["threshold", "counts"]
+    size: int
+
+    def read(self, inputs: Sequence[Any]) -> Tensor:
+        """The tensor for this call's graph inputs."""
+        weight = inputs[self.position]
+        binding = bindings(weight).get(self.name) or resolve(weight, self.path)
+        if binding is not None:
+            return getattr(binding, self.attribute)
+        if bindings(weight):
+            raise RewriteError(
+                f"a graph compiled for {self.name!r} was run on a weight that is scheduled as "
+                f"{', '.join(bindings(weight))}; call torch.compiler.reset() and run the model again"
+            )
+        if self.attribute == "counts":
+            return torch.zeros(self.size, dtype=torch.int64, device=weight.device)
+        return torch.full((self.size,), -1.0, device=weight.device)  # no magnitude is below it
 
 
 def add_placeholder(graph: Graph, name: str, tensor: Tensor) -> Node:

@@ -18,7 +18,8 @@ import torch
 from torch.fx import Node
 
 from was_fx.passes.bindings import bindings, resolve
-from was_fx.passes.context import Context, LinearSite, RewriteError, module_path, value
+from was_fx.passes.context import Context, LinearSite, module_path, value
+from was_fx.passes.errors import RewriteError
 
 Match = tuple[Any, Any, Any, bool]  # x, weight, bias, weight is [K, N]
 

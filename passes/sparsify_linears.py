@@ -16,7 +16,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from was_fx.kernels.sparse_linear import sparse_linear
 from was_fx.passes.choose_phase import sequence_source
-from was_fx.passes.context import Context, LinearSite, RewriteError, SparseCall, value
+from was_fx.passes.context import Context, LinearSite, SparseCall, value
+from was_fx.passes.errors import RewriteError
 
 
 def declined(context: Context, site: LinearSite) -> str | None:

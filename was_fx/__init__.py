@@ -21,7 +21,7 @@ _HOMES = {
     "Calibration": "was_fx.schedules.calibration",
     "Evaluation": "was_fx.evaluation",
     "LinearSchedule": "was_fx.schedules.schedule",
-    "RewriteError": "was_fx.passes.context",
+    "RewriteError": "was_fx.passes.errors",
     "Schedule": "was_fx.schedules.schedule",
     "ScheduleError": "was_fx.schedules.errors",
     "Score": "was_fx.schedules.score",
@@ -55,7 +55,7 @@ __all__ = [
 if TYPE_CHECKING:
     from was_fx.calibration import calibrate, recalibrate
     from was_fx.evaluation import Evaluation, evaluate, perplexity
-    from was_fx.passes.context import RewriteError
+    from was_fx.passes.errors import RewriteError
     from was_fx.schedules.calibration import Calibration
     from was_fx.schedules.errors import ScheduleError
     from was_fx.schedules.schedule import LinearSchedule, Schedule

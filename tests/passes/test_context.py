@@ -5,7 +5,9 @@ import torch
 from torch.fx import Graph
 
 from was_fx.passes.bindings import Binding, bind
-from was_fx.passes.context import ExtraInput, Options, RewriteError, module_path
+from was_fx.passes.context import Options, module_path
+from was_fx.passes.errors import RewriteError
+from was_fx.passes.extra_inputs import ExtraInput
 
 
 @pytest.mark.parametrize(
