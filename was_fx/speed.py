@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.backend import Executor
-from was_fx.calibration import calibrate
+from was_fx.calibration import calibrate, recalibrate
 from was_fx.evaluation import evaluate
 from was_fx.linears import vocabulary, weight_bytes_per_token
 from was_fx.schedules.schedule import Schedule
@@ -98,8 +98,8 @@ def decode_speed(
     """Time greedy decoding of one sequence, dense and at uniform sparsities.
 
     The dense model is compiled by `torch.compile`, the sparse one is a copy of it that shares no storage, sparsified
-    after a calibration on random tokens. They take turns in the same process, so a slow moment of the machine hits
-    all of them. Compilation and prompts are not part of any time.
+    after a calibration and a recalibration on random tokens. They take turns in the same process, so a slow moment of
+    the machine hits all of them. Compilation and prompts are not part of any time.
 
     Args:
         config_or_model: a dense causal LM, or a configuration for one with random bf16 weights on the CPU.
@@ -127,7 +127,7 @@ def decode_speed(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary(dense) or 2, (8, max(prompt, 64)), generator=generator)
     calibration = calibrate(sparse, ids, score=score, text="random tokens")
-    schedules = [uniform(calibration, target) for target in targets]
+    schedules = [recalibrate(sparse, uniform(calibration, target), ids, rounds=1) for target in targets]
     start = ids[:1, :prompt].to(next(dense.parameters()).device)
     arguments = {"max_new_tokens": tokens, "min_new_tokens": tokens, "cache_implementation": cache}
     runs = _Runs(dense, sparse, schedules, start, arguments, executor)
