@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from was_fx.passes.bindings import Binding
 from was_fx.passes.extra_inputs import ExtraInput, add_placeholder
@@ -146,3 +146,12 @@ def module_path(node: Node) -> str | None:
 def value(node: object) -> Any:
     """The fake value Dynamo recorded for a node; anything else is its own value."""
     return node.meta.get("example_value") if isinstance(node, Node) else node
+
+
+def weight_view(graph: Graph, site: LinearSite) -> Node:
+    """W [N, K] of a Linear at the graph's insertion point: its graph input, or a new transposed view of it."""
+    if not site.input_major:
+        return site.weight
+    node = graph.call_method("t", (site.weight,))
+    node.meta["example_value"] = value(site.weight).t()
+    return node

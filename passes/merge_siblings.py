@@ -15,10 +15,10 @@ from collections import defaultdict
 from collections.abc import Collection
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from was_fx.kernels.sparse_linear import sparse_linear
-from was_fx.passes.context import Context, LinearSite, SparseCall, value
+from was_fx.passes.context import Context, LinearSite, SparseCall, value, weight_view
 
 Sibling = tuple[LinearSite, SparseCall]
 
@@ -58,7 +58,7 @@ def _merge(context: Context, group: list[Sibling]) -> None:
     graph = context.module.graph
     x, first = group[0][0].x, group[0][1]
     with graph.inserting_before(first.node):
-        weights = [_weight(graph, site) for site, _ in group]
+        weights = [weight_view(graph, site) for site, _ in group]
         sizes = [value(weight).shape[0] for weight in weights]
         biases, thresholds = [site.bias for site, _ in group], [call.threshold for _, call in group]
         merged = graph.call_function(sparse_linear, (x, weights, biases, thresholds, first.sequence, first.dense))
@@ -77,15 +77,6 @@ def _merge(context: Context, group: list[Sibling]) -> None:
             graph.erase_node(call.weight)
         site.sparse = SparseCall(merged, weight, call.threshold, call.sequence, call.dense)
     context.siblings.append([(site.weight, site.binding) for site, _ in group if site.binding])
-
-
-def _weight(graph: Graph, site: LinearSite) -> Node:
-    """W [N, K] at the insertion point: earlier than where the Linear's own view of it stands."""
-    if not site.input_major:
-        return site.weight
-    node = graph.call_method("t", (site.weight,))
-    node.meta["example_value"] = value(site.weight).t()
-    return node
 
 
 def _written_storages(graph: Graph) -> set[int]:

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from was_fx.kernels.sparse_linear import sparse_linear
 from was_fx.passes.choose_phase import sequence_source
-from was_fx.passes.context import Context, LinearSite, SparseCall, value
+from was_fx.passes.context import Context, LinearSite, SparseCall, value, weight_view
 from was_fx.passes.errors import RewriteError
 
 
@@ -66,9 +66,7 @@ def _rewrite(context: Context, site: LinearSite, sequence: Node | int, dense: No
     graph = context.module.graph
     threshold = context.extra_input(site, "threshold")
     with graph.inserting_before(site.node):
-        weight = graph.call_method("t", (site.weight,)) if site.input_major else site.weight
-        if weight is not site.weight:
-            weight.meta["example_value"] = value(site.weight).t()
+        weight = weight_view(graph, site)
         sparse = graph.call_function(
             sparse_linear,
             (site.x, [weight], [site.bias], [threshold], sequence, dense),

@@ -35,16 +35,13 @@ def bind_graph(module: GraphModule, inputs: Sequence[Any], schedule: Schedule | 
     schedule = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
     context = Context(module, list(inputs), Options())
     recognize_linears(context)
-    sites = {site.path: site for site in context.sites if site.path}
-    names = _names(sites, schedule)
-    problems = [
-        f"{name}: no Linear of the graph has this name" for name in schedule.linears if name not in names.values()
-    ]
-    for path, name in names.items():
-        expected, found = schedule.shapes[name], _shape(sites[path], context)
+    sites = {site.path: site for site in context.sites if site.path and site.path in schedule.linears}
+    problems = [f"{name}: no Linear of the graph has this name" for name in schedule.linears if name not in sites]
+    for name, site in sites.items():
+        expected, found = schedule.shapes[name], tuple(_weight(context, site).shape)
         if expected != found:
             problems.append(f"{name}: the schedule is for shape {expected}, the model has {found}")
-        elif _bound_otherwise(context.input_of(sites[path].weight), name, schedule):
+        elif _bound_otherwise(context.input_of(site.weight), name, schedule):
             problems.append(f"{name}: the model has other thresholds already; was_fx.densify(model) takes them off")
     if problems:
         raise ScheduleError(
@@ -53,14 +50,14 @@ def bind_graph(module: GraphModule, inputs: Sequence[Any], schedule: Schedule | 
             "Compile the whole model, or call was_fx.sparsify(model, schedule) first and then compile any part of it.",
         )
     weights = []
-    for path, name in names.items():
-        weight = context.input_of(sites[path].weight)
+    for name, site in sites.items():
+        weight = context.input_of(site.weight)
         if name in bindings(weight):
             continue
-        norms = channel_norms(weight.t() if sites[path].input_major else weight, schedule.norm)
+        norms = channel_norms(_weight(context, site), schedule.norm)
         thresholds = schedule.linears[name].channel_thresholds(norms)
         bind(weight, Binding(name, norms, thresholds.to(norms.device)))
-        if not sites[path].input_major and wants_input_major(weight) and not weight.t().is_contiguous():
+        if not site.input_major and wants_input_major(weight) and not weight.t().is_contiguous():
             weights.append(weight)
     return weights
 
@@ -79,11 +76,6 @@ def run_once_then_move(run: Callable[..., Any], weights: Sequence[Tensor]) -> Ca
     return call
 
 
-def _names(sites: dict[str, LinearSite], schedule: Schedule) -> dict[str, str]:
-    """Path in the compiled module -> name in the schedule."""
-    return {path: path for path in sites if path in schedule.linears}
-
-
 def _bound_otherwise(weight: Tensor, name: str, schedule: Schedule) -> bool:
     binding = bindings(weight).get(name)
     if binding is None:
@@ -91,6 +83,7 @@ def _bound_otherwise(weight: Tensor, name: str, schedule: Schedule) -> bool:
     return not torch.equal(binding.threshold, schedule.linears[name].channel_thresholds(binding.norms))
 
 
-def _shape(site: LinearSite, context: Context) -> tuple[int, int]:
-    rows, columns = context.input_of(site.weight).shape
-    return (columns, rows) if site.input_major else (rows, columns)
+def _weight(context: Context, site: LinearSite) -> Tensor:
+    """W [N, K], a view."""
+    parameter = context.input_of(site.weight)
+    return parameter.t() if site.input_major else parameter
