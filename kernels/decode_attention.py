@@ -73,8 +73,12 @@ def _attend(
             seen = tl.load(mask_ptr + batch * mask_batch + keys, mask=seen, other=0) != 0
         if tl.max(seen.to(tl.int32), axis=0) > 0:
             inside = seen[:, None] & (d < D)[None, :]
-            k = tl.load(k_ptr + batch * k_batch + kv * k_head + keys[:, None] * k_row + d[None, :], mask=inside, other=0.0)
-            v = tl.load(v_ptr + batch * v_batch + kv * v_head + keys[:, None] * v_row + d[None, :], mask=inside, other=0.0)
+            k = tl.load(
+                k_ptr + batch * k_batch + kv * k_head + keys[:, None] * k_row + d[None, :], mask=inside, other=0.0
+            )
+            v = tl.load(
+                v_ptr + batch * v_batch + kv * v_head + keys[:, None] * v_row + d[None, :], mask=inside, other=0.0
+            )
             if UPCAST:
                 k, v = k.to(tl.float32), v.to(tl.float32)
             logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale

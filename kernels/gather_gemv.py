@@ -156,7 +156,7 @@ def _gather_gemv(
 
 def supports(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether this serves x [..., K] and weights [N_g, K]: few tokens on a GPU, and Wᵀ row-contiguous."""
-    if not serves(x) or not x.numel() or x.numel() // x.shape[-1] > MAX_TOKENS or len(weights) > MAX_SIBLINGS:
+    if not serves(x) or not x.numel() or x.numel() // x.shape[-1] > MAX_TOKENS:
         return False
     return all(w.dtype == x.dtype and w.device == x.device and w.t().is_contiguous() for w in weights)
 
@@ -186,7 +186,9 @@ def reference(
             values = values.masked_fill(values.abs() <= threshold[kept], 0)
         cuts = [len(kept) * s // splits for s in range(splits + 1)]
         parts.append(
-            torch.stack([values[:, a:b] @ weight[:, kept[a:b]].float().t() for a, b in zip(cuts, cuts[1:], strict=False)])
+            torch.stack(
+                [values[:, a:b] @ weight[:, kept[a:b]].float().t() for a, b in zip(cuts, cuts[1:], strict=False)]
+            )
         )
     return torch.cat(parts, dim=-1)
 

@@ -86,7 +86,9 @@ def tuned(name: str) -> dict[str, GemvConfig]:
             entries = json.loads(path.read_text())["configurations"]
             merged |= {key: GemvConfig(**entry) for key, entry in entries.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is not a tuning file ({error}); delete it, or make it anew with `was tune`") from None
+            raise ValueError(
+                f"{path} is not a tuning file ({error}); delete it, or make it anew with `was tune`"
+            ) from None
     return merged
 
 

@@ -157,7 +157,11 @@ def reference(
         x = weight * x.to(dtype)
     else:
         x = (x * (weight.float() + (style == "unit_offset"))).to(dtype)
-    return (torch.empty_like(h) if partial is None else h, x, *compact.reference(x, thresholds, triton.next_power_of_2(x.shape[-1])))
+    return (
+        torch.empty_like(h) if partial is None else h,
+        x,
+        *compact.reference(x, thresholds, triton.next_power_of_2(x.shape[-1])),
+    )
 
 
 def rms_norm_compact(
@@ -212,7 +216,11 @@ def fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the op returns, uninitialised."""
     like = residual.new_empty(residual.shape)
-    return (like, like.new_empty(like.shape), *compact.empty_list(residual, len(thresholds), triton.next_power_of_2(residual.shape[-1])))
+    return (
+        like,
+        like.new_empty(like.shape),
+        *compact.empty_list(residual, len(thresholds), triton.next_power_of_2(residual.shape[-1])),
+    )
 
 
 _library = torch.library.Library("was", "FRAGMENT")

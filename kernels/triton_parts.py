@@ -38,9 +38,7 @@ def launch_options(tensor: Tensor) -> dict[str, Any]:
     The next kernel of the stream is launched while this one runs and waits in `begin`, so that its launch costs no
     time of its own. WAS_FX_NO_PDL=1 turns it off.
     """
-    pdl = (
-        tensor.is_cuda and _capability(tensor.device.index or 0) >= (9, 0) and not os.environ.get("WAS_FX_NO_PDL")
-    )
+    pdl = tensor.is_cuda and _capability(tensor.device.index or 0) >= (9, 0) and not os.environ.get("WAS_FX_NO_PDL")
     return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
 
 

@@ -1,11 +1,11 @@
 """Attention of one new token by a kernel that skips what the mask hides, shares keys among heads, and lists its output.
 
-    before   k_ = k[:, :, None].expand(1, KV, n, L, D).reshape(1, H, L, D)       k [1, KV, L, D]; v alike
-             y = scaled_dot_product_attention(q, k_, v_, attn_mask=mask, scale=scale)     q [1, H, 1, D]
-             x = y.transpose(1, 2).reshape(1, 1, H·D)
-             index, count = was.compact(x, [t…])
-    after    y, index, count = was.decode_attention(q, k, v, mask, scale, [t…])
-             x = y.transpose(1, 2).reshape(1, 1, H·D)
+before   k_ = k[:, :, None].expand(1, KV, n, L, D).reshape(1, H, L, D)       k [1, KV, L, D]; v alike
+         y = scaled_dot_product_attention(q, k_, v_, attn_mask=mask, scale=scale)     q [1, H, 1, D]
+         x = y.transpose(1, 2).reshape(1, 1, H·D)
+         index, count = was.compact(x, [t…])
+after    y, index, count = was.decode_attention(q, k, v, mask, scale, [t…])
+         x = y.transpose(1, 2).reshape(1, 1, H·D)
 """
 
 import operator
@@ -86,7 +86,10 @@ def _unrepeated(node: Any) -> Any:
     if not isinstance(base, Node) or value(base).dim() != 4 or repeated.dim() != 5:
         return node
     batch, shared, length, width = value(base).shape
-    same = [statically_known_true(a == b) for a, b in zip(value(inner).shape, (batch, shared, 1, length, width), strict=True)]
+    same = [
+        statically_known_true(a == b)
+        for a, b in zip(value(inner).shape, (batch, shared, 1, length, width), strict=True)
+    ]
     return base if all(same) else node
 
 

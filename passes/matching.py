@@ -71,8 +71,9 @@ def written_storages(graph: Graph) -> set[int]:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if not node.op.startswith("call"):
             continue
-        if _IN_PLACE.fullmatch(name) or node.kwargs.get("inplace"):
-            written |= {storage(node.args[0])} if node.args else set()
+        if _IN_PLACE.fullmatch(name) or node.kwargs.get("inplace") or name.startswith("advance"):
+            first = node.args[0] if node.args else None
+            written |= {storage(each) for each in (first if isinstance(first, list | tuple) else [first])}
         if "out" in node.kwargs:
             written.add(storage(node.kwargs["out"]))
     return written - {0}

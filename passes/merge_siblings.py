@@ -73,4 +73,3 @@ def _merge(context: Context, group: list[Sibling]) -> None:
             graph.erase_node(call.weight)
         site.sparse = SparseCall(merged, weight, call.threshold, call.sequence, call.dense)
     context.siblings.append([(site.weight, site.binding) for site, _ in group if site.binding])
-

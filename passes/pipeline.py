@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from was_fx.passes.batch_counters import batch_counters
 from was_fx.passes.choose_phase import choose_phase
 from was_fx.passes.context import Context, Options
 from was_fx.passes.count_dropped import count_dropped
@@ -32,6 +33,7 @@ PIPELINE: tuple[Callable[[Context], None], ...] = (
     fuse_attention,
     fuse_rms_norms,
     fuse_gated_products,
+    batch_counters,
 )
 
 _REQUIRED = {"recognize_linears", "choose_phase"}

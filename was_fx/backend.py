@@ -123,6 +123,11 @@ def _execute(context: Context, options: BackendOptions) -> Callable[..., Any]:
     extra = [node.meta["example_value"] for node in context.extra.values()]
     # CUDA graphs are made by `CudaGraphs`: Inductor's own are set aside for steps that change a cache in place.
     patches = {**options.inductor, "triton.cudagraphs": False}
+    if context.counts["listed"]:
+        # The small kernels that Inductor makes of what lies between ours: those that don't depend on each other become
+        # one, and each is launched while the one before it runs.
+        for name, setting in (("combo_kernels", True), ("combo_kernels_autotune", 0), ("triton.enable_pdl", True)):
+            patches.setdefault(name, setting)
     on_cpu = not any(isinstance(each, torch.Tensor) and each.is_cuda for each in context.inputs)
     if torch.__version__ < "2.12" and on_cpu:
         # torch 2.11 writes this check into a vectorised CPU loop before the value that it checks.
