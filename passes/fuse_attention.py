@@ -66,12 +66,15 @@ def fuse_attention(context: Context) -> None:
     """Rewrite every attention of one query in a decode step whose channels are listed."""
     if not context.parts:
         return
-    for node in [each for each in context.module.graph.nodes if kind(each) == _SDPA]:
+    graph = context.module.graph
+    lists = graph.find_nodes(op="call_function", target=compact_op)
+    readers = {flattening_of(each.args[0], {_SDPA}): each for each in lists}
+    for node in [each for each in graph.nodes if kind(each) == _SDPA]:
         found = match(node)
         if isinstance(found, str):
             context.declined.append((node.name, found))
             continue
-        _rewrite(context, node, found)
+        _rewrite(context, node, found, readers.get(node))
         context.counts["decode attention"] += 1
 
 
@@ -93,10 +96,8 @@ def _unrepeated(node: Any) -> Any:
     return base if all(same) else node
 
 
-def _rewrite(context: Context, node: Node, found: Attention) -> None:
+def _rewrite(context: Context, node: Node, found: Attention, reader: Node | None) -> None:
     graph = context.module.graph
-    lists = graph.find_nodes(op="call_function", target=compact_op)
-    reader = next((each for each in lists if flattening_of(each.args[0], {_SDPA}) is node), None)
     thresholds = list(reader.args[1]) if reader is not None else []
     arguments = (found.q, found.k, found.v, found.mask, found.scale, thresholds)
     with graph.inserting_before(node):

@@ -31,6 +31,8 @@ class BackendOptions:
     Attributes:
         prefill, observe, disable, lists: see `was_fx.passes.context.Options`.
         cuda_graphs: replay decode steps on a GPU as CUDA graphs.
+        compile_prompts: compile the graph of a dense prompt with Inductor too; None: not on a GPU, where that takes as
+            long as the decode step's and saves little.
         executor: "inductor", or "eager" to run the rewritten graph node by node (debugging; no C++ compiler).
         schedule: a `Schedule` or the path of one, for a model that was not sparsified.
         inductor: any option of `torch._inductor.config`, by its own name.
@@ -41,6 +43,7 @@ class BackendOptions:
     disable: tuple[str, ...] = ()
     lists: bool | None = None
     cuda_graphs: bool = True
+    compile_prompts: bool | None = None
     executor: Executor = "inductor"
     schedule: Any = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -116,7 +119,11 @@ def mode_options(mode: str | None) -> dict[str, Any]:
 
 
 def _execute(context: Context, options: BackendOptions) -> Callable[..., Any]:
-    if options.executor == "eager":
+    on_cpu = not any(isinstance(each, torch.Tensor) and each.is_cuda for each in context.inputs)
+    compile_it = context.counts["sparsified"] or (
+        on_cpu if options.compile_prompts is None else options.compile_prompts
+    )
+    if options.executor == "eager" or not compile_it:
         return context.module.forward
     from torch._inductor.compile_fx import compile_fx
 
@@ -128,7 +135,6 @@ def _execute(context: Context, options: BackendOptions) -> Callable[..., Any]:
         # one, and each is launched while the one before it runs.
         for name, setting in (("combo_kernels", True), ("combo_kernels_autotune", 0), ("triton.enable_pdl", True)):
             patches.setdefault(name, setting)
-    on_cpu = not any(isinstance(each, torch.Tensor) and each.is_cuda for each in context.inputs)
     if torch.__version__ < "2.12" and on_cpu:
         # torch 2.11 writes this check into a vectorised CPU loop before the value that it checks.
         patches.setdefault("assert_indirect_indexing", False)

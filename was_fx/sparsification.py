@@ -61,8 +61,8 @@ def sparsify(
         executor: "inductor", or "eager" to run the rewritten graph node by node. By default Inductor, unless the
             model is on a CPU without a C++ compiler.
         disable: names of optional passes to leave out.
-        mode: a mode of `torch.compile`, such as "max-autotune-no-cudagraphs". Decode steps on a GPU are replayed as CUDA
-            graphs in every mode.
+        mode: a mode of `torch.compile`, such as "max-autotune-no-cudagraphs". In every mode, decode steps on a GPU
+            with a static cache are replayed as CUDA graphs.
         allow_other_model: accept a schedule whose fingerprint is another model's, if names and shapes fit.
 
     Returns:
