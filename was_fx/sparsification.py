@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from was_fx.backend import BackendOptions, Executor, has_compiler, mode_options, register
 from was_fx.compilation import compile_call
+from was_fx.decoding import restore_generate, use_decode
 from was_fx.kernels.layout import restore, to_input_major, wants_input_major
 from was_fx.linears import LinearModule, body_linears, find_linears
 from was_fx.passes.bindings import Binding, bind, bindings, unbind
@@ -49,7 +50,8 @@ def sparsify(
 ) -> nn.Module:
     """Make `model` decode sparsely by `schedule`, in place.
 
-    The model keeps its class, its state_dict and `generate()`. Its weights are moved one by one into input-major
+    The model keeps its class, its state_dict and `generate()`, which on a GPU uses a static cache and the loop of
+    `was_fx.decode` where its arguments don't say otherwise. Its weights are moved one by one into input-major
     storage, and its call is compiled with the backend "was" when it first runs. On a model that is sparsified
     already, only the numbers change; with the same options nothing is compiled again.
 
@@ -94,6 +96,8 @@ def sparsify(
     set_thresholds(scheduled, schedule)
     if known is None or known.options != options:
         model._compiled_call_impl = compile_call(model._call_impl, raw)
+    if next(iter(linears.values())).parameter.is_cuda:
+        use_decode(model)
     model._was_state = SparseState(schedule, options, compiled_before, flags)  # type: ignore[assignment]
     return model
 
@@ -113,6 +117,7 @@ def densify(model: nn.Module) -> nn.Module:
             del model._compiled_call_impl  # the class has the None
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(known.requires_grad[name])
+        restore_generate(model)
         del model._was_state
     return model
 
