@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from was_fx.cli import calibrate, demo, generate, inspect_file, make, ppl, recalibrate
+from was_fx.cli import bench, calibrate, demo, generate, inspect_file, make, ppl, recalibrate, tune
 from was_fx.cli.errors import INTERRUPTED, Commands, report_interrupt
 from was_fx.cli.options import examples
 
@@ -73,6 +73,8 @@ _add("recalibrate", recalibrate.recalibrate, recalibrate.EXAMPLES)
 _add("inspect", inspect_file.inspect_file, inspect_file.EXAMPLES)
 _add("ppl", ppl.ppl, ppl.EXAMPLES)
 _add("generate", generate.generate, generate.EXAMPLES)
+_add("bench", bench.bench, bench.EXAMPLES)
+_add("tune", tune.tune, tune.EXAMPLES)
 
 
 def main() -> None:

@@ -77,7 +77,8 @@ def sparsify(
     register()
     schedule = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
     linears = find_linears(model)
-    executor = executor or _default_executor(next(iter(linears.values())).parameter)
+    weight = next(iter(linears.values())).parameter
+    executor, on_gpu = executor or _default_executor(weight), weight.is_cuda
     raw = {"prefill": prefill, "executor": executor, "disable": tuple(disable), **mode_options(mode)}
     options = BackendOptions.parse(raw)
     check_schedule(model, schedule, linears, allow_other_model=allow_other_model)
@@ -95,8 +96,9 @@ def sparsify(
         compiled_before, flags = known.compiled_before, known.requires_grad
     set_thresholds(scheduled, schedule)
     if known is None or known.options != options:
-        model._compiled_call_impl = compile_call(model._call_impl, raw)
-    if next(iter(linears.values())).parameter.is_cuda:
+        as_they_are = on_gpu and prefill == "dense" and executor == "inductor"
+        model._compiled_call_impl = compile_call(model._call_impl, raw, prompts_as_they_are=as_they_are)
+    if on_gpu:
         use_decode(model)
     model._was_state = SparseState(schedule, options, compiled_before, flags)  # type: ignore[assignment]
     return model
