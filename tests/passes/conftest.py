@@ -1,5 +1,6 @@
 """Graphs of small modules, captured by Dynamo, rewritten by the passes and checked."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -11,6 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from was_fx.kernels.count_dropped import count_dropped
 from was_fx.kernels.layout import to_input_major
+from was_fx.kernels.sparse_linear import sparse_linear
 from was_fx.passes.bindings import Binding, bind
 from was_fx.passes.context import Context, Options
 from was_fx.passes.extra_inputs import with_extra_inputs
@@ -171,3 +173,19 @@ def fresh():
 def rewrite():
     """`Rewritten`, see there."""
     return Rewritten
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """Rewrites a decode step with channels listed, as for a GPU, and checks it against the same without lists."""
+    monkeypatch.setattr("was_fx.kernels.triton_parts.interpreted", lambda: False)  # the ops' meaning, which is quicker
+
+    def make(module: nn.Module, schedule: dict[str, float | Tensor], *inputs, dynamic: bool | None = None, **options):
+        plain = Rewritten(copy.deepcopy(module), schedule, dynamic)
+        with_lists = Rewritten(module, dict(plain.thresholds), dynamic, lists=True, **options)
+        expected, found = plain(*copy.deepcopy(inputs)), with_lists(*inputs)
+        torch.testing.assert_close(found, expected)
+        assert sparse_linear in plain.targets
+        return with_lists
+
+    return make
