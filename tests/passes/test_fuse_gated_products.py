@@ -52,9 +52,9 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize(
+    ("bias", "flipped", "dtype"), [(False, True, torch.float32), (True, False, torch.bfloat16)], ids=str
+)
 def test_gated_product_is_fused(listed, name, bias, dtype, flipped):
     act = ACTIVATIONS[name]
 
