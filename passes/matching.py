@@ -10,7 +10,9 @@ from torch.fx import Graph, Node, map_arg
 from was_fx.passes.context import value
 
 # Names of what writes to its first argument: add_, iadd, setitem, __setitem__.
-_IN_PLACE = re.compile(r"\w*[a-z]_|_*i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)_*|_*setitem_*")
+_IN_PLACE = re.compile(
+    r"\w*[a-z]_|_*i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)_*|_*setitem_*"
+)
 
 _CASTS = {"to", "float", "type_as", "type", "bfloat16", "half"}
 _VIEWS = {"view", "reshape", "transpose", "permute", "contiguous", "flatten", "squeeze", "unsqueeze", "swapaxes"}

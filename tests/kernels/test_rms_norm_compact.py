@@ -106,7 +106,11 @@ def test_reference_rounds_as_the_models_do(dtype):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-    norms = {"cast_first": LlamaRMSNorm(50, EPS), "cast_last": Olmo2RMSNorm(50, EPS), "unit_offset": GemmaRMSNorm(50, EPS)}
+    norms = {
+        "cast_first": LlamaRMSNorm(50, EPS),
+        "cast_last": Olmo2RMSNorm(50, EPS),
+        "unit_offset": GemmaRMSNorm(50, EPS),
+    }
     for style, norm in norms.items():
         case = arguments(50, "cpu", dtype, style=style)
         norm.weight.data = case[3]

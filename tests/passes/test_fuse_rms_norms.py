@@ -64,9 +64,17 @@ STYLES = {
     "OLMo 2": (lambda: Olmo2RMSNorm(K), "cast_last"),
     "Gemma": (lambda: GemmaRMSNorm(K), "unit_offset"),
     "torch": (lambda: nn.RMSNorm(K, eps=1e-6), "cast_last"),
-    "square": (lambda: Written(lambda h, w: w * (h.float() * torch.rsqrt((h.float() * 1).square().mean(-1, True) + 1e-6)).to(h)), None),
+    "square": (
+        lambda: Written(
+            lambda h, w: w * (h.float() * torch.rsqrt((h.float() * 1).square().mean(-1, True) + 1e-6)).to(h)
+        ),
+        None,
+    ),
     "flipped": (lambda: Written(lambda h, w: standard(h).to(h.dtype) * w), "cast_first"),
-    "keywords": (lambda: Written(lambda h, w: torch.rms_norm(input=h, normalized_shape=(K,), weight=w, eps=1e-6)), "cast_last"),
+    "keywords": (
+        lambda: Written(lambda h, w: torch.rms_norm(input=h, normalized_shape=(K,), weight=w, eps=1e-6)),
+        "cast_last",
+    ),
 }
 
 
@@ -194,7 +202,12 @@ def test_what_surrounds_a_norm(listed, change, fused, added, reason):
         (lambda: Written(lambda h, w: ((1.0 + w).float() * standard(h)).to(h.dtype)), ROUNDS),
         (lambda: Written(lambda h, w: w * standard(h, dim=(-1, -2)).to(h.dtype)), NO_NORM),
         (lambda: Written(lambda h, w: w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))), NO_NORM),
-        (lambda: Written(lambda h, w: w * (h.float() * torch.rsqrt(h.float().pow(3).mean(-1, True) ** 2 + 1e-6)).to(h)), NO_NORM),
+        (
+            lambda: Written(
+                lambda h, w: w * (h.float() * torch.rsqrt(h.float().pow(3).mean(-1, True) ** 2 + 1e-6)).to(h)
+            ),
+            NO_NORM,
+        ),
         (lambda: Written(lambda h, w: torch.sin(w * standard(h).to(h.dtype))), NO_NORM),
     ],
 )

@@ -9,6 +9,7 @@ from was_fx.kernels.compact import compact_op
 from was_fx.kernels.gather_gemv import gather_gemv_op
 from was_fx.kernels.sparse_linear import sparse_linear
 
+
 class Fan(nn.Module):
     """`count` Linears of one input, every other one with a bias, and one behind them."""
 

@@ -91,7 +91,13 @@ def test_only_plain_operations_are_commutative(function, pairs):
 
 
 @pytest.mark.parametrize(
-    "cast", [lambda x: x.float(), lambda x: x.to(torch.float32), lambda x: x.type_as(torch.ones(1)), lambda x: x.half().float()]
+    "cast",
+    [
+        lambda x: x.float(),
+        lambda x: x.to(torch.float32),
+        lambda x: x.type_as(torch.ones(1)),
+        lambda x: x.half().float(),
+    ],
 )
 def test_casts_are_looked_through_and_moves_are_not(cast):
     graph, (x,) = graph_of(lambda x: torch.sin(cast(x)), torch.rand(3, dtype=torch.bfloat16))
