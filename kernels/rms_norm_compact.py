@@ -157,7 +157,7 @@ def reference(
     x = h.float()
     x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     if style == "cast_first":
-        x = weight * x.to(dtype)
+        x = (weight * x.to(dtype)).to(dtype)
     else:
         x = (x * (weight.float() + (style == "unit_offset"))).to(dtype)
     return (

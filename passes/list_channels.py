@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from was_fx.kernels.compact import compact_op, empty_list
 from was_fx.kernels.gather_gemv import gather_gemv_op
 from was_fx.kernels.gemv_config import gemv_config
-from was_fx.kernels.triton_parts import MAX_SIBLINGS
+from was_fx.kernels.triton_parts import DTYPES, MAX_SIBLINGS
 from was_fx.passes.context import Context, LinearSite, Part, value
 
 
@@ -30,6 +30,8 @@ def declined(context: Context, node: Node) -> str | None:
         return "not on a GPU"
     if context.phase != "decode":
         return "not a decode step"
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}"
     if not statically_known_true(math.prod(x.shape[:-1]) == 1):
         return "more than one token"
     return None

@@ -54,6 +54,8 @@ class CudaGraphs:
 
     def __call__(self, *inputs: Any) -> Any:
         key, moving = self._key(inputs)
+        if not all(each.is_contiguous() for each in moving):
+            return self._compiled(*inputs)  # a copy has other strides than those it was compiled for
         if key not in self._graphs:
             self._graphs[key] = None
             if len(self._graphs) > MAX_GRAPHS:
