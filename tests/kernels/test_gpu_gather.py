@@ -33,7 +33,7 @@ def run(case, device):
 
 
 @pytest.mark.parametrize("shape", [(50,), (1, 50), (1, 1, 50), (2, 1, 50), (2, 4, 50), (8, 50)], ids=str)
-@pytest.mark.parametrize("outputs", [(20,), (7, 30), (5, 3, 5, 3, 5), (4,) * 9], ids=str)
+@pytest.mark.parametrize("outputs", [(20,), (5, 3, 5, 3, 5)], ids=str)
 def test_any_number_of_siblings_and_few_tokens(make_case, error, device, dtype, shape, outputs):
     case = make_case(shape, outputs, dtype, biases=[i % 2 == 0 for i in range(len(outputs))])
     assert error(run(case, device), case.exact()) < TOLERANCE[dtype]

@@ -104,14 +104,12 @@ def test_generation_equals_the_model_with_weak_channels_zeroed(name, monkeypatch
 # Norms fused with a listing, attentions, and gated products, in the two blocks of the decode step.
 LISTED = {
     "Llama": (4, 2, 2),
-    "Mistral": (4, 2, 2),
     "Qwen2": (4, 2, 2),
     "Qwen3": (4, 2, 2),
     "Gemma2": (4, 0, 2),  # its logits are capped, so its attention is written out
     "Gemma3Text": (4, 2, 2),
     "Olmo2": (0, 2, 2),  # its norms come after the Linears
     "Phi3": (4, 2, 2),
-    "GPTNeoX": (0, 2, 0),
     "GPT2": (0, 2, 0),
 }
 
