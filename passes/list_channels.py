@@ -46,7 +46,8 @@ def list_channels(context: Context) -> None:
     for node, sites in calls.items():
         reason = declined(context, node)
         if reason is not None:
-            context.declined += [(site.name, f"channels are not listed: {reason}") for site in sites]
+            if reason != "not on a GPU":
+                context.declined += [(site.name, f"channels are not listed: {reason}") for site in sites]
             continue
         outputs = [node] if len(sites) == 1 else sorted(node.users, key=lambda user: user.args[2])
         for first in range(0, len(sites), MAX_SIBLINGS):
@@ -63,9 +64,9 @@ def _rewrite(context: Context, node: Node, sites: list[LinearSite], outputs: lis
     graph, x = context.module.graph, node.args[0]
     calls = [site.sparse for site in sites if site.sparse is not None]
     weights, thresholds = [call.weight for call in calls], [call.threshold for call in calls]
-    sizes = [value(weight).shape[0] for weight in weights]
+    sizes = [int(value(weight).shape[0]) for weight in weights]
     like = value(x)
-    splits = gemv_config(like.device, like.dtype, like.shape[-1], sizes).splits
+    splits = gemv_config(like.device, like.dtype, int(value(weights[0]).shape[1]), sizes).splits
     with graph.inserting_before(node):
         listed = graph.call_function(compact_op, (x, thresholds))
         listed.meta["example_value"] = empty_list(like, len(thresholds))
