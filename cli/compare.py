@@ -91,7 +91,9 @@ def compare(
         return
     console = stdout()
     if compared:
-        _show_summary(console, compared, results)
+        _show_summary(console, compared)
+        if results is not None:
+            _show_results(console, compared, results)
         _show_shares(console, "projection", [each.projections for each in compared])
         _show_shares(console, "block", [each.blocks for each in compared])
     if searches:
@@ -121,31 +123,40 @@ def _compared(name: str, results: Results | None) -> Compared:
     )
 
 
-def _show_summary(console: "Console", compared: Sequence[Compared], results: Results | None) -> None:
+def _show_summary(console: "Console", compared: Sequence[Compared]) -> None:
     from rich.markup import escape
 
     from was_fx.cli.tables import new_table, percent
 
-    measured = ["realised", "bytes saved", "perplexity"] if results else []
-    table = new_table("#", "schedule", "recipe", "target", "nominal", *measured)
+    table = new_table("#", "schedule", "recipe", "target", "nominal")
     for column in table.columns[1:3]:
         column.justify, column.overflow, column.no_wrap = "left", "fold", False
     for number, each in enumerate(compared, start=1):
-        target, row = each.schedule.metadata.target, each.measured
-        found = [percent(row.realised), percent(row.bytes_saved), f"{row.perplexity:.2f}"] if row else ["–"] * 3
+        target = each.schedule.metadata.target
         table.add_row(
             str(number),
             escape(each.name),
             escape(each.schedule.metadata.recipe),
             "–" if target is None else percent(target),
             percent(each.schedule.sparsity),
-            *found[: len(measured)],
         )
-    if results is not None:
-        setting = results.setting
-        dense = f", dense {results.dense.perplexity:.2f}" if results.dense else ""
-        title = f"Perplexity of {setting['model']} on {setting['text']}, windows of {setting['length']}{dense}"
-        console.print(title, style="bold", markup=False, soft_wrap=True)
+    console.print(table)
+
+
+def _show_results(console: "Console", compared: Sequence[Compared], results: Results) -> None:
+    from was_fx.cli.tables import new_table, percent
+
+    setting = results.setting
+    title = f"Perplexity of {setting['model']} on {setting['text']}, windows of {setting['length']}"
+    console.print(title, style="bold", markup=False, soft_wrap=True)
+    table = new_table("#", "perplexity", "nominal", "realised", "bytes saved")
+    rows = [(f"#{number}", each.measured) for number, each in enumerate(compared, start=1)]
+    for label, row in [("dense", results.dense), *rows]:
+        if row is None:
+            table.add_row(label, *["–"] * 4)
+        else:
+            shares = [percent(share) for share in (row.nominal, row.realised, row.bytes_saved)]
+            table.add_row(label, f"{row.perplexity:.2f}", *shares)
     console.print(table)
 
 

@@ -116,7 +116,7 @@ def read_results(paths: Sequence[Path]) -> Results | None:
             found.append(Results({key: content[key] for key in _SETTING}, rows.pop(None, None), rows))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{path} is not what was ppl --json prints ({type(error).__name__}: {error}); "
+                f"{path} is not what was ppl --json prints ({error!r}); "
                 "make it with: was ppl MODEL --schedule FILE --json > ppl.json"
             ) from error
         for key, value in found[0].setting.items():
@@ -153,12 +153,14 @@ def read_trials(path: Path) -> Trials:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number}: expected one JSON object per trial ({error})") from error
-    trials = [each for each in objects if "index" in each and "loss" in each]
+    trials = [each for each in objects if isinstance(each.get("index"), int) and "loss" in each]
     losses = [_number(each["loss"]) for each in trials]
     if not any(map(math.isfinite, losses)):
-        raise ValueError(f"{path} holds no trial with a loss; expected JSON lines with index and loss, as a search writes")
+        raise ValueError(
+            f"{path} holds no trial with a loss; expected JSON lines with index and loss, as a search writes"
+        )
     target = next((each["target"] for each in objects if isinstance(each.get("target"), float)), None)
-    return Trials(path, [int(_number(each["index"])) for each in trials], losses, target)
+    return Trials(path, [each["index"] for each in trials], losses, target)
 
 
 def _measured(row: Mapping[str, Any]) -> Measured:

@@ -78,15 +78,14 @@ def _shares(axes: Any, what: str, shares: Sequence[Mapping[str, float]]) -> None
 
 
 def _perplexities(axes: Any, compared: "Sequence[Compared]", results: Results) -> None:
-    for number, each in enumerate(compared):
-        if each.measured is not None:
-            axes.plot(100 * each.measured.bytes_saved, each.measured.perplexity, linestyle="", **_style(number))
-            place = (100 * each.measured.bytes_saved, each.measured.perplexity)
-            axes.annotate(f"#{number + 1}", place, xytext=(5, 4), textcoords="offset points", fontsize=8)
-    if results.dense is not None:
-        axes.axhline(results.dense.perplexity, color="0.4", linestyle="--", linewidth=1)
-        at = (0.01, results.dense.perplexity)
-        axes.annotate("dense", at, xycoords=("axes fraction", "data"), xytext=(2, 3), textcoords="offset points", fontsize=8)
+    dense_style = {"color": "0.3", "marker": "*", "markersize": 7}
+    points = [("dense", results.dense, dense_style)]
+    points += [(f"#{number}", each.measured, _style(number - 1)) for number, each in enumerate(compared, start=1)]
+    for label, row, style in points:
+        if row is not None:
+            place = (100 * row.bytes_saved, row.perplexity)
+            axes.plot(*place, linestyle="", **style)
+            axes.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel("bytes saved, % of all weights that a token reads")
     axes.set_ylabel("perplexity")
     axes.set_title("Perplexity against bytes saved")

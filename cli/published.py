@@ -39,7 +39,7 @@ def list_published(json: options.Json = False) -> None:
     if json:
         print_json({"schedules": [_summary(name, schedule) for name, schedule in found.items()]})
         return
-    table = new_table("name", "model", "named", "true")
+    table = new_table("name", "model", "published", "true counts")
     table.columns[1].justify = "left"
     for name, schedule in found.items():
         source = schedule.metadata.source

@@ -1,12 +1,13 @@
 """A schedule from what TEAL, WAS or WINA released for a model."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from was_fx.schedules.errors import ScheduleError
 from was_fx.schedules.names import split_name
-from was_fx.schedules.released_artifacts import read_release
+from was_fx.schedules.released_artifacts import Release, read_release
 from was_fx.schedules.schedule import LinearSchedule, Schedule, ScheduleMetadata
 from was_fx.schedules.score import Score
 
@@ -48,29 +49,25 @@ def import_release(
     blocks = 1 + max(block for block, _ in names)
     each = [float(levels)] * blocks if isinstance(levels, (int, float)) else [float(level) for level in levels]
     if len(each) != blocks:
-        raise ScheduleError(f"there are {len(each)} levels for {blocks} blocks", remedy="Give one level, or one a block.")
+        remedy = "Give one level for all, or one for each block."
+        raise ScheduleError(f"there are {len(each)} levels for {blocks} blocks", remedy=remedy)
     release = read_release(folder, blocks)
-    sparsities, problems = {}, []
-    for block, level in enumerate(each):
-        try:
-            row = release.tables[block].nearest(level)
-        except ValueError as error:
-            problems.append(f"block {block}: {error}")
-            continue
-        sparsities.update({(block, projection): sparsity for projection, sparsity in row.items()})
+    problems: list[str] = []
+    sparsities = _rows(release, each, problems)
+    tokens = _tokens(release, names, shapes, problems)
     if problems:
-        raise ScheduleError(f"{folder} does not have these levels", problems, "Give levels that the tables reach.")
-    histogram = next(iter(release.histograms.values()))
-    first = names.get(next(iter(release.histograms)))
+        remedy = "Give the model that the folder was made for, and levels that its tables reach."
+        raise ScheduleError(f"no schedule can be made of {folder}", problems, remedy)
+    method = release.method.upper()
     return released_schedule(
         release.method,
         sparsities,
         lambda block, projection, sparsity: release.histograms[block, projection].threshold(sparsity),
         shapes,
         target=sum(each) / blocks,
-        source={"method": release.method.upper(), "folder": Path(folder).resolve().name, "levels": each},
-        calibration_text=f"histograms that {release.method.upper()} released",
-        calibration_tokens=round(histogram.total / shapes[first][1]) if first else 0,
+        source={"method": method, "folder": Path(folder).resolve().name, "levels": each},
+        calibration_text=f"histograms by {method}",
+        calibration_tokens=tokens,
         fingerprint=fingerprint or {},
     )
 
@@ -106,6 +103,41 @@ def released_schedule(
         entry = min(sparsities[place], _MOST), threshold(*place, sparsities[place])
         linears[name] = LinearSchedule(*entry, score.exponent if weighed else 0.0)
     return Schedule(linears, shapes, score.norm, ScheduleMetadata(recipe=method, **metadata))
+
+
+def _rows(release: Release, levels: Sequence[float], problems: list[str]) -> dict[tuple[int, str], float]:
+    """The row of each block's table nearest its level, as sparsities by block and projection."""
+    sparsities = {}
+    for block, level in enumerate(levels):
+        try:
+            row = release.tables[block].nearest(level)
+        except ValueError as error:
+            problems.append(f"block {block}: {error}")
+            continue
+        sparsities.update({(block, projection): sparsity for projection, sparsity in row.items()})
+    return sparsities
+
+
+def _tokens(
+    release: Release,
+    names: Mapping[tuple[int, str], str],
+    shapes: Mapping[str, tuple[int, int]],
+    problems: list[str],
+) -> int:
+    """How many tokens the histograms count: values / K, which is one number if K is the model's."""
+    counted = {
+        names[place]: histogram.total / shapes[names[place]][1]
+        for place, histogram in release.histograms.items()
+        if place in names
+    }
+    tokens = statistics.median(counted.values()) if counted else 0
+    for name, count in counted.items():
+        if abs(count - tokens) > 0.01 * tokens:
+            problems.append(
+                f"{name}: its histogram counts {count:,.0f} tokens of {shapes[name][1]} channels, "
+                f"most others {tokens:,.0f}: the model has another number of channels there"
+            )
+    return round(tokens)
 
 
 def projection_names(shapes: Mapping[str, object]) -> dict[tuple[int, str], str]:

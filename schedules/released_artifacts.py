@@ -1,8 +1,5 @@
-"""The folder of histograms and greedy tables that TEAL, WAS and WINA release for a model.
-
-    histograms/layer-<block>/{self_attn,mlp}/histograms.pt
-    lookup/layer-<block>/results.csv
-"""
+"""The folder of histograms and greedy tables that TEAL, WAS and WINA release for a model: for each block
+`histograms/layer-<block>/{self_attn,mlp}/histograms.pt` and `lookup/layer-<block>/results.csv`."""
 
 import pickle
 from collections.abc import Callable, Mapping
@@ -99,7 +96,7 @@ def _layer_problems(folder: Path, blocks: int) -> list[str]:
         if missing:
             problems.append(f"{part}/ lacks {_listed(missing)} of the model's {blocks} blocks")
         if beyond:
-            problems.append(f"{part}/ has {_listed(beyond)}, but the model has {blocks} blocks")
+            problems.append(f"{part}/ has {_listed(beyond)}, but the model has only {blocks}")
     return problems
 
 

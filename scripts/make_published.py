@@ -11,7 +11,6 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -96,7 +95,8 @@ def read_tables(path: Path) -> Tables:
     """The tables in one file of DATA."""
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
-        level, threshold, rows = (file.get_tensor(key).astype(np.float64) for key in ("level", "threshold", "greedy_lookup"))
+        keys = ("level", "threshold", "greedy_lookup")
+        level, threshold, rows = (file.get_tensor(key).astype(np.float64) for key in keys)
     columns, projections = metadata["lookup_columns"].split(","), metadata["projections"].split(",")
     lookups = []
     for block in rows:
@@ -114,7 +114,7 @@ def make(method: str, model: str, level: float, block_levels: list[float], table
         for projection, sparsity in tables.lookups[block].nearest(block_level).items()
     }
     text, tokens = TEXTS[method]
-    source: dict[str, Any] = {"method": method.upper(), "model": MODELS[model].hub_name, "level": level, **RELEASES[method]}
+    source = {"method": method.upper(), "model": MODELS[model].hub_name, "level": level, **RELEASES[method]}
     schedule = released_schedule(
         method,
         sparsities,
