@@ -132,9 +132,10 @@ def read_results(paths: Sequence[Path]) -> Results | None:
 
 
 def read_trials(path: Path) -> Trials:
-    """The trials in a file of JSON lines, one a trial with `index` and `loss`.
+    """The trials in a file of JSON lines: `index` and `loss`, or `trial` ("trial 7") and the `losses` of its windows.
 
-    Lines without a `loss` (settings, notes) and a last line that a kill left unfinished are passed over.
+    A trial with fewer windows than others was given up and has no loss. Other lines (settings, probes) and a last
+    line that a kill left unfinished are passed over.
 
     Raises:
         ValueError: another line is no JSON object, or no trial has a finite loss.
@@ -143,24 +144,37 @@ def read_trials(path: Path) -> Trials:
     lines = path.read_text(encoding="utf-8").splitlines()
     objects = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         try:
-            objects.append(json.loads(line))
+            objects.append(json.loads(line or "{}"))
             if not isinstance(objects[-1], dict):
                 raise ValueError(f"a {type(objects[-1]).__name__}, not an object")
         except ValueError as error:
             if number == len(lines):
+                objects = [each for each in objects if isinstance(each, dict)]
                 break
             raise ValueError(f"{path}, line {number}: expected one JSON object per trial ({error})") from error
-    trials = [each for each in objects if isinstance(each.get("index"), int) and "loss" in each]
-    losses = [_number(each["loss"]) for each in trials]
+    found = {index: losses for index, losses in map(_trial, objects) if index is not None}
+    windows = max(map(len, found.values()), default=0)
+    indices = sorted(found)
+    losses = [math.fsum(found[index]) / windows if len(found[index]) == windows else math.nan for index in indices]
     if not any(map(math.isfinite, losses)):
-        raise ValueError(
-            f"{path} holds no trial with a loss; expected JSON lines with index and loss, as a search writes"
-        )
-    target = next((each["target"] for each in objects if isinstance(each.get("target"), float)), None)
-    return Trials(path, [each["index"] for each in trials], losses, target)
+        raise ValueError(f"{path} holds no trial with a loss; expected the JSON lines that a search writes")
+    settings = [each.get("settings", each) for each in objects]
+    targets = [each["target"] for each in settings if isinstance(each, dict) and isinstance(each.get("target"), float)]
+    return Trials(path, indices, losses, targets[0] if targets else None)
+
+
+def _trial(record: Mapping[str, Any]) -> tuple[int | None, list[float]]:
+    """(index, loss of each window) of a line; (None, []) if it is no trial."""
+    index, losses = record.get("index"), record.get("losses")
+    kind, _, number = str(record.get("trial")).partition(" ")
+    if index is None and kind == "trial" and number.isdecimal():
+        index = int(number)
+    if not isinstance(index, int):
+        return None, []
+    if isinstance(losses, list) and losses and "loss" not in record:
+        return index, [_number(loss) for loss in losses]
+    return (index, [_number(record["loss"])]) if "loss" in record else (None, [])
 
 
 def _measured(row: Mapping[str, Any]) -> Measured:

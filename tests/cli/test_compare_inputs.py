@@ -84,6 +84,22 @@ def test_trials_are_read_around_notes_and_a_torn_end(tmp_path):
     assert found.target == 0.6
 
 
+def test_losses_of_windows_are_averaged_and_trials_given_up_have_none(tmp_path):
+    path = tmp_path / "search.jsonl"
+    lines = [
+        {"format": "was-fx search", "settings": {"target": 0.75}},
+        {"trial": "curve 3", "losses": [9.0, 9.0, 9.0]},
+        {"trial": "trial 1", "losses": [5.0]},
+        {"trial": "trial 0", "losses": [3.0, 4.0]},
+        {"trial": "trial 10", "losses": [3.0, 3.0]},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_trials(path)
+    assert (list(found.indices), found.best, found.target) == ([0, 1, 10], (10, 3.0), 0.75)
+    assert found.losses[0] == 3.5
+    assert math.isnan(found.losses[1])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
