@@ -1,5 +1,6 @@
 """`was compare`: schedules side by side."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -162,7 +163,7 @@ def _show_results(console: "Console", compared: Sequence[Compared], results: Res
 
 def _show_shares(console: "Console", what: str, shares: Sequence[Mapping[str, float]]) -> None:
     """A table of sparsities in %, one row per block or projection and one column per schedule, as many as fit."""
-    from was_fx.cli.grid import short_names
+    from was_fx.cli.grid import block_labels, short_names
     from was_fx.cli.tables import heat, new_table
 
     keys = list(dict.fromkeys(key for each in shares for key in each))
@@ -177,12 +178,6 @@ def _show_shares(console: "Console", what: str, shares: Sequence[Mapping[str, fl
         console.print(table)
 
 
-def block_labels(blocks: Sequence[str]) -> dict[str, str]:
-    """`model.layers.3` as `3`, unless there are blocks of several stacks."""
-    stacks = {block.rpartition(".")[0] for block in blocks}
-    return {block: block.rpartition(".")[2] if len(stacks) == 1 else block for block in blocks}
-
-
 def _show_searches(console: "Console", searches: Sequence[Trials]) -> None:
     from rich.markup import escape
 
@@ -193,7 +188,7 @@ def _show_searches(console: "Console", searches: Sequence[Trials]) -> None:
     for each in searches:
         index, loss = each.best
         target = "–" if each.target is None else percent(each.target)
-        first = f"{each.losses[0]:.4f}"
+        first = next(f"{loss:.4f}" for loss in each.losses if math.isfinite(loss))
         table.add_row(escape(str(each.path)), target, str(len(each.losses)), first, f"{loss:.4f}", str(index))
     console.print(table)
 

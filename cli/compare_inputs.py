@@ -178,7 +178,8 @@ def _trial(record: Mapping[str, Any]) -> tuple[int | None, list[float]]:
 
 
 def _measured(row: Mapping[str, Any]) -> Measured:
-    return Measured(*(float(row[key]) for key in ("perplexity", "nominal", "realised", "bytes_saved")))
+    shares = (float(row[key]) for key in ("nominal", "realised", "bytes_saved"))
+    return Measured(_number(row["perplexity"]), *shares)  # null stands for an infinite perplexity
 
 
 def _number(value: Any) -> float:

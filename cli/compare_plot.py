@@ -62,8 +62,7 @@ def _label(number: int, each: "Compared") -> str:
 
 
 def _shares(axes: Any, what: str, shares: Sequence[Mapping[str, float]]) -> None:
-    from was_fx.cli.compare import block_labels
-    from was_fx.cli.grid import short_names
+    from was_fx.cli.grid import block_labels, short_names
 
     keys = list(dict.fromkeys(key for each in shares for key in each))
     labels = short_names(keys) if what == "projection" else block_labels(keys)

@@ -59,7 +59,7 @@ def import_artifacts(
     if (level is None) == (blocks is None):
         raise typer.BadParameter("give either --level or --blocks", param_hint="'--level'")
     check_output(out, force)
-    levels = level if blocks is None else read_levels(blocks)
+    levels = read_levels(blocks) if blocks is not None else level or 0.0
 
     import was_fx
     from was_fx.cli.models import load_skeleton
@@ -72,7 +72,7 @@ def import_artifacts(
     body = {name: shapes[name] for name in body_linears(skeleton)}
     fingerprint = fingerprint_without_weights(type(skeleton).__name__, shapes)
     with progress(f"Reading {folder}"):
-        schedule = was_fx.import_release(folder, levels, body, fingerprint=fingerprint)  # type: ignore[arg-type]
+        schedule = was_fx.import_release(folder, levels, body, fingerprint=fingerprint)
     schedule.save(out)
     target = schedule.metadata.target or 0.0
     if json:

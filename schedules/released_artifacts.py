@@ -120,9 +120,6 @@ def _attempt(problems: list[str], folder: Path, name: str, read: Callable[[Path]
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    data = path.read_bytes()  # says itself that there is no such file
-    if not data:
-        raise ValueError("the file is empty")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, LookupError, AttributeError, TypeError, pickle.UnpicklingError) as error:

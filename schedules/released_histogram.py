@@ -55,10 +55,9 @@ def read_histogram(content: Any, key: str) -> ReleasedHistogram:
     """
     found = {name: content.get(name) for name in (key, f"{key}_centers")}
     for name, value in found.items():
-        if not isinstance(value, Tensor) or value.ndim != 1 or value.numel() < 2:
-            kind = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else _kind(value)
-            raise ValueError(f"{name!r} is {kind}, expected a tensor [bins]")
-    counts, centers = (value.to(torch.float64).numpy() for value in found.values())
+        if not isinstance(value, Tensor) or not _is_vector(value):
+            raise ValueError(f"{name!r} is {_kind(value)}, expected a tensor [bins] of numbers")
+    counts, centers = (value.detach().to(torch.float64).numpy() for value in found.values())
     if counts.shape != centers.shape:
         raise ValueError(f"{key!r} has {len(counts)} bins, {key + '_centers'!r} has {len(centers)}")
     order = np.argsort(centers, kind="stable")
@@ -70,5 +69,11 @@ def read_histogram(content: Any, key: str) -> ReleasedHistogram:
     return ReleasedHistogram(counts, centers)
 
 
+def _is_vector(tensor: Tensor) -> bool:
+    return tensor.ndim == 1 and tensor.numel() > 1 and tensor.layout == torch.strided and not tensor.is_complex()
+
+
 def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return "missing" if value is None else f"a {type(value).__name__}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 _LEVEL = "Effective Sparsity"
 _ERRORS = ("Activation Error", "Baseline Error")
+# How far above its last row a table still answers: about a step of the search.
 _BEYOND = 0.01
 
 

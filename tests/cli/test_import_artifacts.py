@@ -12,11 +12,9 @@ from was_fx.cli.files import read_levels
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, write_release):
     """A release as of WAS for the embedded model: 6 blocks of 256 channels, 768 inside the MLP."""
-    import json as reader
-
     from was_fx import embedded
 
-    config = reader.loads((embedded.path() / "config.json").read_text())
+    config = json.loads((embedded.path() / "config.json").read_text())
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     generator = torch.Generator().manual_seed(0)
     scores = {

@@ -73,6 +73,8 @@ ONES = torch.ones(3)
         ({"q": ONES}, "'q_centers' is missing"),
         ({"q": [1, 2, 3], "q_centers": ONES}, "'q' is a list"),
         ({"q": torch.ones(3, 3), "q_centers": ONES}, r"'q' is a tensor \[3, 3\]"),
+        ({"q": ONES, "q_centers": ONES * 1j}, r"'q_centers' is a tensor \[3\] complex64"),
+        ({"q": ONES.to_sparse(), "q_centers": ONES}, r"'q' is a tensor \[3\] float32"),
         ({"q": torch.ones(4), "q_centers": ONES}, "'q' has 4 bins, 'q_centers' has 3"),
         ({"q": ONES, "q_centers": ONES * torch.nan}, "NaN or infinite"),
         ({"q": -ONES, "q_centers": ONES}, "negative counts"),
