@@ -124,6 +124,7 @@ def source_line(source: Mapping[str, Any]) -> str:
 
 
 def schedule_json(path: str, schedule: "Schedule") -> dict[str, Any]:
+    """Everything in a schedule but its tensors, for `--json`."""
     import dataclasses
 
     linears = {
