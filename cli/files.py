@@ -43,6 +43,25 @@ def load_calibration(path: Path) -> "Calibration":
     return Calibration.load(path)
 
 
+def read_levels(path: Path) -> list[float]:
+    """Shares from 0 to below 1 in a JSON list.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: it can't be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); expected a list of levels such as [0.55, 0.6]") from error
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{path} holds {str(found)[:40]!r}; expected a JSON list of levels, one for each block")
+    wrong = [value for value in found if type(value) not in (int, float) or not 0 <= value < 1]
+    if wrong:
+        raise ValueError(f"{path}: {str(wrong[0])[:40]!r} is no level; expected shares from 0 to below 1")
+    return [float(value) for value in found]
+
+
 def check_output(path: Path, force: bool) -> None:
     """Refuse an output path that cannot or must not be written.
 

@@ -71,6 +71,13 @@ def short_names(projections: Iterable[str]) -> dict[str, str]:
     return labels
 
 
+def block_labels(blocks: Iterable[str]) -> dict[str, str]:
+    """`model.layers.3` as `3`, unless there are blocks of several stacks."""
+    blocks = list(blocks)
+    stacks = {block.rpartition(".")[0] for block in blocks}
+    return {block: block.rpartition(".")[2] if len(stacks) == 1 else block for block in blocks}
+
+
 def _arrange(
     cells: Mapping[str, Cell],
 ) -> tuple[dict[tuple[str, int], dict[str, Cell]], list[str], dict[str, Cell]]:

@@ -43,7 +43,7 @@ def inspect_file(
     found = load_any(file)
     if isinstance(found, Schedule):
         if json:
-            print_json(_schedule_json(file, found))
+            print_json(schedule_json(str(file), found))
         else:
             show_schedule(stdout(), file.name, found, thresholds=thresholds)
     elif json:
@@ -75,6 +75,7 @@ def show_schedule(console: "Console", name: str, schedule: "Schedule", *, thresh
         "": f"{_count(skipped)} of {_count(weights)} scheduled weights not read per token",
         " ": f"({_count(2 * skipped)}B less in bf16); the head is never scheduled by default",
         "linears": f"{len(linears)} scheduled{excluded}",
+        **({"source": source_line(meta.source)} if meta.source else {}),
         "recipe": meta.recipe + ("" if meta.seed is None else f", seed {meta.seed}"),
         "score": scores[0] if len(scores) == 1 else f"{len(scores)} different, {scores[0]} … {scores[-1]}",
         "text": _text(meta.calibration_text, meta.calibration_tokens),
@@ -110,7 +111,20 @@ def show_calibration(console: "Console", name: str, calibration: "Calibration") 
     _lines(console, lines)
 
 
-def _schedule_json(path: Path, schedule: "Schedule") -> dict[str, Any]:
+def source_line(source: Mapping[str, Any]) -> str:
+    """Where a schedule that others released comes from, in a line."""
+    level = source.get("level")
+    parts = [
+        f"{source.get('method', 'unknown')} for {source.get('model') or source.get('folder') or 'unknown'}",
+        f"released as {100 * level:.4g} %" if isinstance(level, (int, float)) else "",
+        str(source.get("repository", "")),
+        str(source.get("licence", "")),
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def schedule_json(path: str, schedule: "Schedule") -> dict[str, Any]:
+    """Everything in a schedule but its tensors, for `--json`."""
     import dataclasses
 
     linears = {
@@ -124,7 +138,7 @@ def _schedule_json(path: Path, schedule: "Schedule") -> dict[str, Any]:
     }
     return {
         "kind": "schedule",
-        "path": str(path),
+        "path": path,
         "sparsity": schedule.sparsity,
         "norm": schedule.norm,
         "metadata": dataclasses.asdict(schedule.metadata),
@@ -165,7 +179,8 @@ def _text(text: str, tokens: int) -> str:
 def _fingerprint(fingerprint: Mapping[str, Any]) -> str:
     if not fingerprint:
         return "any (no fingerprint)"
-    return f"{fingerprint.get('architecture', 'unknown')}, weights {str(fingerprint.get('weights', ''))[:12]}"
+    weights = f"weights {str(fingerprint['weights'])[:12]}" if "weights" in fingerprint else "by its shapes only"
+    return f"{fingerprint.get('architecture', 'unknown')}, {weights}"
 
 
 def _count(number: float) -> str:

@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from was_fx.cli import bench, calibrate, demo, generate, inspect_file, make, ppl, recalibrate, tune
+from was_fx.cli import (
+    bench,
+    calibrate,
+    compare,
+    demo,
+    generate,
+    import_artifacts,
+    inspect_file,
+    make,
+    ppl,
+    published,
+    recalibrate,
+    tune,
+)
 from was_fx.cli.errors import INTERRUPTED, Commands, report_interrupt
 from was_fx.cli.options import examples
 
@@ -60,9 +73,11 @@ def was(
     """What every sub-command starts with."""
 
 
-def _add(name: str, command: Callable[..., None], epilog: str, text: str | None = None) -> None:
+def _add(
+    name: str, command: Callable[..., None], epilog: str, text: str | None = None, group: typer.Typer = app
+) -> None:
     """Register a sub-command; the lines of a paragraph of its docstring are joined, for Typer keeps line breaks."""
-    app.command(name, epilog=epilog, help=_joined(text or command.__doc__ or ""))(command)
+    group.command(name, epilog=epilog, help=_joined(text or command.__doc__ or ""))(command)
 
 
 _add("demo", demo.demo, demo.EXAMPLES)
@@ -71,10 +86,18 @@ _add("make", make.make, make.EXAMPLES)
 _add("sparsify", make.make, make.EXAMPLES, "The same as [bold]was make[/].")
 _add("recalibrate", recalibrate.recalibrate, recalibrate.EXAMPLES)
 _add("inspect", inspect_file.inspect_file, inspect_file.EXAMPLES)
+_add("compare", compare.compare, compare.EXAMPLES)
+_add("import", import_artifacts.import_artifacts, import_artifacts.EXAMPLES)
 _add("ppl", ppl.ppl, ppl.EXAMPLES)
 _add("generate", generate.generate, generate.EXAMPLES)
 _add("bench", bench.bench, bench.EXAMPLES)
 _add("tune", tune.tune, tune.EXAMPLES)
+
+releases = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help=published.HELP)
+app.add_typer(releases, name="published")
+_add("list", published.list_published, published.LIST_EXAMPLES, group=releases)
+_add("show", published.show_published, published.SHOW_EXAMPLES, group=releases)
+_add("export", published.export_published, published.EXPORT_EXAMPLES, group=releases)
 
 
 def main() -> None:

@@ -42,6 +42,29 @@ def load_model(name: str, dtype: Dtype = Dtype.auto, device: str = "auto") -> Lo
     return Loaded(name, model.to(where).eval(), tokenizer)
 
 
+def load_skeleton(name: str) -> Any:
+    """A causal LM without its weights, on the meta device: only its configuration is read.
+
+    Raises:
+        ValueError: there is no such model, or it is none that can be loaded.
+    """
+    import torch
+
+    _check_name(name)
+    _quiet()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from was_fx import embedded
+
+    try:
+        config = AutoConfig.from_pretrained(embedded.path() if name == EMBEDDED else name)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the configuration of {name} could not be loaded: {reason}") from error
+
+
 def _from_pretrained(name: str, dtype: Dtype) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer

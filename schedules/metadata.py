@@ -71,6 +71,10 @@ class MetadataReader:
             return fallback
         return value
 
+    def optional(self, key: str, types: type | tuple[type, ...], fallback: Any) -> Any:
+        """As `value`, for a key that older files do not have."""
+        return self.value(key, types, fallback) if key in self._left else fallback
+
     def shapes(self, key: str) -> Shapes:
         """The shapes (N, K) under `key`: a JSON object of pairs of positive integers, order kept."""
         shapes: Shapes = {}

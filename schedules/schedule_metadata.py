@@ -25,6 +25,8 @@ class ScheduleMetadata:
         seed: the search's seed, or None without a search.
         search: the search's settings; JSON values.
         history: a summary of the search's trials; JSON values.
+        source: of a schedule made from what others released: who, where, under which licence, and the level by
+            their own count; JSON values.
         excluded: qualified names of the Linears left dense on purpose.
         calibration_text: what text the thresholds come from.
         calibration_tokens: how many tokens of it.
@@ -40,6 +42,7 @@ class ScheduleMetadata:
     seed: int | None = None
     search: Mapping[str, Any] = field(default_factory=dict)
     history: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
     calibration_text: str = ""
     calibration_tokens: int = 0
@@ -47,7 +50,7 @@ class ScheduleMetadata:
     tool_version: str = field(default_factory=tool_version)
 
     def __post_init__(self) -> None:
-        for name in ("search", "history", "fingerprint"):
+        for name in ("search", "history", "source", "fingerprint"):
             object.__setattr__(self, name, plain(dict(getattr(self, name)), name))
         object.__setattr__(self, "excluded", tuple(self.excluded))
         if self.target is not None:
@@ -68,6 +71,7 @@ class ScheduleMetadata:
             seed=reader.value("seed", (int, type(None)), None),
             search=reader.value("search", dict, {}),
             history=reader.value("history", dict, {}),
+            source=reader.optional("source", dict, {}),
             excluded=reader.names("excluded"),
             calibration_text=reader.text("calibration_text"),
             calibration_tokens=reader.value("calibration_tokens", int, 0),

@@ -95,3 +95,60 @@ def oracle() -> Callable:
         return copied
 
     return build
+
+
+# Where a projection's histogram lies in a released folder, and the one that TEAL shares among siblings.
+_PLACES = {
+    "q": ("self_attn", "h1"),
+    "k": ("self_attn", "h1"),
+    "v": ("self_attn", "h1"),
+    "o": ("self_attn", "h2"),
+    "gate": ("mlp", "h1"),
+    "up": ("mlp", "h1"),
+    "down": ("mlp", "h2"),
+}
+
+
+def _histogram(scores: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(counts, centers): WINA's has a bin per fp16 value of |score|; the others' first and last bin hold 1 % each."""
+    scores = scores.flatten().float()
+    if method == "wina":
+        centers, counts = torch.unique(scores.half().abs(), return_counts=True)
+        return counts.float(), centers
+    low, high = torch.quantile(scores, torch.tensor([0.01, 0.99])).tolist()
+    edges = torch.cat([scores.min()[None], torch.linspace(low, high, 4000), scores.max()[None]])
+    counts, edges = torch.histogram(scores, bins=edges)
+    return counts, (edges[:-1] + edges[1:]) / 2
+
+
+@pytest.fixture(scope="session")
+def write_release() -> Callable:
+    """A function that writes a folder of histograms and greedy tables as `teal`, `was` or `wina` releases it.
+
+    It takes the folder, the method, scores with their signs by (block, projection), and the table's rows:
+    (level, sparsity by projection). By default every projection has the level, from 5 % to 90 %.
+    """
+
+    def write(folder, method, scores, rows=None):
+        rows = rows or [(level / 20, dict.fromkeys(_PLACES, level / 20)) for level in range(1, 19)]
+        for block in sorted({block for block, _ in scores}):
+            contents: dict = {"self_attn": {}, "mlp": {}}
+            for projection, (module, shared) in _PLACES.items():
+                key = shared if method == "teal" else projection
+                counts, centers = _histogram(scores[block, projection], method)
+                contents[module].setdefault(key, counts)
+                contents[module].setdefault(f"{key}_centers", centers)
+                if method == "was":
+                    contents[module][f"{key}_var"] = scores[block, projection].var()
+            for module, content in contents.items():
+                path = folder / "histograms" / f"layer-{block}" / module / "histograms.pt"
+                path.parent.mkdir(parents=True)
+                torch.save(content, path)
+            path = folder / "lookup" / f"layer-{block}" / "results.csv"
+            path.parent.mkdir(parents=True)
+            lines = [["Effective Sparsity", "Activation Error", "Baseline Error", *_PLACES]]
+            lines += [[level, 0.1, 0.2, *(row[projection] for projection in _PLACES)] for level, row in rows]
+            path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines), encoding="utf-8")
+        return folder
+
+    return write

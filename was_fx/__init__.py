@@ -28,6 +28,8 @@ _HOMES = {
     "calibrate": "was_fx.calibration",
     "densify": "was_fx.sparsification",
     "evaluate": "was_fx.evaluation",
+    "import_release": "was_fx.schedules.release_import",
+    "load_published": "was_fx.schedules.published_schedules",
     "recalibrate": "was_fx.calibration",
     "perplexity": "was_fx.evaluation",
     "sparsify": "was_fx.sparsification",
@@ -46,6 +48,8 @@ __all__ = [
     "calibrate",
     "densify",
     "evaluate",
+    "import_release",
+    "load_published",
     "perplexity",
     "recalibrate",
     "sparsify",
@@ -58,6 +62,8 @@ if TYPE_CHECKING:
     from was_fx.passes.errors import RewriteError
     from was_fx.schedules.calibration import Calibration
     from was_fx.schedules.errors import ScheduleError
+    from was_fx.schedules.published_schedules import load_published
+    from was_fx.schedules.release_import import import_release
     from was_fx.schedules.schedule import LinearSchedule, Schedule
     from was_fx.schedules.score import Score
     from was_fx.schedules.uniform import uniform

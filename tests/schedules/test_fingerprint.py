@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from was_fx.schedules.fingerprint import differences, fingerprint
+from was_fx.schedules.fingerprint import differences, fingerprint, fingerprint_without_weights
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -61,3 +61,14 @@ def test_differences(architecture, other, expected):
 def test_refusals(bad, message):
     with pytest.raises(ValueError, match=message):
         fingerprint("Llama", bad)
+
+
+def test_without_weights_only_architecture_and_shapes_are_compared():
+    shapes = {name: tuple(weight.shape) for name, weight in weights().items()}
+    bare = fingerprint_without_weights("Llama", shapes)
+    for each in (weights(), weights(seed=1)):
+        found = fingerprint("Llama", each)
+        assert differences(bare, found) == differences(found, bare) == []
+    assert differences(bare, fingerprint("Qwen", weights())) == ["the architecture is Qwen, expected Llama"]
+    (difference,) = differences(bare, fingerprint_without_weights("Llama", {**shapes, "a": (8, 65)}))
+    assert "names or shapes" in difference

@@ -13,6 +13,7 @@ FULL = ScheduleMetadata(
     seed=3,
     search={"budget": 64, "bounds": (0.1, 0.9)},
     history={"best loss": 2.25},
+    source={"method": "WAS", "level": 0.6},
     excluded=("lm_head",),
     calibration_text="«text», 1 MB",
     calibration_tokens=4096,
@@ -34,7 +35,15 @@ def test_names_the_version_that_made_it():
     assert ScheduleMetadata().tool_version == was_fx.__version__
 
 
-@pytest.mark.parametrize("field", ["search", "history", "fingerprint"])
+@pytest.mark.parametrize("field", ["search", "history", "source", "fingerprint"])
 def test_values_that_a_file_cannot_hold_are_refused(field):
     with pytest.raises(ScheduleError, match=f"'{field}' cannot be written"):
         ScheduleMetadata(**{field: {"loss": math.nan}})
+
+
+def test_files_from_before_there_was_a_source_are_read():
+    strings = ScheduleMetadata(recipe="was").to_strings()
+    del strings["source"]
+    reader = MetadataReader(strings)
+    assert ScheduleMetadata.read(reader) == ScheduleMetadata(recipe="was")
+    assert reader.problems == []

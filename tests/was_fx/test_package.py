@@ -55,6 +55,12 @@ def test_the_wheel_holds_the_embedded_model(wheel):
         assert f"was_fx/embedded/{file}" in names
 
 
+def test_the_wheel_holds_the_published_schedules(wheel):
+    expected = {f"was_fx/schedules/published/{path.name}" for path in (ROOT / "schedules/published").iterdir()}
+    assert len(expected) == 15
+    assert expected <= set(wheel.namelist())
+
+
 def test_the_wheel_declares_the_command_and_the_backend(wheel):
     (entry_points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     text = wheel.read(entry_points).decode()
