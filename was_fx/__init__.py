@@ -28,8 +28,9 @@ _HOMES = {
     "calibrate": "was_fx.calibration",
     "densify": "was_fx.sparsification",
     "evaluate": "was_fx.evaluation",
-    "recalibrate": "was_fx.calibration",
     "perplexity": "was_fx.evaluation",
+    "recalibrate": "was_fx.calibration",
+    "search": "was_fx.schedule_search",
     "sparsify": "was_fx.sparsification",
     "uniform": "was_fx.schedules.uniform",
 }
@@ -48,6 +49,7 @@ __all__ = [
     "evaluate",
     "perplexity",
     "recalibrate",
+    "search",
     "sparsify",
     "uniform",
 ]
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from was_fx.schedules.schedule import LinearSchedule, Schedule
     from was_fx.schedules.score import Score
     from was_fx.schedules.uniform import uniform
+    from was_fx.schedule_search import search
     from was_fx.sparsification import densify, sparsify
 
 
