@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from was_fx.cli import calibrate, demo, generate, inspect_file, make, ppl, recalibrate
+from was_fx.cli import calibrate, demo, generate, inspect_file, make, ppl, recalibrate, search
 from was_fx.cli.errors import INTERRUPTED, Commands, report_interrupt
 from was_fx.cli.options import examples
 
@@ -45,6 +45,7 @@ def _version(wanted: bool) -> None:
         "was demo  [dim]everything at once, on a tiny model, offline[/]",
         "was calibrate MODEL --text book.txt  [dim]measure a model on a text, once[/]",
         "was make calibration.safetensors --target 50%  [dim]make a schedule of it[/]",
+        "was search MODEL --target 50% --text valid.txt  [dim]or find a better one[/]",
         "was ppl MODEL --schedule FILE --text other.txt  [dim]see what it costs[/]",
         "was generate MODEL --schedule FILE --prompt Hello  [dim]decode with it[/]",
     ),
@@ -69,6 +70,7 @@ _add("demo", demo.demo, demo.EXAMPLES)
 _add("calibrate", calibrate.calibrate, calibrate.EXAMPLES)
 _add("make", make.make, make.EXAMPLES)
 _add("sparsify", make.make, make.EXAMPLES, "The same as [bold]was make[/].")
+_add("search", search.search, search.EXAMPLES)
 _add("recalibrate", recalibrate.recalibrate, recalibrate.EXAMPLES)
 _add("inspect", inspect_file.inspect_file, inspect_file.EXAMPLES)
 _add("ppl", ppl.ppl, ppl.EXAMPLES)

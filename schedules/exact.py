@@ -8,7 +8,7 @@ curves, and the next sweep measures there. The sensitivities of all sweeps are a
 of a factor per block and a factor per projection, since one window is a noisy measure.
 
 What is measured is the divergence from the dense model's predictions. Its noise is far below that of the loss, which
-also has the noise of the text itself, so 512 tokens do.
+also has the noise of the text itself, so a few hundred tokens do.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +31,7 @@ class ExactSettings:
     Attributes:
         sweeps: how often the sensitivities are measured.
         probe: by how much a sweep raises each Linear's sparsity.
+        tokens: how many tokens of a window a sweep measures on; each sweep has another window.
         reach: how far from the target a Linear may go.
         limit: highest sparsity of a Linear.
         shrink: weight of the block × projection product against a Linear's own measure, from 0 to 1.
@@ -42,6 +43,7 @@ class ExactSettings:
 
     sweeps: int = 4
     probe: float = 0.15
+    tokens: int = 512
     reach: float = 0.3
     limit: float = 0.95
     shrink: float = 0.4
@@ -50,6 +52,8 @@ class ExactSettings:
     def __post_init__(self) -> None:
         if self.sweeps < 1:
             raise ValueError(f"exact needs at least one sweep, found {self.sweeps}")
+        if self.tokens < 2:
+            raise ValueError(f"exact needs at least two tokens to measure on, found {self.tokens}")
         for name in ("probe", "reach", "limit", "shrink", "floor"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"exact needs {name} above 0 and below 1, found {getattr(self, name)}")

@@ -58,12 +58,12 @@ if TYPE_CHECKING:
     from was_fx.calibration import calibrate, recalibrate
     from was_fx.evaluation import Evaluation, evaluate, perplexity
     from was_fx.passes.errors import RewriteError
+    from was_fx.schedule_search import search
     from was_fx.schedules.calibration import Calibration
     from was_fx.schedules.errors import ScheduleError
     from was_fx.schedules.schedule import LinearSchedule, Schedule
     from was_fx.schedules.score import Score
     from was_fx.schedules.uniform import uniform
-    from was_fx.schedule_search import search
     from was_fx.sparsification import densify, sparsify
 
 

@@ -38,7 +38,7 @@ from was_fx.workers import RemoteEvaluator, checkpoint_of
 # Tokens for block errors: the greedy descent runs every block a thousand times on them.
 _BLOCK_TOKENS = 512
 # Tokens for thresholds where the search looks, measured again and again.
-_THRESHOLD_TOKENS = 2048
+_THRESHOLD_TOKENS = 1024
 # Tokens for the thresholds of the schedule that was found, in each of two rounds.
 _FINAL_TOKENS = 4096
 # Coordinates of a Bayesian search over blocks: smooth profiles over depth.
@@ -244,7 +244,6 @@ class SearchSteps:
         raised = [{name: self.target for name in self._shapes}]
         for block in self._blocks:
             raised.append({**raised[0], **dict.fromkeys(block.shapes, min(self.target + 0.15, 0.95))})
-        self.spent["trials"] += self.tokens.shape[1]
         start, *rises = self._divergences(table, runner, "order", 0)(raised)
         per_weight = [(rise - start) / block.size for rise, block in zip(rises, self._blocks, strict=True)]
         return sorted(range(count), key=lambda index: -per_weight[index])
@@ -266,7 +265,6 @@ class SearchSteps:
             self._report(f"sensitivities of {len(names)} Linears", sweep, settings.sweeps)
             table = self._table_at(table, _named(names, at))
             window = int(windows[sweep % len(windows)])
-            self.spent["trials"] += self.tokens.shape[1]  # the dense predictions
             divergences = self._divergences(table, runner, f"sweep {sweep}", window)
             sweeps.append(sensitivities(problem, at, divergences, settings))
             weights = combine(names, sweeps, settings)
@@ -299,11 +297,14 @@ class SearchSteps:
     def _divergences(
         self, table: ThresholdTable, runner: TrialRunner, label: str, window: int
     ) -> Callable[[Sequence[Mapping[str, float]]], list[float]]:
+        length = min(self.recipe.exact.tokens, self.tokens.shape[1])
+        self.spent["trials"] += length  # the dense predictions
+
         def measure(points: Sequence[Mapping[str, float]]) -> list[float]:
             tasks = [
                 Task(
                     key=f"{label} probe {number}",
-                    inputs={"linears": _entries(table, point), "window": window},
+                    inputs={"linears": _entries(table, point), "window": window, "length": length},
                     notes={"window": window, "sparsities": [round(s, 6) for s in point.values()]},
                 )
                 for number, point in enumerate(points)

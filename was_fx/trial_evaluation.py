@@ -42,7 +42,7 @@ class TrialEvaluator:
         options = {"prefill": "sparse", "observe": True, "executor": executor}
         self._forward = compile_call(model.forward, options)
         self._device = next(model.parameters()).device
-        self._reference: tuple[int, Tensor] | None = None
+        self._reference: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +50,8 @@ class TrialEvaluator:
 
         Args:
             inputs: `linears`: [sparsity, τ, α] by qualified name; and either `incumbent`: the losses of the windows
-                to beat, or [], or `window`: which window to measure the divergence on.
+                to beat, or [], or `window` and `length`: on which window, and how many tokens of it, to measure the
+                divergence.
 
         Returns:
             `tokens`, `seconds`, `realised` (model sparsity), and either `losses`, nats per token of each window,
@@ -59,7 +60,8 @@ class TrialEvaluator:
         start = time.perf_counter()
         self._set(inputs["linears"])
         if "window" in inputs:
-            result = {"divergence": self._divergence(inputs["window"]), "tokens": self._tokens.shape[1]}
+            ids = self._tokens[inputs["window"], : inputs["length"]][None].to(self._device)
+            result = {"divergence": self._divergence(ids), "tokens": ids.numel()}
         else:
             losses = self._losses(inputs["incumbent"])
             result = {"losses": losses, "tokens": len(losses) * self._tokens.shape[1]}
@@ -82,11 +84,10 @@ class TrialEvaluator:
                 break
         return losses
 
-    def _divergence(self, window: int) -> float:
-        ids = self._tokens[window : window + 1].to(self._device)
-        if self._reference is None or self._reference[0] != window:
+    def _divergence(self, ids: Tensor) -> float:
+        if self._reference is None or not torch.equal(self._reference[0], ids):
             dense = self._model.forward(input_ids=ids, use_cache=False).logits  # uncompiled, so dense
-            self._reference = (window, dense[0].float().log_softmax(-1))
+            self._reference = (ids, dense[0].float().log_softmax(-1))
         sparse = self._forward(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
         return float(kl_div(sparse, self._reference[1], log_target=True, reduction="sum")) / ids.shape[1]
 
