@@ -17,6 +17,7 @@ from was_fx.schedules.calibration import Calibration
 from was_fx.schedules.errors import ScheduleError
 from was_fx.schedules.fingerprint import differences
 from was_fx.schedules.latency import LatencyTable
+from was_fx.schedules.level_table import LevelTable
 from was_fx.schedules.recipes import Recipe, find_recipe
 from was_fx.schedules.schedule import Schedule
 from was_fx.schedules.schedule_metadata import tool_version
@@ -38,6 +39,7 @@ def search(
     include_head: bool = False,
     latency: LatencyTable | None = None,
     start: Schedule | None = None,
+    level_tables: dict[str, LevelTable] | None = None,
     paper_exact: bool = False,
     log: str | Path | None = None,
     resume: bool = False,
@@ -67,6 +69,8 @@ def search(
         latency: save what the uniform schedule at the target would save in time, by these measured curves, instead of
             in bytes; only for "exact". The nominal sparsity is then another one than the target.
         start: a schedule whose block levels are tried first.
+        level_tables: greedy tables by block, of an earlier search with this calibration and these greedy settings at
+            whatever target; those that are missing are made in full and added.
         paper_exact: as the paper's released code; see `find_recipe`.
         log: file for a JSON line per trial.
         resume: continue the log of the same search.
@@ -119,6 +123,7 @@ def search(
         head=include_head,
         latency=latency,
         start=start,
+        level_tables=level_tables,
         log=record,
         workers=workers,
         batch=batch,

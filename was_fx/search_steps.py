@@ -36,7 +36,7 @@ from was_fx.trial_evaluation import TrialEvaluator
 from was_fx.workers import RemoteEvaluator, checkpoint_of
 
 # Tokens for block errors: the greedy descent runs every block a thousand times on them.
-_BLOCK_TOKENS = 512
+_BLOCK_TOKENS = 256
 # Tokens for thresholds where the search looks, measured again and again.
 _THRESHOLD_TOKENS = 1024
 # Tokens for the thresholds of the schedule that was found, in each of two rounds.
@@ -65,6 +65,7 @@ class SearchSteps:
     head: bool
     latency: LatencyTable | None
     start: Schedule | None
+    level_tables: dict[str, LevelTable] | None
     log: TrialLog
     workers: Callable[[], Executor] | None
     batch: int
@@ -184,17 +185,24 @@ class SearchSteps:
         return expand
 
     def _greedy(self, block: Block, table: ThresholdTable) -> LevelTable:
-        until = min(self.target + self.recipe.margin + 0.01, 1.0)
-        self._report(f"greedy allocation in {block.name}")
         if block not in self._inputs:
             return uniform_table(block, self.recipe.greedy.limit)
+        known = {} if self.level_tables is None else self.level_tables
+        if block.name not in known:
+            # A table that others will use goes up to the limit, one of this search as far as it can go.
+            until = min(self.target + self.recipe.margin + 0.01, 1.0) if self.level_tables is None else 1.0
+            known[block.name] = self._descend(block, table, until)
+        return known[block.name]
+
+    def _descend(self, block: Block, table: ThresholdTable, until: float) -> LevelTable:
+        self._report(f"greedy allocation in {block.name}")
         key = f"greedy {block.name}"
-        record = self.log.find(key, key)
+        record = self.log.find(key, until)
         if record is None:
             error = BlockError(self.model, self._inputs, block, table, self.recipe.scored)
             found = greedy_table(block, error, self.recipe.greedy, until=until)
             tokens = error.calls * self._inputs.tokens // len(self._blocks)
-            record = self.log.add(key, key, {"names": found.names, "rows": found.rows.tolist(), "tokens": tokens})
+            record = self.log.add(key, until, {"names": found.names, "rows": found.rows.tolist(), "tokens": tokens})
         self.spent["blocks"] += record["tokens"]
         return from_rows(tuple(record["names"]), block.weights, record["rows"])
 
