@@ -40,15 +40,15 @@ def recipe(name: str, score: str, step: float) -> Recipe:
 
 def plan(seeds: int) -> list[tuple[float, str, str, int]]:
     """(level, allocation, score, seed), what matters most first."""
-    single = [("uniform", score) for score in (*SCORES, "searched")]
-    single += [("greedy", score) for score in ("|x|", "|x|·‖W‖₁", "|x|·‖W‖₂")]
-    searched = [("exact", "|x|·‖W‖₁"), ("was", "|x|·‖W‖₁")]
-    rows = []
-    for levels in ((0.6, 0.75), (0.5, 0.4)):
-        rows += [(level, *each, 0) for each in single + searched for level in levels]
-        rows += [(level, "exact", "|x|", 0) for level in levels]
-        rows += [(level, *each, seed) for seed in range(1, seeds) for each in searched for level in levels]
-        rows += [(level, "wisparse", "searched", seed) for seed in range(seeds) for level in levels]
+    main = [("uniform", "|x|"), ("greedy", "|x|"), ("exact", "|x|·‖W‖₁"), ("was", "|x|·‖W‖₁")]
+    more = [("uniform", score) for score in (*list(SCORES)[1:], "searched")]
+    more += [("greedy", "|x|·‖W‖₁"), ("exact", "|x|"), ("greedy", "|x|·‖W‖₂"), ("wisparse", "searched")]
+    rows = [(level, *each, 0) for each in main for level in (0.6, 0.75, 0.5, 0.4)]
+    rows += [(level, *each, seed) for seed in range(1, seeds) for each in main[2:] for level in (0.6, 0.75)]
+    rows += [(level, *each, 0) for each in more for level in (0.6, 0.75)]
+    rows += [(level, *each, seed) for seed in range(1, seeds) for each in main[2:] for level in (0.5, 0.4)]
+    rows += [(level, *each, 0) for each in more for level in (0.5, 0.4)]
+    rows += [(level, "wisparse", "searched", seed) for seed in range(1, seeds) for level in (0.6, 0.75, 0.5, 0.4)]
     return rows
 
 
@@ -57,7 +57,8 @@ def windows(path: Path | None, split: str, count: int, offset: float = 0.0) -> t
     if path is None:
         ids = embedded.tokens(split, LENGTH)
     else:
-        text = (lzma.open(path) if path.suffix == ".xz" else open(path, "rb")).read().decode()
+        data = path.read_bytes()
+        text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode()
         tokenizer = embedded.load()[1]
         flat = torch.tensor(tokenizer(text)["input_ids"])
         ids = flat[: len(flat) // LENGTH * LENGTH].view(-1, LENGTH)
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path, help="test text, plain or .xz; for the report only")
     parser.add_argument("--out", type=Path, default=Path("schedules.jsonl"))
     parser.add_argument("--windows", type=int, default=16, help="validation windows of 512 tokens per trial")
-    parser.add_argument("--test-windows", type=int, default=32)
+    parser.add_argument("--test-windows", type=int, default=16)
     parser.add_argument("--budget", type=int, default=50, help="trials of a search over blocks")
     parser.add_argument("--step", type=float, default=0.05, help="step of the greedy descent")
     parser.add_argument("--seeds", type=int, default=3)
