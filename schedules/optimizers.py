@@ -69,4 +69,6 @@ def _make(name: OptimizerName, dimension: int, trials: int, seed: int) -> Any:
         return ng.optimizers.CMA(space, budget=trials)
     first = max(4, min(2 * dimension, trials // 4))
     settings = {"initialization": "LHS", "init_budget": first, "utility_kind": "ei", "utility_xi": 0.0}
-    return ng.optimizers.ParametrizedBO(**settings, gp_parameters={"alpha": 1e-3})(space, budget=trials)
+    return ng.optimizers.ParametrizedBO(**settings, gp_parameters={"alpha": 1e-3, "n_restarts_optimizer": 0})(
+        space, budget=trials
+    )

@@ -11,6 +11,7 @@ from was_fx.schedules.errors import ScheduleError
 
 FORMAT = "was-fx search"
 _VERSION = 1
+_BEGINNING = b'{"format": "was-fx search"'
 
 
 class TrialLog:
@@ -40,7 +41,7 @@ class TrialLog:
             raise FileExistsError(
                 17, "a search log is here already; resume it, or give another path or remove it", str(self._path)
             )
-        if self._path.exists() and self._path.stat().st_size:
+        if self._path.exists():
             self._read(self._path)
         if not self._path.exists() or not self._path.stat().st_size:
             self._append({"format": FORMAT, "version": _VERSION, "settings": self._settings})
@@ -92,6 +93,9 @@ class TrialLog:
                 f"{path} is not a search log, or is damaged ({error})",
                 remedy="Give the log of a search of was-fx, or start a new one under another path.",
             ) from error
+        if not records and data.startswith(_BEGINNING[: len(data)]):
+            os.truncate(path, 0)  # killed while its first line was written
+            return
         header = records[0] if records and not bad else {}
         if header.get("format") != FORMAT or header.get("version") != _VERSION:
             raise ScheduleError(

@@ -21,7 +21,9 @@ def divergence(sparsities) -> float:
 
 
 def test_sensitivities_are_the_true_ratios():
-    measured = sensitivities(problem(), np.full(8, 0.5), lambda points: [divergence(p) for p in points], ExactSettings())
+    measured = sensitivities(
+        problem(), np.full(8, 0.5), lambda points: [divergence(p) for p in points], ExactSettings()
+    )
     np.testing.assert_allclose(measured / measured.sum(), TRUE / TRUE.sum(), rtol=0.15)
 
 
