@@ -25,7 +25,7 @@ from was_fx.schedules.greedy import greedy_table
 from was_fx.schedules.latency import LatencyTable, byte_savings
 from was_fx.schedules.level_table import LevelTable, from_rows, uniform_table
 from was_fx.schedules.optimizers import Optimizer
-from was_fx.schedules.projection import Vector
+from was_fx.schedules.projection import Vector, check_budget
 from was_fx.schedules.recipes import Recipe
 from was_fx.schedules.schedule import Schedule, ScheduleMetadata
 from was_fx.schedules.threshold_table import ThresholdTable, from_calibration
@@ -76,6 +76,9 @@ class SearchSteps:
 
     def run(self, settings: Mapping[str, Any]) -> Schedule:
         """The schedule; `settings` go into its metadata."""
+        margin, limit = self.recipe.margin if self.recipe.searches else 1.0, self.recipe.greedy.limit
+        bounds = max(self.target - margin, 0.0), min(self.target + margin, limit)
+        check_budget(self.target, [float(block.size) for block in self._blocks], *bounds)
         table, history = self._dense_table, {}
         uniform = np.full(len(self._blocks), self.target)
         if self.recipe.over == "exact":

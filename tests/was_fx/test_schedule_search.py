@@ -62,20 +62,14 @@ def test_the_loss_of_a_trial_is_that_of_evaluate(llama, tokens, tmp_path):
     assert result.realised == pytest.approx(record["realised"], abs=1e-6)
 
 
-def test_trials_compile_nothing_after_the_first(llama, tokens, monkeypatch):
-    from was_fx.passes import pipeline
-
-    runs = []
-    original = pipeline.run_passes if hasattr(pipeline, "run_passes") else None
-    if original is None:
+def test_trials_compile_nothing_after_the_first(llama, tokens):
+    compiled = []
+    for budget in (1, 6):
+        torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
-    find(llama, tokens, "was", recipe=quick("was", inside="uniform"), budget=1)
-    first = dict(torch._dynamo.utils.counters["stats"])
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    find(llama, tokens, "was", recipe=quick("was", inside="uniform"), budget=6)
-    assert dict(torch._dynamo.utils.counters["stats"]) == first
-    assert not runs
+        find(llama, tokens, "was", recipe=quick("was", inside="uniform"), budget=budget)
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert compiled[0] == compiled[1] > 0
 
 
 def test_the_same_seed_repeats(llama, tokens):
@@ -120,7 +114,7 @@ def test_measured_latency_takes_the_place_of_bytes(llama, tokens):
     shapes = set(calibration.shapes.values())
     down = calibration.shapes["model.layers.0.mlp.down_proj"]
     rows = [
-        {"n": n, "k": k, "sparsity": s, "us": 10 * n * k * (1 - (s if (n, k) != down else 0.01 * s))}
+        {"n": n, "k": k, "sparsity": s, "us": 1 + n * k * (1 - (s if (n, k) != down else 0.01 * s))}
         for n, k in shapes
         for s in (0.0, 0.5, 1.0)
     ]
@@ -161,7 +155,7 @@ def test_a_calibration_of_another_score_or_model_is_refused(llama, tokens, calib
     [
         ({"target": 0.0}, "above 0 and below 1"),
         ({"target": 1.2}, "above 0 and below 1"),
-        ({"target": 0.97}, "bounds allow"),
+        ({"target": 0.97}, "the bounds allow 0.92 to 0.95"),
         ({"budget": 0}, "at least one trial"),
         ({"recipe": "wsa"}, "unknown recipe"),
         ({"include_head": True}, "for the recipe 'exact'"),
