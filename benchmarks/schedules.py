@@ -43,7 +43,7 @@ def plan(seeds: int) -> list[tuple[float, str, str, int]]:
     main = [("uniform", "|x|"), ("greedy", "|x|"), ("exact", "|x|·‖W‖₁"), ("was", "|x|·‖W‖₁")]
     more = [("uniform", score) for score in (*list(SCORES)[1:], "searched")]
     more += [("greedy", "|x|·‖W‖₁"), ("exact", "|x|"), ("greedy", "|x|·‖W‖₂"), ("wisparse", "searched")]
-    rows = [(level, *each, 0) for each in main for level in (0.6, 0.75, 0.5, 0.4)]
+    rows = [(level, *each, 0) for levels in ((0.6, 0.75), (0.5, 0.4)) for each in main for level in levels]
     rows += [(level, *each, seed) for seed in range(1, seeds) for each in main[2:] for level in (0.6, 0.75)]
     rows += [(level, *each, 0) for each in more for level in (0.6, 0.75)]
     rows += [(level, *each, seed) for seed in range(1, seeds) for each in main[2:] for level in (0.5, 0.4)]

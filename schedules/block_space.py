@@ -102,4 +102,4 @@ def block_space(
 def _profiles(count: int, dimension: int) -> Vector:
     """Legendre polynomials of degree 1 to `dimension` over the depth, each at most 1 in size: [dimension, count]."""
     depth = np.linspace(-1.0, 1.0, count) if count > 1 else np.zeros(1)
-    return legendre.legvander(depth, dimension)[:, 1:].T.copy()
+    return np.asarray(legendre.legvander(depth, dimension)[:, 1:].T, dtype=np.float64)

@@ -20,6 +20,9 @@ from was_fx.schedules.curves import Curves, solve
 from was_fx.schedules.names import split_name
 from was_fx.schedules.projection import Vector
 
+# Least part of the mean sensitivity that a block or a projection is taken to have.
+_LEAST = 0.3
+
 # The divergences of the model with each of these sparsities from the dense one, in nats per token.
 Divergences = Callable[[Sequence[Mapping[str, float]]], Sequence[float]]
 
@@ -44,7 +47,7 @@ class ExactSettings:
     sweeps: int = 4
     probe: float = 0.15
     tokens: int = 512
-    reach: float = 0.3
+    reach: float = 0.25
     limit: float = 0.95
     shrink: float = 0.4
     floor: float = 0.15
@@ -122,10 +125,10 @@ def _product(names: Sequence[str], values: Vector) -> Vector:
     rows, columns = zip(*[split_name(name) for name in names], strict=True)
     row = np.unique([str(each) for each in rows], return_inverse=True)[1]
     column = np.unique(columns, return_inverse=True)[1]
-    # No row or column may vanish, however the noise falls.
-    least = 0.01 * max(float(values.sum()), 1e-12)
-    of_row = np.maximum(np.bincount(row, values), least)
-    of_column = np.maximum(np.bincount(column, values), least)
+    # However the noise falls, no block or projection is taken for nearly free: all of it would be dropped.
+    total = max(float(values.sum()), 1e-12)
+    of_row = np.maximum(np.bincount(row, values), _LEAST * total * np.bincount(row) / len(row))
+    of_column = np.maximum(np.bincount(column, values), _LEAST * total * np.bincount(column) / len(column))
     left, right = np.ones(len(of_row)), of_column.copy()
     for _ in range(20):
         left = of_row / np.bincount(row, right[column])

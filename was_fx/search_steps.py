@@ -41,6 +41,8 @@ _BLOCK_TOKENS = 256
 _THRESHOLD_TOKENS = 1024
 # Tokens for the thresholds of the schedule that was found, in each of two rounds.
 _FINAL_TOKENS = 4096
+# Windows that the last points of the exact recipe are compared on.
+_CHECKS = 3
 # Coordinates of a Bayesian search over blocks: smooth profiles over depth.
 _DIMENSIONS = 6
 _LEVELS = np.linspace(0.0, 1.0, 101)
@@ -79,7 +81,8 @@ class SearchSteps:
         margin, limit = self.recipe.margin if self.recipe.searches else 1.0, self.recipe.greedy.limit
         bounds = max(self.target - margin, 0.0), min(self.target + margin, limit)
         check_budget(self.target, [float(block.size) for block in self._blocks], *bounds)
-        table, history = self._dense_table, {}
+        table = self._dense_table
+        history: dict[str, Any] = {}
         uniform = np.full(len(self._blocks), self.target)
         if self.recipe.over == "exact":
             with self._trials(table) as runner:
@@ -230,7 +233,8 @@ class SearchSteps:
             order=self._order(table, runner),
             center=center,
         )
-        optimizer = Optimizer("bayesian" if over == "exact" else over, space.dimension, self.trials, self.seed)
+        name: Any = "bayesian" if over == "exact" else over
+        optimizer = Optimizer(name, space.dimension, self.trials, self.seed)
         first = starts(space)
         if self.start is not None:
             first.insert(0, block_levels(self._blocks, {n: entry.sparsity for n, entry in self.start.linears.items()}))
@@ -272,6 +276,7 @@ class SearchSteps:
         problem = Problem(names, energies, _LEVELS, savings(self._shapes, _LEVELS))
         windows = np.random.default_rng(self.seed).permutation(len(self.tokens))
         at, sweeps, weights = np.full(len(names), self.target), [], np.ones(len(names))
+        visited = [at]
         for sweep in range(settings.sweeps):
             self._report(f"sensitivities of {len(names)} Linears", sweep, settings.sweeps)
             table = self._table_at(table, _named(names, at))
@@ -280,8 +285,15 @@ class SearchSteps:
             sweeps.append(sensitivities(problem, at, divergences, settings))
             weights = combine(names, sweeps, settings)
             at = problem.allocate(weights, self.target, settings)
+            visited.append(at)
         table = self._table_at(table, _named(names, at))
-        sparsities = _named(names, at)
+        # One noisy sweep can lead astray: of the last two points and the uniform one, the best on windows of their own.
+        candidates = [_named(names, point) for point in (*visited[:-3:-1], visited[0])]
+        scores = np.zeros(len(candidates))
+        for check in range(_CHECKS):
+            window = int(windows[(settings.sweeps + check) % len(windows)])
+            scores += self._divergences(table, runner, f"check {check}", window)(candidates)
+        sparsities = candidates[int(np.argmin(scores))]
         if not self.trials:
             return table, sparsities, {}
         expand = self._resolved(problem, weights)

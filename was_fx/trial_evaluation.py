@@ -59,6 +59,7 @@ class TrialEvaluator:
         """
         start = time.perf_counter()
         self._set(inputs["linears"])
+        result: dict[str, Any]
         if "window" in inputs:
             ids = self._tokens[inputs["window"], : inputs["length"]][None].to(self._device)
             result = {"divergence": self._divergence(ids), "tokens": ids.numel()}

@@ -64,7 +64,7 @@ def _evaluator(key: _Key) -> Any:
     from was_fx.trial_evaluation import TrialEvaluator
 
     remote = key.remote
-    model = AutoModelForCausalLM.from_pretrained(remote.checkpoint, dtype=getattr(torch, remote.dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(remote.checkpoint, dtype=getattr(torch, remote.dtype))
     model = sparsify(model.to(remote.device).eval(), remote.schedule, executor=remote.executor)
     tokens = torch.tensor(remote.tokens, dtype=torch.long)
     return TrialEvaluator(model, remote.schedule, tokens, batch_size=remote.batch_size, executor=remote.executor)
