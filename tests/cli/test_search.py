@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from was_fx import Schedule
+from was_fx import Schedule, embedded
 from was_fx.cli.search_progress import describe, sparkline
 from was_fx.schedules.block_search import SearchState
 
@@ -18,8 +18,10 @@ SMALL = ("--tokens", 128, "--length", 64)
 
 def arguments(model, out, *more):
     """A search over the blocks of a model of random weights, in seconds."""
-    texts = ("--text", "embedded:validation", "--calibration-text", "embedded:calibration")
-    return ["search", model, "--target", "50%", "--out", out, *texts, *SMALL, *more]
+    text = out.parent / "prose.txt"
+    if not text.exists():
+        text.write_text(embedded.text("validation")[:4000], encoding="utf-8")
+    return ["search", model, "--target", "50%", "--out", out, "--text", text, *SMALL, *more]
 
 
 def test_writes_a_schedule_that_meets_the_target(was, other_model, tmp_path):
@@ -46,6 +48,7 @@ def command(model, out, log, *more):
     return [sys.executable, "-m", "was_fx.cli.main", *map(str, words)]
 
 
+@pytest.mark.slow
 def test_a_killed_search_resumes_to_the_same_schedule(other_model, tmp_path):
     whole, killed, log = tmp_path / "whole.st", tmp_path / "killed.st", tmp_path / "log.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
