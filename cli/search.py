@@ -195,7 +195,7 @@ def search(
             **arguments,
         )
     found.save(out)
-    _show(found, out, model, json)
+    _show(found, out, model, json, display.seconds)
 
 
 def _latency(path: Path | None) -> Any:
@@ -223,12 +223,17 @@ def _calibrate(loaded: "Loaded", recipe: "Recipe", samples: Any, name: str, batc
         )
 
 
-def _show(schedule: "Schedule", out: Path, model: str, json: bool) -> None:
+def _show(schedule: "Schedule", out: Path, model: str, json: bool, seconds: tuple[float, float]) -> None:
     history = dict(schedule.metadata.history)
     losses = history.get("best", [])
     if json:
-        found = {"path": str(out), "recipe": schedule.metadata.recipe, "target": schedule.metadata.target}
-        print_json({**found, "nominal": schedule.sparsity, "loss": losses[-1] if losses else None, "history": history})
+        found: dict[str, Any] = {
+            "path": str(out),
+            "recipe": schedule.metadata.recipe,
+            "target": schedule.metadata.target,
+        }
+        found |= {"nominal": schedule.sparsity, "loss": losses[-1] if losses else None, "history": history}
+        print_json({**found, "trial_seconds": round(seconds[0], 2), "optimizer_seconds": round(seconds[1], 2)})
         return
     console = stdout()
     line = (
@@ -237,6 +242,7 @@ def _show(schedule: "Schedule", out: Path, model: str, json: bool) -> None:
     console.print(line, markup=False, soft_wrap=True)
     if losses:
         console.print(f"Validation loss {losses[0]:.4f} in the first trial, {losses[-1]:.4f} in the best", markup=False)
+        console.print(f"Trials took {seconds[0]:.0f} s, the optimiser {seconds[1]:.0f} s", markup=False)
     console.print(f"Forward-pass tokens spent: {sum(history['tokens'].values()):,}", markup=False)
     next_command = f"Next: was ppl {shlex.quote(model)} --schedule {shlex.quote(str(out))}"
     console.print(next_command, markup=False, soft_wrap=True)

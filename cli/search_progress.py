@@ -32,12 +32,17 @@ def describe(state: "SearchState") -> str:
 
 
 class SearchDisplay:
-    """A line that is kept up to date on a terminal; without one, a line per tenth of the search and per step."""
+    """A line that is kept up to date on a terminal; without one, a line per tenth of the search and per step.
+
+    Attributes:
+        seconds: spent waiting for trials and in the optimiser.
+    """
 
     def __init__(self) -> None:
         self._console = stderr()
         self._status: Status | None = None
         self._shown = ""
+        self.seconds = (0.0, 0.0)
 
     def __enter__(self) -> "SearchDisplay":
         if self._console.is_terminal:
@@ -51,6 +56,8 @@ class SearchDisplay:
 
     def update(self, state: "SearchState") -> None:
         """Show how far the search is."""
+        if state.levels:
+            self.seconds = (state.objective_seconds, state.optimizer_seconds)
         if self._status is not None:
             self._status.update(describe(state))
             return

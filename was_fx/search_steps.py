@@ -393,5 +393,4 @@ def _history(result: BlockResult) -> dict[str, Any]:
         "best": [round(loss, 6) for loss in result.losses],
         "levels": [round(level, 6) for level in result.levels.tolist()],
         "stopped": result.stopped,
-        "optimizer_seconds": round(result.optimizer_seconds, 2),
     }

@@ -11,7 +11,7 @@ from was_fx.schedules.trial_log import TrialLog
 from was_fx.schedules.trial_runner import TrialRunner
 
 BLOCKS = 12
-COSTS = np.exp(np.linspace(1.2, -1.2, BLOCKS) + np.random.default_rng(0).normal(0, 0.3, BLOCKS))
+COSTS = np.exp(1.2 * np.cos(np.linspace(0, 2 * np.pi, BLOCKS)) + np.random.default_rng(0).normal(0, 0.3, BLOCKS))
 COSTS /= COSTS.sum()
 
 
@@ -91,7 +91,7 @@ def test_monotone_searches_never_fall_along_their_order():
 
 
 def test_bayesian_beats_random_and_uniform_at_equal_trials():
-    results = {name: [run(name, seed, trials=16)[1] for seed in range(2)] for name in ("bayesian", "random")}
+    results = {name: [run(name, seed, trials=20)[1] for seed in range(2)] for name in ("bayesian", "random")}
     bayesian, random = (np.mean([each.loss for each in results[name]]) for name in ("bayesian", "random"))
     uniform = results["random"][0].losses[0]
     assert bayesian < random < uniform
