@@ -19,6 +19,7 @@ from was_fx.cli import (
     ppl,
     published,
     recalibrate,
+    search,
     tune,
 )
 from was_fx.cli.errors import INTERRUPTED, Commands, report_interrupt
@@ -58,6 +59,7 @@ def _version(wanted: bool) -> None:
         "was demo  [dim]everything at once, on a tiny model, offline[/]",
         "was calibrate MODEL --text book.txt  [dim]measure a model on a text, once[/]",
         "was make calibration.safetensors --target 50%  [dim]make a schedule of it[/]",
+        "was search MODEL --target 50% --text valid.txt  [dim]or find a better one[/]",
         "was ppl MODEL --schedule FILE --text other.txt  [dim]see what it costs[/]",
         "was generate MODEL --schedule FILE --prompt Hello  [dim]decode with it[/]",
     ),
@@ -84,6 +86,7 @@ _add("demo", demo.demo, demo.EXAMPLES)
 _add("calibrate", calibrate.calibrate, calibrate.EXAMPLES)
 _add("make", make.make, make.EXAMPLES)
 _add("sparsify", make.make, make.EXAMPLES, "The same as [bold]was make[/].")
+_add("search", search.search, search.EXAMPLES)
 _add("recalibrate", recalibrate.recalibrate, recalibrate.EXAMPLES)
 _add("inspect", inspect_file.inspect_file, inspect_file.EXAMPLES)
 _add("compare", compare.compare, compare.EXAMPLES)

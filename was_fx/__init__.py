@@ -26,12 +26,14 @@ _HOMES = {
     "ScheduleError": "was_fx.schedules.errors",
     "Score": "was_fx.schedules.score",
     "calibrate": "was_fx.calibration",
+    "decode": "was_fx.decoding",
     "densify": "was_fx.sparsification",
     "evaluate": "was_fx.evaluation",
     "import_release": "was_fx.schedules.release_import",
     "load_published": "was_fx.schedules.published_schedules",
-    "recalibrate": "was_fx.calibration",
     "perplexity": "was_fx.evaluation",
+    "recalibrate": "was_fx.calibration",
+    "search": "was_fx.schedule_search",
     "sparsify": "was_fx.sparsification",
     "uniform": "was_fx.schedules.uniform",
 }
@@ -46,20 +48,24 @@ __all__ = [
     "Score",
     "__version__",
     "calibrate",
+    "decode",
     "densify",
     "evaluate",
     "import_release",
     "load_published",
     "perplexity",
     "recalibrate",
+    "search",
     "sparsify",
     "uniform",
 ]
 
 if TYPE_CHECKING:
     from was_fx.calibration import calibrate, recalibrate
+    from was_fx.decoding import decode
     from was_fx.evaluation import Evaluation, evaluate, perplexity
     from was_fx.passes.errors import RewriteError
+    from was_fx.schedule_search import search
     from was_fx.schedules.calibration import Calibration
     from was_fx.schedules.errors import ScheduleError
     from was_fx.schedules.published_schedules import load_published

@@ -12,6 +12,7 @@ from was_fx.linears import LinearModule, body_linears, check_tokens, find_linear
 from was_fx.schedules.calibration import Calibration, CalibrationBuilder
 from was_fx.schedules.schedule import Schedule
 from was_fx.schedules.score import Score, channel_norms, channel_scale
+from was_fx.schedules.threshold_table import ThresholdTable
 from was_fx.sparsification import check_schedule, model_fingerprint, sparse_state
 
 Progress = Callable[[int, int], None]
@@ -92,29 +93,62 @@ def recalibrate(
     if sparse_state(model) is not None:
         raise ValueError("the model is sparsified; give the dense one: was_fx.densify(model) first")
     check_tokens(model, tokens)
-    found = find_linears(model)
-    check_schedule(model, schedule, found)
-    linears = {name: found[name] for name in schedule.linears}
-    norms = {name: channel_norms(linear.weight, schedule.norm) for name, linear in linears.items()}
-    # The exponent differs from Linear to Linear, so it goes into the scale: |x|·g^α is the score of norms g^α.
-    scales = {name: channel_scale(norms[name], entry.exponent) for name, entry in schedule.linears.items()}
+    check_schedule(model, schedule, find_linears(model))
     for done in range(rounds):
-        builder = CalibrationBuilder(Score(1.0, schedule.norm), schedule.shapes, scales)
-        hooks = {
-            name: partial(_record_and_drop, builder, name, entry.channel_thresholds(norms[name]))
-            for name, entry in schedule.linears.items()
-        }
+        exponents = {name: entry.exponent for name, entry in schedule.linears.items()}
         step = None if progress is None else partial(_later_round, progress, done, rounds)
-        _run(model, linears, hooks, tokens, batch_size, step)
-        measured = builder.build(text=schedule.metadata.calibration_text, fingerprint=schedule.metadata.fingerprint)
+        table = measure_thresholds(
+            model, exponents, tokens, norm=schedule.norm, dropping=schedule, batch_size=batch_size, progress=step
+        )
         schedule = schedule.replace(
             {
-                name: replace(entry, threshold=measured.threshold(name, entry.sparsity))
+                name: replace(entry, threshold=table.linear(name, entry.sparsity).threshold)
                 for name, entry in schedule.linears.items()
                 if entry.channel_threshold is None
             }
         )
     return schedule
+
+
+@torch.no_grad()
+def measure_thresholds(
+    model: nn.Module,
+    exponents: Mapping[str, float],
+    tokens: Tensor,
+    *,
+    norm: int,
+    dropping: Schedule | None = None,
+    signed: bool = False,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> ThresholdTable:
+    """Thresholds by sparsity of Linears with a score |x_j|·g_j^α of their own, dense or while the model drops.
+
+    Args:
+        model: a causal LM; run uncompiled and dense but for `dropping`, also if it is sparsified.
+        exponents: α by qualified name of the Linears to measure, which may include the head.
+        tokens: LongTensor [n, seq] of token ids.
+        norm: p of the channel norms.
+        dropping: what the model drops meanwhile, in all tokens: entries for all of these Linears; by default nothing.
+        signed: measure max(x_j, 0) for `ThresholdTable.signed`.
+        batch_size: sequences per forward pass.
+        progress: called with (sequences done, n).
+
+    Raises:
+        ScheduleError: a Linear saw no token, or activations that are not finite.
+    """
+    found = find_linears(model)
+    linears = {name: found[name] for name in exponents}
+    norms = {name: channel_norms(linear.weight, norm) for name, linear in linears.items()}
+    # The exponent differs from Linear to Linear, so it goes into the scale: |x|·g^α is the score of norms g^α.
+    scales = {name: channel_scale(norms[name], exponent) for name, exponent in exponents.items()}
+    builder = CalibrationBuilder(Score(1.0, norm), {name: linear.shape for name, linear in linears.items()}, scales)
+    thresholds = {
+        name: None if dropping is None else dropping.linears[name].channel_thresholds(norms[name]) for name in linears
+    }
+    hooks = {name: partial(_record_and_drop, builder, name, thresholds[name], signed) for name in linears}
+    _run(model, linears, hooks, tokens, batch_size, progress)
+    return ThresholdTable(builder.build(text="", fingerprint={}), dict(exponents), norm, signed)
 
 
 def _run(
@@ -132,7 +166,8 @@ def _run(
     try:
         device = next(model.parameters()).device
         for start in range(0, tokens.shape[0], batch_size):
-            model(input_ids=tokens[start : start + batch_size].to(device), use_cache=False)
+            # Not the model's own call, which is compiled when it is sparsified and would not see the hooks.
+            model.forward(input_ids=tokens[start : start + batch_size].to(device), use_cache=False)
             if progress is not None:
                 progress(min(start + batch_size, tokens.shape[0]), tokens.shape[0])
     finally:
@@ -146,11 +181,16 @@ def _record(builder: CalibrationBuilder, name: str, module: nn.Module, args: tup
 
 
 def _record_and_drop(
-    builder: CalibrationBuilder, name: str, threshold: Tensor, module: nn.Module, args: tuple[Tensor, ...]
+    builder: CalibrationBuilder,
+    name: str,
+    threshold: Tensor | None,
+    signed: bool,
+    module: nn.Module,
+    args: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     x, *rest = args
-    builder.add(name, x)
-    return x.masked_fill(x.abs() <= threshold, 0), *rest
+    builder.add(name, x.clamp(min=0) if signed else x)
+    return args if threshold is None else (x.masked_fill(x.abs() <= threshold, 0), *rest)
 
 
 def _later_round(progress: Progress, done: int, rounds: int, sequences: int, of: int) -> None:
