@@ -25,6 +25,7 @@ _HOMES = {
     "Schedule": "was_fx.schedules.schedule",
     "ScheduleError": "was_fx.schedules.errors",
     "Score": "was_fx.schedules.score",
+    "WasConfig": "was_fx.quantizer",
     "calibrate": "was_fx.calibration",
     "densify": "was_fx.sparsification",
     "evaluate": "was_fx.evaluation",
@@ -42,6 +43,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Score",
+    "WasConfig",
     "__version__",
     "calibrate",
     "densify",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from was_fx.calibration import calibrate, recalibrate
     from was_fx.evaluation import Evaluation, evaluate, perplexity
     from was_fx.passes.errors import RewriteError
+    from was_fx.quantizer import WasConfig
     from was_fx.schedules.calibration import Calibration
     from was_fx.schedules.errors import ScheduleError
     from was_fx.schedules.schedule import LinearSchedule, Schedule
@@ -72,3 +75,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
+
+
+import_module("was_fx.plug_ins").announce()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from was_fx import saving
 from was_fx.backend import BackendOptions, Executor, has_compiler, mode_options, register
 from was_fx.compilation import compile_call
 from was_fx.kernels.layout import restore, to_input_major, wants_input_major
@@ -96,6 +97,7 @@ def sparsify(
     if known is None or known.options != options:
         model._compiled_call_impl = compile_call(model._call_impl, raw)
     model._was_state = SparseState(schedule, options, compiled_before, flags)  # type: ignore[assignment]
+    saving.attach(model)
     return model
 
 
@@ -106,6 +108,7 @@ def densify(model: nn.Module) -> nn.Module:
         The same model. A model that is not sparsified is returned as it is.
     """
     known = sparse_state(model)
+    saving.detach(model)
     for parameter in model.parameters():
         _release(parameter)
     if known is not None:
