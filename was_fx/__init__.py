@@ -28,6 +28,7 @@ _HOMES = {
     "WasConfig": "was_fx.quantizer",
     "calibrate": "was_fx.calibration",
     "densify": "was_fx.sparsification",
+    "draft": "was_fx.drafting",
     "evaluate": "was_fx.evaluation",
     "recalibrate": "was_fx.calibration",
     "perplexity": "was_fx.evaluation",
@@ -47,6 +48,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "densify",
+    "draft",
     "evaluate",
     "perplexity",
     "recalibrate",
@@ -56,6 +58,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from was_fx.calibration import calibrate, recalibrate
+    from was_fx.drafting import draft
     from was_fx.evaluation import Evaluation, evaluate, perplexity
     from was_fx.passes.errors import RewriteError
     from was_fx.quantizer import WasConfig
