@@ -1,5 +1,7 @@
 """`was eval`: tasks of lm-eval, dense and with schedules."""
 
+import hashlib
+import json as json_module
 import logging
 import os
 from pathlib import Path
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 EXAMPLES = options.examples(
     "was eval embedded  [dim]the 200 sentence pairs that come with was-fx[/]",
     "was eval embedded --schedule s50.was.safetensors --schedule s75.was.safetensors --pairs blimp.jsonl",
+    "was eval embedded --schedule s50.was.safetensors --log eval.jsonl  [dim]can be interrupted and continued[/]",
     "was eval ./llama --schedule s.was.safetensors --task hellaswag --task arc_easy --limit 200",
 )
 
@@ -58,6 +61,14 @@ def evaluate(
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     allow_other_model: options.OtherModel = False,
+    log: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keep each schedule's result as a line of JSON, and take from there what has been measured before.",
+            show_default=False,
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Compare a model, dense and with schedules, on tasks of EleutherAI's lm-eval.
@@ -72,29 +83,70 @@ def evaluate(
     except ImportError as error:
         raise ValueError(str(error)) from error
     files = [lm_eval.minimal_pairs(path) for path in pairs or ([] if task else [None])]
-    from was_fx.cli.models import load_model
+    tasks = [*(task or []), *files]
+    settings = {"model": model, "prefill": prefill.value, "limit": limit, "dtype": dtype.value, "tasks": tasks}
+    known = _read_log(log, settings) if log else {}
+    missing = [path for path in (None, *paths) if _key(path) not in known]
+    harness: Any = None
+    if missing:
+        from was_fx.cli.models import load_model
 
-    with progress(f"Loading {model}"):
-        loaded = load_model(model, dtype, device)
-    harness = lm_eval.WasLM(
-        loaded.model,
-        tokenizer=loaded.tokenizer,
-        batch_size=batch_size,
-        prefill=prefill.value,
-        executor=executor.value if executor else None,
-        allow_other_model=allow_other_model,
-    )
-    arguments: dict[str, Any] = {"limit": limit, "include_path": include_path}
-    rows = []
+        with progress(f"Loading {model}"):
+            loaded = load_model(model, dtype, device)
+        harness = lm_eval.WasLM(
+            loaded.model,
+            tokenizer=loaded.tokenizer,
+            batch_size=batch_size,
+            prefill=prefill.value,
+            executor=executor.value if executor else None,
+            allow_other_model=allow_other_model,
+        )
     for path, each in zip([None, *paths], [None, *schedules], strict=True):
+        if path not in missing:
+            continue
         stderr().print(f"Evaluating {path or 'dense'} …", markup=False, soft_wrap=True)
         harness.use(each)
-        results = lm_eval.run_tasks(harness, [*(task or []), *files], **arguments)
-        rows.append({"schedule": str(path) if path else None, **_sparsity(harness), "tasks": results})
+        found = lm_eval.run_tasks(harness, tasks, limit=limit, include_path=include_path)
+        known[_key(path)] = {**_sparsity(harness), "tasks": found}
+        if log:
+            _append(log, {"settings": settings, "key": _key(path), **known[_key(path)]})
+    rows = [{"schedule": str(path) if path else None, **known[_key(path)]} for path in (None, *paths)]
     if json:
         print_json({"model": model, "prefill": prefill.value, "limit": limit, "results": rows})
         return
     _show(rows, f"{model}, prefill {prefill.value}" + (f", first {limit} documents" if limit else ""))
+
+
+def _key(path: Path | None) -> str:
+    """What a schedule file holds, whatever it is called."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path else "dense"
+
+
+def _read_log(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The results of a log that were measured with these settings, by key.
+
+    Raises:
+        ValueError: the file is no such log.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json_module.loads(line)
+            row_settings, key = row.pop("settings"), row.pop("key")
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError(f"{path}, line {number}, is no result of `was eval`; give another --log") from None
+        if row_settings == settings:
+            found[key] = row
+    return found
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    """Add a line, so that the file never holds a part of one."""
+    from was_fx.schedules.storage import write_atomically
+
+    before = path.read_bytes() if path.exists() else b""
+    write_atomically(path, before + json_module.dumps(row).encode() + b"\n")
 
 
 def _quiet() -> None:

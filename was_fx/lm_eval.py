@@ -19,6 +19,7 @@ from torch import nn
 from was_fx.compilation import compile_call
 from was_fx.evaluation import Realised, realised, reset_counts
 from was_fx.passes.context import Prefill
+from was_fx.quantizer import WasConfig
 from was_fx.schedules.schedule import Schedule
 from was_fx.sparsification import densify, sparse_state, sparsify
 
@@ -86,6 +87,12 @@ class WasLM(HFLM):
         self.model._compiled_call_impl = compile_call(self.model._call_impl, options)
         reset_counts(self.model)
 
+    def _create_model(self, *arguments: Any, quantization_config: Any = None, **keywords: Any) -> None:
+        """Without a `WasConfig` that lm-eval has read from the checkpoint, which transformers reads by itself."""
+        if isinstance(quantization_config, WasConfig):
+            quantization_config = None
+        super()._create_model(*arguments, quantization_config=quantization_config, **keywords)
+
     @property
     def realised(self) -> Realised:
         """Sparsity measured since the last `use`, over the tokens that were sparse, padding included."""
@@ -100,7 +107,8 @@ def minimal_pairs(path: str | Path | None = None) -> dict[str, Any]:
             default the 200 pairs that come with was-fx.
 
     Returns:
-        A task as lm-eval takes it in place of a name; it is called as the file. Its metric is acc.
+        A task as lm-eval takes it in place of a name; it is called as the file. Its metric is acc. As in lm-eval's own
+        BLiMP, a space comes before each sentence.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -130,8 +138,8 @@ def run_tasks(
     limit: int | None = None,
     include_path: str | Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Run tasks of lm-eval, with the seeds and the number of examples (none, unless a task says otherwise) that it takes
-    by default.
+    """Run tasks of lm-eval, with its own seeds and its own number of examples in the prompt: none, unless a task says
+    otherwise.
 
     Args:
         model: a `WasLM`, or any other model of lm-eval.
@@ -150,7 +158,9 @@ def run_tasks(
 
     names = [task for task in tasks if isinstance(task, str)]
     folder = None if include_path is None else str(include_path)
-    manager = TaskManager(include_path=folder, include_defaults=bool(names))
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not all(manager.match_tasks([name]) for name in names):
+        manager = TaskManager(include_path=folder)  # reads thousands of files
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise ValueError(

@@ -83,7 +83,7 @@ class WasQuantizer(HfQuantizer):
         schedule = config.schedule
         if self.pre_quantized and isinstance(schedule, str | Path):
             schedule = _beside_checkpoint(model.config, str(schedule))
-        # From here on it is a model that `sparsify` made; what transformers forbids quantised ones is none of its limits.
+        # From here on it is a model that `sparsify` made, and has none of the limits of a quantised one.
         self.remove_quantization_config(model)
         return sparsify(
             model,

@@ -16,6 +16,7 @@ from was_fx.kernels.layout import restore, to_input_major, wants_input_major
 from was_fx.linears import LinearModule, body_linears, find_linears
 from was_fx.passes.bindings import Binding, bind, bindings, unbind
 from was_fx.passes.context import Prefill
+from was_fx.quantized_cache import cut_at_quantized_cache
 from was_fx.schedules.fingerprint import fingerprint
 from was_fx.schedules.schedule import Schedule
 from was_fx.schedules.score import channel_norms
@@ -95,7 +96,8 @@ def sparsify(
         compiled_before, flags = known.compiled_before, known.requires_grad
     set_thresholds(scheduled, schedule)
     if known is None or known.options != options:
-        model._compiled_call_impl = compile_call(model._call_impl, raw)
+        whole = compile_call(model._call_impl, raw)
+        model._compiled_call_impl = cut_at_quantized_cache(whole, model._call_impl, raw)
     model._was_state = SparseState(schedule, options, compiled_before, flags)  # type: ignore[assignment]
     saving.attach(model)
     return model
@@ -116,7 +118,7 @@ def densify(model: nn.Module) -> nn.Module:
         if known.compiled_before is None:
             del model._compiled_call_impl  # the class has the None
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(known.requires_grad[name])
+            parameter.requires_grad_(known.requires_grad.get(name, parameter.requires_grad))
         del model._was_state
     return model
 
