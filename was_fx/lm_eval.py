@@ -9,6 +9,7 @@ The second is lm-eval's own command line, which finds no model that it doesn't b
 """
 
 import random
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from torch import nn
 from was_fx.compilation import compile_call
 from was_fx.evaluation import Realised, realised, reset_counts
 from was_fx.passes.context import Prefill
-from was_fx.quantizer import WasConfig
 from was_fx.schedules.schedule import Schedule
 from was_fx.sparsification import densify, sparse_state, sparsify
 
@@ -87,11 +87,11 @@ class WasLM(HFLM):
         self.model._compiled_call_impl = compile_call(self.model._call_impl, options)
         reset_counts(self.model)
 
-    def _create_model(self, *arguments: Any, quantization_config: Any = None, **keywords: Any) -> None:
-        """Without a `WasConfig` that lm-eval has read from the checkpoint, which transformers reads by itself."""
-        if isinstance(quantization_config, WasConfig):
-            quantization_config = None
-        super()._create_model(*arguments, quantization_config=quantization_config, **keywords)
+    def _create_model(self, *arguments: Any, **keywords: Any) -> None:
+        """Without transformers' warning that a checkpoint says already how it decodes: lm-eval has read that from it."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")
+            super()._create_model(*arguments, **keywords)
 
     @property
     def realised(self) -> Realised:
