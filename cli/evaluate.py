@@ -75,25 +75,25 @@ def evaluate(
 
     Needs lm-eval: [bold]pip install "was-fx[eval]"[/]. Realised sparsity is measured on the tasks' own texts.
     """
-    paths = schedule or []
-    schedules = [load_schedule(path) for path in paths]
+    schedules = {path: load_schedule(path) for path in schedule or []}
+    every: list[Path | None] = [None, *schedules]  # the dense model first
     _quiet()
     try:
         from was_fx import lm_eval
     except ImportError as error:
         raise ValueError(str(error)) from error
-    files = [lm_eval.minimal_pairs(path) for path in pairs or ([] if task else [None])]
-    tasks = [*(task or []), *files]
+    files = [lm_eval.minimal_pairs(path) for path in pairs or []]
+    tasks = [*(task or []), *files] or [lm_eval.minimal_pairs()]
     settings = {"model": model, "prefill": prefill.value, "limit": limit, "dtype": dtype.value, "tasks": tasks}
     known = _read_log(log, settings) if log else {}
-    missing = [path for path in (None, *paths) if _key(path) not in known]
-    harness: Any = None
+    missing = [path for path in every if _key(path) not in known]
+    lm: Any = None
     if missing:
         from was_fx.cli.models import load_model
 
         with progress(f"Loading {model}"):
             loaded = load_model(model, dtype, device)
-        harness = lm_eval.WasLM(
+        lm = lm_eval.WasLM(
             loaded.model,
             tokenizer=loaded.tokenizer,
             batch_size=batch_size,
@@ -101,16 +101,14 @@ def evaluate(
             executor=executor.value if executor else None,
             allow_other_model=allow_other_model,
         )
-    for path, each in zip([None, *paths], [None, *schedules], strict=True):
-        if path not in missing:
-            continue
+    for path in missing:
         stderr().print(f"Evaluating {path or 'dense'} …", markup=False, soft_wrap=True)
-        harness.use(each)
-        found = lm_eval.run_tasks(harness, tasks, limit=limit, include_path=include_path)
-        known[_key(path)] = {**_sparsity(harness), "tasks": found}
+        lm.use(schedules[path] if path else None)
+        results = lm_eval.run_tasks(lm, tasks, limit=limit, include_path=include_path)
+        known[_key(path)] = {**_sparsity(lm), "tasks": results}
         if log:
             _append(log, {"settings": settings, "key": _key(path), **known[_key(path)]})
-    rows = [{"schedule": str(path) if path else None, **known[_key(path)]} for path in (None, *paths)]
+    rows = [{"schedule": str(path) if path else None, **known[_key(path)]} for path in every]
     if json:
         print_json({"model": model, "prefill": prefill.value, "limit": limit, "results": rows})
         return

@@ -88,7 +88,7 @@ class WasLM(HFLM):
         reset_counts(self.model)
 
     def _create_model(self, *arguments: Any, **keywords: Any) -> None:
-        """Without transformers' warning that a checkpoint says already how it decodes: lm-eval has read that from it."""
+        """Without the warning that the checkpoint says already how it decodes: that is where lm-eval read it."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You passed `quantization_config`")
             super()._create_model(*arguments, **keywords)

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from was_fx.schedules.names import split_name
 from was_fx.schedules.schedule import Schedule
@@ -21,8 +22,9 @@ def update_card(path: Path, schedule: Schedule, repository: str | None = None) -
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: transformers\n---\n")
-    tags = card.data.get("tags") or []
-    card.data.tags = [*tags, *(tag for tag in TAGS if tag not in tags)]
+    data: Any = card.data
+    tags = data.get("tags") or []
+    data.tags = [*tags, *(tag for tag in TAGS if tag not in tags)]
     section = f"{_BEGIN}\n{schedule_section(schedule, repository)}\n{_END}"
     old = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
     known = old.search(card.text)

@@ -28,9 +28,13 @@ def cut_at_quantized_cache(
     import torch._dynamo
 
     in_parts = torch.compile(function, backend=was, dynamic=True, options=dict(options))
-    # Past the limit of recompilations Dynamo would run the model dense.
-    limits = {"recompile_limit": 1024, "accumulated_recompile_limit": 8192}  # a graph per block and phase
-    settings = torch._dynamo.config.patch(specialize_float=True, fail_on_recompile_limit_hit=True, **limits)
+    # Past the limit of recompilations Dynamo would run the model dense; it must raise instead.
+    settings = torch._dynamo.config.patch(
+        specialize_float=True,
+        fail_on_recompile_limit_hit=True,
+        recompile_limit=1024,  # some graphs are made for each block
+        accumulated_recompile_limit=8192,
+    )
 
     @wraps(whole)
     def call(*arguments: Any, **keywords: Any) -> Any:
@@ -47,7 +51,7 @@ def _hide_updates(cache: Any) -> bool:
     if not any(type(layer).__name__ in _OPAQUE for layer in getattr(cache, "layers", ())):
         return False
     if not hasattr(cache, "_was_fx_hidden"):
-        cache.__class__ = _hidden(type(cache))
+        cache.__class__ = _hidden(type(cache))  # type: ignore[arg-type]  # a class is hashable
     return True
 
 
