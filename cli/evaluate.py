@@ -83,7 +83,7 @@ def evaluate(
     except ImportError as error:
         raise ValueError(str(error)) from error
     files = [lm_eval.minimal_pairs(path) for path in pairs or []]
-    tasks = [*(task or []), *files] or [lm_eval.minimal_pairs()]
+    tasks: list[Any] = [*(task or []), *files] or [lm_eval.minimal_pairs()]
     settings = {"model": model, "prefill": prefill.value, "limit": limit, "dtype": dtype.value, "tasks": tasks}
     known = _read_log(log, settings) if log else {}
     missing = [path for path in every if _key(path) not in known]

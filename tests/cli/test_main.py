@@ -22,7 +22,7 @@ def test_help_is_quick_and_names_every_command():
         done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, env=_environment(), check=True)
         times.append(time.perf_counter() - start)
     assert min(times) < 1.5
-    for name in ("calibrate", "make", "sparsify", "inspect", "ppl", "generate", "demo"):
+    for name in ("calibrate", "make", "sparsify", "inspect", "ppl", "eval", "generate", "demo"):
         assert f"│ {name} " in done.stdout
     assert "\x1b" not in done.stdout
 
@@ -33,7 +33,7 @@ def test_help_imports_no_torch():
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("name", ["calibrate", "make", "sparsify", "inspect", "ppl", "generate", "demo"])
+@pytest.mark.parametrize("name", ["calibrate", "make", "sparsify", "inspect", "ppl", "eval", "generate", "demo"])
 def test_every_command_has_examples(was, name):
     outcome = was(name, "--help")
     assert outcome.code == 0

@@ -114,3 +114,17 @@ def test_two_hundred_pairs_come_with_it():
 def test_refusals(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_an_unknown_task_is_named(monkeypatch):
+    import lm_eval.tasks
+
+    class WithoutItsOwn(lm_eval.tasks.TaskManager):
+        """lm-eval's own thousands of tasks take a while to read."""
+
+        def __init__(self, **arguments):
+            super().__init__(**{**arguments, "include_defaults": False})
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", WithoutItsOwn)
+    with pytest.raises(ValueError, match="lm-eval has no task 'no_such_task_at_all'"):
+        run_tasks(None, ["no_such_task_at_all"])

@@ -54,6 +54,10 @@ def test_the_wheel_holds_the_embedded_model(wheel):
         assert f"was_fx/embedded/{file}" in names
 
 
+def test_the_wheel_holds_the_task(wheel):
+    assert "was_fx/tasks/minimal_pairs.jsonl" in wheel.namelist()
+
+
 def test_the_wheel_declares_the_command_and_the_backend(wheel):
     (entry_points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     text = wheel.read(entry_points).decode()
