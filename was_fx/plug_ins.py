@@ -28,7 +28,7 @@ class _AfterImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname not in PLUG_INS:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
+        others = [finder for finder in sys.meta_path if not isinstance(finder, _AfterImport)]
         found = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next((each for each in found if each is not None), None)
         if spec is None or spec.loader is None:
@@ -46,7 +46,8 @@ class _AfterImport(MetaPathFinder):
 
 def announce() -> None:
     """Register with what is imported already, and with the rest as soon as it is."""
-    sys.meta_path.insert(0, _AfterImport())
+    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
     for module, plug_in in PLUG_INS.items():
         if module in sys.modules:
             import_module(plug_in)
