@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from was_fx import saving
 from was_fx.backend import Executor
+from was_fx.passes.bindings import bindings
 from was_fx.schedules.schedule import Schedule
 from was_fx.sparsification import sparse_state, sparsify
 
@@ -51,12 +52,17 @@ def draft(
         A model of the same class. Its `generation_config` holds `tokens` and `confidence`.
 
     Raises:
-        ValueError: the model is sparsified, so its own text would not be the dense model's; or an argument is out of
-            range.
+        ValueError: the model is sparsified, so its own text would not be the dense model's; it has a draft already; or
+            an argument is out of range.
         ScheduleError: the schedule doesn't fit the model.
     """
     if sparse_state(model) is not None:
         raise ValueError("the model is sparsified, so it can't verify as the dense one: was_fx.densify(model) first")
+    if any(bindings(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "the model's weights have a schedule already, of another draft or of torch.compile; give that draft other "
+            "numbers by was_fx.sparsify(draft, schedule), or take them off by was_fx.densify(model)"
+        )
     if tokens < 1 or not 0 <= confidence < 1:
         raise ValueError(f"tokens is {tokens} and confidence {confidence}; expected at least 1, and 0 ≤ confidence < 1")
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}

@@ -1,11 +1,12 @@
 """lm-eval's model "was": whatever its model "hf" takes, with a schedule.
 
-    from was_fx.lm_eval import WasLM, minimal_pairs, run_tasks      # registers the name "was" too
+    from was_fx.lm_eval import WasLM, minimal_pairs, run_tasks
     run_tasks(WasLM("embedded", schedule="s.was.safetensors"), [minimal_pairs()])
 
     python -m was_fx.lm_eval --model was --model_args pretrained=DIR,schedule=FILE --tasks blimp
 
-The second is lm-eval's own command line, which finds no model that it doesn't bring along unless it is imported.
+The second is lm-eval's own command line; started as `lm_eval`, it finds only the models that it brings along. In Python,
+`import was_fx` makes the name known (`was_fx.plug_ins`).
 """
 
 import random
@@ -24,7 +25,6 @@ from was_fx.schedules.schedule import Schedule
 from was_fx.sparsification import densify, sparse_state, sparsify
 
 try:
-    from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
     raise ImportError(
@@ -35,7 +35,6 @@ PAIRS = Path(__file__).resolve().parent / "tasks" / "minimal_pairs.jsonl"
 _SEED = 1234  # lm-eval's own
 
 
-@register_model("was")
 class WasLM(HFLM):
     """A causal LM of transformers that decodes and scores by a schedule.
 

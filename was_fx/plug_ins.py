@@ -6,6 +6,7 @@ by a sparsified model as a dense one, with a warning only.
 """
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -38,7 +39,7 @@ class _AfterImport(MetaPathFinder):
 
         def then_plug_in(module: ModuleType) -> None:
             execute(module)
-            import_module(PLUG_INS[fullname])
+            _plug_in(fullname)
 
         loader.exec_module = then_plug_in
         return spec
@@ -48,6 +49,14 @@ def announce() -> None:
     """Register with what is imported already, and with the rest as soon as it is."""
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
-    for module, plug_in in PLUG_INS.items():
+    for module in PLUG_INS:
         if module in sys.modules:
-            import_module(plug_in)
+            _plug_in(module)
+
+
+def _plug_in(module: str) -> None:
+    """Import the plug-in for a module; a version of the library that it does not fit must not break the library."""
+    try:
+        import_module(PLUG_INS[module])
+    except (ImportError, AttributeError, TypeError) as error:
+        warnings.warn(f"was-fx could not register with this version of {module}: {error}", stacklevel=2)

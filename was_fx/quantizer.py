@@ -36,7 +36,7 @@ class WasConfig(QuantizationConfigMixin):
         was_fx_version: the version that saved the checkpoint, for the record.
 
     Raises:
-        ValueError: another `quant_method`.
+        ValueError: another `quant_method`, or an argument that this version doesn't know.
     """
 
     def __init__(
@@ -47,7 +47,13 @@ class WasConfig(QuantizationConfigMixin):
         allow_other_model: bool = False,
         quant_method: str = METHOD,
         was_fx_version: str | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise ValueError(
+                f"WasConfig has no {', '.join(map(repr, unknown))}; if a checkpoint names them, it was saved by another "
+                f"version of was-fx ({was_fx_version}): install that one"
+            )
         if quant_method != METHOD:
             raise ValueError(f"quant_method is {quant_method!r}; WasConfig is for {METHOD!r} only")
         self.quant_method: Any = quant_method
@@ -112,6 +118,8 @@ def _beside_checkpoint(config: Any, name: str) -> str:
     """The path of a file in the folder or the Hub repository that the model was loaded from."""
     from transformers.utils.hub import cached_file
 
+    if Path(name).name != name:
+        raise ValueError(f"the checkpoint names the schedule {name!r}; expected the name of a file beside it")
     folder = Path(config._name_or_path)
     if folder.is_dir():
         return str(folder / name)

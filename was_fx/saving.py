@@ -35,12 +35,13 @@ def detach(model: nn.Module) -> None:
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with every tensor contiguous, as in the dense model.
 
-    What has to be copied is copied to the CPU; tensors that are one stay one.
+    What has to be copied is copied to the CPU; tensors that are one stay one. Sharded tensors, which transformers
+    gathers, and offloaded ones, which it loads, are left to it.
     """
     copies: dict[tuple, Tensor] = {}
     plain = {}
     for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and not tensor.is_contiguous() and not tensor.is_meta:
+        if type(tensor) is Tensor and not tensor.is_meta and not tensor.is_contiguous():
             key = (tensor.data_ptr(), tensor.shape, tensor.stride())
             if key not in copies:
                 copies[key] = tensor.to("cpu").contiguous()

@@ -76,3 +76,11 @@ def test_a_sparsified_model_is_refused_as_the_one_that_verifies(llama, calibrati
     was_fx.sparsify(llama, schedule, executor="eager")
     with pytest.raises(ValueError, match="the model is sparsified"):
         was_fx.draft(llama, schedule)
+
+
+def test_a_second_draft_is_refused_for_it_would_change_the_first(llama, calibration):
+    first = was_fx.draft(llama, was_fx.uniform(calibration, 0.5), executor="eager")
+    with pytest.raises(ValueError, match="have a schedule already, of another draft"):
+        was_fx.draft(llama, was_fx.uniform(calibration, 0.2))
+    was_fx.densify(first)
+    was_fx.draft(llama, was_fx.uniform(calibration, 0.2), executor="eager")

@@ -1,6 +1,8 @@
 """lm-eval's model "was" and the task that comes with was-fx."""
 
 import json
+import runpy
+import sys
 
 import pytest
 import torch
@@ -74,6 +76,15 @@ def test_lm_eval_knows_the_model_by_name(schedule, few_pairs, tmp_path):
         log_samples=False,
     )
     assert results["results"]["few_pairs"]["sample_len"] == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_lm_evals_command_line_starts_with_the_model_in_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["was_fx.lm_eval", "run", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("was_fx.lm_eval", run_name="__main__")
+    assert ended.value.code == 0
+    assert "--model_args" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_was_saved_sparse_is_scored_sparse(embedded_model, schedule, few_pairs, tmp_path):

@@ -38,3 +38,11 @@ def test_a_library_that_is_missing_stays_missing(library, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
         importlib.import_module("no_such_library")
     assert "some_plug_in" not in sys.modules
+
+
+def test_a_library_of_another_version_is_imported_all_the_same(library, tmp_path):
+    (tmp_path / "some_plug_in.py").write_text("from some_library import what_it_has_not\n")
+    plug_ins.announce()
+    with pytest.warns(UserWarning, match="could not register with this version of some_library"):
+        found: ModuleType = importlib.import_module("some_library")
+    assert found.names == ["its own"]

@@ -156,9 +156,25 @@ def test_a_checkpoint_without_its_schedule_is_refused(saved, tmp_path):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_config_of_another_method_is_refused():
-    with pytest.raises(ValueError, match="quant_method is 'awq'"):
-        was_fx.WasConfig(quant_method="awq")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"quant_method": "awq"}, "quant_method is 'awq'"),
+        ({"bits": 4, "was_fx_version": "9.9"}, r"has no 'bits'.*another version of was-fx \(9\.9\)"),
+    ],
+)
+def test_a_config_that_is_not_ours_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        was_fx.WasConfig(**arguments)
+
+
+def test_a_checkpoint_names_no_file_elsewhere(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "saved")
+    config = config_of(folder)
+    config["quantization_config"]["schedule"] = "../schedule.was.safetensors"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the name of a file beside it"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 LOGITS = """
