@@ -5,8 +5,8 @@
 
     python -m was_fx.lm_eval --model was --model_args pretrained=DIR,schedule=FILE --tasks blimp
 
-The second is lm-eval's own command line; started as `lm_eval`, it finds only the models that it brings along. In Python,
-`import was_fx` makes the name known (`was_fx.plug_ins`).
+The second is lm-eval's own command line; started as `lm_eval`, it finds only the models that it brings along. In
+Python, `import was_fx` makes the name known (`was_fx.plug_ins`).
 """
 
 import random

@@ -51,8 +51,8 @@ class WasConfig(QuantizationConfigMixin):
     ) -> None:
         if unknown:
             raise ValueError(
-                f"WasConfig has no {', '.join(map(repr, unknown))}; if a checkpoint names them, it was saved by another "
-                f"version of was-fx ({was_fx_version}): install that one"
+                f"WasConfig has no {', '.join(map(repr, unknown))}; if a checkpoint names them, it was saved by "
+                f"another version of was-fx ({was_fx_version}): install that one"
             )
         if quant_method != METHOD:
             raise ValueError(f"quant_method is {quant_method!r}; WasConfig is for {METHOD!r} only")

@@ -10,6 +10,7 @@ import torch
 import was_fx
 from was_fx import embedded
 from was_fx.lm_eval import PAIRS, WasLM, minimal_pairs, run_tasks
+from was_fx.sparsification import sparse_state
 
 EAGER = {"executor": "eager", "device": "cpu", "dtype": "float32", "batch_size": 8}
 
@@ -61,21 +62,14 @@ def test_scores_are_those_of_the_dense_model_and_of_the_oracle(embedded_model, s
     assert model.realised.sparsity == 0
 
 
-def test_lm_eval_knows_the_model_by_name(schedule, few_pairs, tmp_path):
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
+def test_lm_eval_knows_the_model_by_name(schedule, tmp_path):
+    from lm_eval.api.registry import get_model
 
     schedule.save(tmp_path / "s.safetensors")
-    results = simple_evaluate(
-        model="was",
-        model_args=f"pretrained=embedded,schedule={tmp_path / 's.safetensors'},executor=eager,dtype=float32,device=cpu",
-        tasks=[minimal_pairs(few_pairs)],
-        task_manager=TaskManager(include_defaults=False),
-        limit=4,
-        batch_size=4,
-        log_samples=False,
-    )
-    assert results["results"]["few_pairs"]["sample_len"] == 4
+    arguments = f"pretrained=embedded,schedule={tmp_path / 's.safetensors'},executor=eager,dtype=float32"
+    model = get_model("was").create_from_arg_string(arguments, {"device": "cpu", "batch_size": 4})
+    assert type(model).__name__ == "WasLM"
+    assert sparse_state(model.model).schedule == schedule
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
