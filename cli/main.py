@@ -12,6 +12,7 @@ from was_fx.cli import (
     calibrate,
     compare,
     demo,
+    evaluate,
     generate,
     import_artifacts,
     inspect_file,
@@ -92,6 +93,7 @@ _add("inspect", inspect_file.inspect_file, inspect_file.EXAMPLES)
 _add("compare", compare.compare, compare.EXAMPLES)
 _add("import", import_artifacts.import_artifacts, import_artifacts.EXAMPLES)
 _add("ppl", ppl.ppl, ppl.EXAMPLES)
+_add("eval", evaluate.evaluate, evaluate.EXAMPLES)
 _add("generate", generate.generate, generate.EXAMPLES)
 _add("bench", bench.bench, bench.EXAMPLES)
 _add("tune", tune.tune, tune.EXAMPLES)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from was_fx.cli.console import stderr
 from was_fx.cli.options import EMBEDDED, Dtype
 
 
@@ -39,7 +40,7 @@ def load_model(name: str, dtype: Dtype = Dtype.auto, device: str = "auto") -> Lo
         model, tokenizer = embedded.load(torch_dtype(Dtype.fp32 if dtype is Dtype.auto else dtype))
     else:
         model, tokenizer = _from_pretrained(name, dtype)
-    return Loaded(name, model.to(where).eval(), tokenizer)
+    return Loaded(name, _dense(name, model).to(where).eval(), tokenizer)
 
 
 def load_skeleton(name: str) -> Any:
@@ -50,7 +51,7 @@ def load_skeleton(name: str) -> Any:
     """
     import torch
 
-    _check_name(name)
+    check_name(name)
     _quiet()
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -77,6 +78,17 @@ def _from_pretrained(name: str, dtype: Dtype) -> tuple[Any, Any]:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the {part} of {name} could not be loaded: {reason}") from error
+
+
+def _dense(name: str, model: Any) -> Any:
+    """A checkpoint that a sparsified model was saved as comes back sparsified; here schedules are given by option."""
+    from was_fx.quantizer import SCHEDULE_FILE
+    from was_fx.sparsification import densify, sparse_state
+
+    if sparse_state(model) is not None:
+        note = f"{name} was saved with a schedule, which counts here only if given: --schedule {name}/{SCHEDULE_FILE}"
+        stderr().print(note, style="dim", markup=False, soft_wrap=True)
+    return densify(model)
 
 
 def check_name(name: str) -> None:

@@ -25,9 +25,11 @@ _HOMES = {
     "Schedule": "was_fx.schedules.schedule",
     "ScheduleError": "was_fx.schedules.errors",
     "Score": "was_fx.schedules.score",
+    "WasConfig": "was_fx.quantizer",
     "calibrate": "was_fx.calibration",
     "decode": "was_fx.decoding",
     "densify": "was_fx.sparsification",
+    "draft": "was_fx.drafting",
     "evaluate": "was_fx.evaluation",
     "import_release": "was_fx.schedules.release_import",
     "load_published": "was_fx.schedules.published_schedules",
@@ -46,10 +48,12 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Score",
+    "WasConfig",
     "__version__",
     "calibrate",
     "decode",
     "densify",
+    "draft",
     "evaluate",
     "import_release",
     "load_published",
@@ -63,8 +67,10 @@ __all__ = [
 if TYPE_CHECKING:
     from was_fx.calibration import calibrate, recalibrate
     from was_fx.decoding import decode
+    from was_fx.drafting import draft
     from was_fx.evaluation import Evaluation, evaluate, perplexity
     from was_fx.passes.errors import RewriteError
+    from was_fx.quantizer import WasConfig
     from was_fx.schedule_search import search
     from was_fx.schedules.calibration import Calibration
     from was_fx.schedules.errors import ScheduleError
@@ -84,3 +90,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
+
+
+import_module("was_fx.plug_ins").announce()

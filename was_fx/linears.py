@@ -1,6 +1,6 @@
 """The Linears of a model, seen alike whatever module class holds them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,21 @@ class LinearModule:
 def find_linears(model: nn.Module) -> dict[str, LinearModule]:
     """Every Linear of a model by qualified name, the head included.
 
+    A Linear that adapters of PEFT wrap keeps the name it has without them, and the adapters' own are left out, so a
+    schedule of the model fits it with and without adapters.
+
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has none, or wraps the one that has.
     """
+    inner = getattr(model, "get_base_model", None)
+    if inner is not None and inner() is not model:
+        raise ValueError(
+            f"{type(model).__name__} wraps a model with adapters; give that model instead, which keeps its adapters: "
+            "model.get_base_model()"
+        )
     head = _embedding(model, "get_output_embeddings")
     found = {}
-    for name, module in model.named_modules():
+    for name, module in _modules_without_adapters(model):
         input_major = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
         weight = getattr(module, "weight", None)
         if not (isinstance(module, nn.Linear) or input_major) or not isinstance(weight, Tensor):
@@ -111,6 +120,19 @@ def check_tokens(model: nn.Module, tokens: Tensor) -> None:
             f"tokens holds ids {low} to {high}, but the model's vocabulary is 0 to {(size or 0) - 1}; "
             "tokenise the text with this model's own tokenizer"
         )
+
+
+def _modules_without_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by qualified name, with what an adapter layer of PEFT wraps (its `base_layer`) in the adapter's place."""
+    adapted: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            adapted.append(name)
+        inside = [outer for outer in adapted if name.startswith(f"{outer}.")]
+        if not inside:
+            yield name, module
+        elif name == f"{inside[-1]}.base_layer":
+            yield inside[-1], module
 
 
 def _embedding(model: nn.Module, getter: str) -> nn.Module | None:

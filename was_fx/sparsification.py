@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from was_fx import saving
 from was_fx.backend import BackendOptions, Executor, has_compiler, mode_options, register
 from was_fx.compilation import compile_call
 from was_fx.decoding import restore_generate, use_decode
@@ -16,6 +17,7 @@ from was_fx.kernels.layout import restore, to_input_major, wants_input_major
 from was_fx.linears import LinearModule, body_linears, find_linears
 from was_fx.passes.bindings import Binding, bind, bindings, unbind
 from was_fx.passes.context import Prefill
+from was_fx.quantized_cache import cut_at_quantized_cache
 from was_fx.schedules.fingerprint import fingerprint
 from was_fx.schedules.schedule import Schedule
 from was_fx.schedules.score import channel_norms
@@ -97,10 +99,12 @@ def sparsify(
     set_thresholds(scheduled, schedule)
     if known is None or known.options != options:
         as_they_are = on_gpu and prefill == "dense" and executor == "inductor"
-        model._compiled_call_impl = compile_call(model._call_impl, raw, prompts_as_they_are=as_they_are)
+        whole = compile_call(model._call_impl, raw, prompts_as_they_are=as_they_are)
+        model._compiled_call_impl = cut_at_quantized_cache(whole, model._call_impl, raw)
     if on_gpu:
         use_decode(model)
     model._was_state = SparseState(schedule, options, compiled_before, flags)  # type: ignore[assignment]
+    saving.attach(model)
     return model
 
 
@@ -111,6 +115,7 @@ def densify(model: nn.Module) -> nn.Module:
         The same model. A model that is not sparsified is returned as it is.
     """
     known = sparse_state(model)
+    saving.detach(model)
     for parameter in model.parameters():
         _release(parameter)
     if known is not None:
@@ -118,8 +123,11 @@ def densify(model: nn.Module) -> nn.Module:
         if known.compiled_before is None:
             del model._compiled_call_impl  # the class has the None
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(known.requires_grad[name])
-        restore_generate(model)
+        as_they_are = on_gpu and prefill == "dense" and executor == "inductor"
+        whole = compile_call(model._call_impl, raw, prompts_as_they_are=as_they_are)
+        model._compiled_call_impl = cut_at_quantized_cache(whole, model._call_impl, raw)
+    if on_gpu:
+        use_decode(model)
         del model._was_state
     return model
 

@@ -26,12 +26,15 @@ def test_help_is_quick_and_names_every_command():
         "calibrate",
         "make",
         "sparsify",
+        "search",
         "inspect",
         "compare",
         "import",
-        "published",
         "ppl",
+        "eval",
         "generate",
+        "bench",
+        "tune",
         "demo",
     ):
         assert f"│ {name} " in done.stdout
@@ -45,7 +48,22 @@ def test_help_imports_no_torch():
 
 
 @pytest.mark.parametrize(
-    "name", ["calibrate", "make", "sparsify", "inspect", "compare", "import", "ppl", "generate", "demo"]
+    "name",
+    (
+        "calibrate",
+        "make",
+        "sparsify",
+        "search",
+        "inspect",
+        "compare",
+        "import",
+        "ppl",
+        "eval",
+        "generate",
+        "bench",
+        "tune",
+        "demo",
+    ),
 )
 def test_every_command_has_examples(was, name):
     outcome = was(name, "--help")

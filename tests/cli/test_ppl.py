@@ -1,6 +1,7 @@
 """`was ppl`."""
 
 import pytest
+import torch
 
 
 def test_json_holds_the_dense_model_and_each_schedule(was, schedule):
@@ -70,3 +71,18 @@ def test_refusals(was, calibration, arguments, code, message):
     assert outcome.code == code, outcome
     assert message in " ".join(outcome.stderr.replace("│", " ").split())
     assert outcome.stdout == ""
+
+
+def test_a_checkpoint_that_was_saved_sparse_is_dense_here(was, other_model, text, tmp_path):
+    """Its schedule is one among those that the command is given."""
+    import was_fx
+    from was_fx.cli.models import load_model
+
+    loaded = load_model(str(other_model), device="cpu")
+    calibration = was_fx.calibrate(loaded.model, torch.randint(2, 4096, (2, 64)))
+    was_fx.sparsify(loaded.model, was_fx.uniform(calibration, 0.5), executor="eager").save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    dense = was("ppl", other_model, "--text", text, "--length", 64, "--json")
+    saved = was("ppl", tmp_path, "--text", text, "--length", 64, "--json")
+    assert saved.json["results"] == dense.json["results"]
+    assert "--schedule" in saved.stderr

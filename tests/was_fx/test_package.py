@@ -61,6 +61,10 @@ def test_the_wheel_holds_the_published_schedules(wheel):
     assert expected <= set(wheel.namelist())
 
 
+def test_the_wheel_holds_the_task(wheel):
+    assert "was_fx/tasks/minimal_pairs.jsonl" in wheel.namelist()
+
+
 def test_the_wheel_declares_the_command_and_the_backend(wheel):
     (entry_points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     text = wheel.read(entry_points).decode()
