@@ -21,14 +21,13 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid")
 def _activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == 0:
         return x * tl.sigmoid(x)
-    elif ACTIVATION == 1:
+    if ACTIVATION == 1:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == 2:  # 0.5 (1 + tanh(z)) = sigmoid(2z)
+    if ACTIVATION == 2:  # 0.5 (1 + tanh(z)) = sigmoid(2z)
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACTIVATION == 3:
+    if ACTIVATION == 3:
         return tl.where(x <= 0.0, 0.0, x)
-    else:
-        return tl.sigmoid(x)
+    return tl.sigmoid(x)
 
 
 @triton.jit

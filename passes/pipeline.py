@@ -2,25 +2,35 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from torch.fx import GraphModule
 
-from was_fx.passes.batch_counters import batch_counters
 from was_fx.passes.choose_phase import choose_phase
 from was_fx.passes.context import Context, Options
 from was_fx.passes.count_dropped import count_dropped
 from was_fx.passes.errors import RewriteError
 from was_fx.passes.extra_inputs import own_copy
-from was_fx.passes.fuse_attention import fuse_attention
-from was_fx.passes.fuse_gated_products import fuse_gated_products
-from was_fx.passes.fuse_rms_norms import fuse_rms_norms
-from was_fx.passes.list_channels import list_channels
 from was_fx.passes.merge_siblings import merge_siblings
 from was_fx.passes.recognize_linears import recognize_linears
 from was_fx.passes.sparsify_linears import sparsify_linears
 
 log = logging.getLogger(__name__)
+
+
+def _gpu_passes() -> tuple[Callable[[Context], None], ...]:
+    """The passes that put Triton's kernels in place; none where Triton can't be installed."""
+    if find_spec("triton") is None:
+        return ()
+    from was_fx.passes.batch_counters import batch_counters
+    from was_fx.passes.fuse_attention import fuse_attention
+    from was_fx.passes.fuse_gated_products import fuse_gated_products
+    from was_fx.passes.fuse_rms_norms import fuse_rms_norms
+    from was_fx.passes.list_channels import list_channels
+
+    return list_channels, fuse_attention, fuse_rms_norms, fuse_gated_products, batch_counters
+
 
 # The phase comes before the rewrite, so that the graph of a dense prompt is never touched.
 PIPELINE: tuple[Callable[[Context], None], ...] = (
@@ -29,11 +39,7 @@ PIPELINE: tuple[Callable[[Context], None], ...] = (
     sparsify_linears,
     count_dropped,
     merge_siblings,
-    list_channels,
-    fuse_attention,
-    fuse_rms_norms,
-    fuse_gated_products,
-    batch_counters,
+    *_gpu_passes(),
 )
 
 _REQUIRED = {"recognize_linears", "choose_phase"}

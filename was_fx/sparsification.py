@@ -123,11 +123,8 @@ def densify(model: nn.Module) -> nn.Module:
         if known.compiled_before is None:
             del model._compiled_call_impl  # the class has the None
         for name, parameter in model.named_parameters():
-        as_they_are = on_gpu and prefill == "dense" and executor == "inductor"
-        whole = compile_call(model._call_impl, raw, prompts_as_they_are=as_they_are)
-        model._compiled_call_impl = cut_at_quantized_cache(whole, model._call_impl, raw)
-    if on_gpu:
-        use_decode(model)
+            parameter.requires_grad_(known.requires_grad.get(name, parameter.requires_grad))
+        restore_generate(model)
         del model._was_state
     return model
 

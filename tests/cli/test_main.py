@@ -9,6 +9,7 @@ import time
 import pytest
 
 COMMAND = [sys.executable, "-m", "was_fx.cli.main"]
+COMMANDS = ["calibrate", "make", "sparsify", "search", "inspect", "compare", "import", "ppl", "eval", "generate", "bench", "tune", "demo"]
 
 
 def _environment(**more: str) -> dict[str, str]:
