@@ -4,8 +4,8 @@
     python benchmarks/kernels.py --shape qwen2.5-7b
 
 Weights take turns, so that none is read from the L2 cache; all times are CUDA-graph replays, medians. Listing the kept
-channels counts at its true cost: what norms, attention and the gated product take longer when they also add the parts of
-the product before them and list their output. Prints one JSON line per shape and sparsity, and then a table.
+channels counts at its true cost: what norms, attention and the gated product take longer when they also add the parts
+of the product before them and list their output. Prints one JSON line per shape and sparsity, and then a table.
 """
 
 import argparse

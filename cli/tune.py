@@ -19,8 +19,8 @@ def tune(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="Directories or Hub names of causal LMs (only their configuration is read), or names of shapes such as "
-            "llama-3-8b.",
+            help="Directories or Hub names of causal LMs (only their configuration is read), or names of shapes such "
+            "as llama-3-8b.",
             show_default=False,
         ),
     ],

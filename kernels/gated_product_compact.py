@@ -1,4 +1,4 @@
-"""SwiGLU, GeGLU and the like, that list the channels they leave for the next Linear: `torch.ops.was.gated_product_compact`.
+"""SwiGLU, GeGLU and the like, that list the channels they leave: `torch.ops.was.gated_product_compact`.
 
     x = act(gate) · up                              gate, up, x [K], K = intermediate size, one token
     index, count = compact(x, [t])                  see `compact`

@@ -7,6 +7,7 @@ each Linear are cut into S parts of equal size, whichever segments they lie in, 
 other. Whoever reads y adds the parts, in order: no atomics, and no launch of its own where the reader is fused.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -121,16 +122,10 @@ def _gather_gemv(
     last = (total * (split + 1)) // splits
     index_ptr += g * T * SEGMENT
     tokens = tl.arange(0, TOKENS)
-    if TOKENS == 1:
-        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    else:
-        sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    sums = tl.zeros([ROWS if TOKENS == 1 else TOKENS, COLUMNS], tl.float32)
     k, x = _listed(x_ptr, index_ptr, t_ptr, counts, ends, first, last, tokens, M, K, TOKENS, SEGMENT, SEGMENTS, ROWS)
     for row in tl.range(first, last, ROWS, loop_unroll_factor=UNROLL):
-        if WIDE:
-            entries = k.to(tl.int64)[:, None] * n + columns[None, :]
-        else:
-            entries = k[:, None] * n + columns[None, :]
+        entries = (k.to(tl.int64) if WIDE else k)[:, None] * n + columns[None, :]
         listed = row + tl.arange(0, ROWS) < last
         w = tl.load(
             w_ptr + entries, mask=listed[:, None] & in_columns[None, :], other=0.0, eviction_policy="evict_first"
@@ -186,9 +181,7 @@ def reference(
             values = values.masked_fill(values.abs() <= threshold[kept], 0)
         cuts = [len(kept) * s // splits for s in range(splits + 1)]
         parts.append(
-            torch.stack(
-                [values[:, a:b] @ weight[:, kept[a:b]].float().t() for a, b in zip(cuts, cuts[1:], strict=False)]
-            )
+            torch.stack([values[:, a:b] @ weight[:, kept[a:b]].float().t() for a, b in itertools.pairwise(cuts)])
         )
     return torch.cat(parts, dim=-1)
 

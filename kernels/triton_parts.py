@@ -54,7 +54,7 @@ def slots(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Wait for the kernels before this one, then let the one after it be launched. Nothing is read or written before."""
+    """Wait for the kernels before this one, then let the next be launched. What they write is read only after this."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()

@@ -21,6 +21,6 @@ def fixed_inputs(context: Context) -> list[int]:
 
 
 def has_state(context: Context) -> bool:
-    """Whether the graph writes to an input, as a static cache's step does. A cache that grows is a new input each time."""
+    """Whether the graph writes to an input, as with a static cache; a cache that grows is a new input each time."""
     written = written_storages(context.module.graph)
     return any(storage(node) in written for node in context.module.graph.find_nodes(op="placeholder"))

@@ -1,8 +1,8 @@
 """A decoding loop for `generate()` that never waits for the GPU.
 
 transformers' own loop reads after every token whether to go on, so the GPU idles while Python prepares the next step:
-1 to 3 ms per token on an H200. Here the steps are queued ahead, and the answer is read when it has arrived. `generate()`
-takes such a loop as `custom_generate`; everything else (cache, logits processors, stopping criteria) stays its own.
+1 to 3 ms per token on an H200. Here the steps are queued ahead, and the answer is read when it has arrived.
+`generate()` takes such a loop as `custom_generate`; everything else (cache, logits processors, stopping criteria) stays its own.
 
     model.generate(ids, custom_generate=was_fx.decode, cache_implementation="static")
 

@@ -9,7 +9,10 @@ import time
 import pytest
 
 COMMAND = [sys.executable, "-m", "was_fx.cli.main"]
-COMMANDS = ["calibrate", "make", "sparsify", "search", "inspect", "compare", "import", "ppl", "eval", "generate", "bench", "tune", "demo"]
+COMMANDS = [
+    *("calibrate", "make", "sparsify", "search", "recalibrate", "inspect", "compare", "import", "ppl", "eval"),
+    *("generate", "bench", "tune", "demo"),
+]
 
 
 def _environment(**more: str) -> dict[str, str]:
@@ -48,24 +51,7 @@ def test_help_imports_no_torch():
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize(
-    "name",
-    (
-        "calibrate",
-        "make",
-        "sparsify",
-        "search",
-        "inspect",
-        "compare",
-        "import",
-        "ppl",
-        "eval",
-        "generate",
-        "bench",
-        "tune",
-        "demo",
-    ),
-)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_examples(was, name):
     outcome = was(name, "--help")
     assert outcome.code == 0
