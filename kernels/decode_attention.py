@@ -3,8 +3,8 @@
     y[h] = Σ_l softmax_l(scale · q[h] · k[h // group, l] where mask[l]) v[h // group, l]      h < H, l < L
 
 A static cache is as long as it may ever get; the mask says which entries exist. A block of keys that is wholly masked
-is not read, so a step costs what the used part of the cache costs. Keys are shared by `group` query heads without a copy.
-With thresholds, y is also listed for the next Linears: see `compact`.
+is not read, so a step costs what the used part of the cache costs. Keys are shared by `group` query heads without a
+copy. With thresholds, y is also listed for the next Linears: see `compact`.
 """
 
 from collections.abc import Sequence

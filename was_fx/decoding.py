@@ -2,7 +2,8 @@
 
 transformers' own loop reads after every token whether to go on, so the GPU idles while Python prepares the next step:
 1 to 3 ms per token on an H200. Here the steps are queued ahead, and the answer is read when it has arrived.
-`generate()` takes such a loop as `custom_generate`; everything else (cache, logits processors, stopping criteria) stays its own.
+`generate()` takes such a loop as `custom_generate`; everything else (cache, logits processors, stopping criteria) stays
+its own.
 
     model.generate(ids, custom_generate=was_fx.decode, cache_implementation="static")
 
