@@ -6,6 +6,8 @@
 gate and up come as the parts that `gather_gemv` left, and are added and rounded here.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -70,7 +72,7 @@ def _gated_product_compact(
     list_kept(keep, channels, segments, index_ptr, count_ptr, T, SEGMENT)
 
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),

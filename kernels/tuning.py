@@ -5,10 +5,13 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from was_fx.kernels.compact import reference as compact
 from was_fx.kernels.gather_gemv import gather_gemv
@@ -45,6 +48,11 @@ def candidates(channels: int, sizes: Sequence[int], multiprocessors: int) -> lis
     return list(dict.fromkeys(found))
 
 
+def _run(case: tuple[Any, ...], config: GemvConfig) -> Tensor:
+    x, index, count, weights, thresholds = case
+    return gather_gemv(x, index, count, weights, thresholds, config.splits, config)
+
+
 @torch.no_grad()
 def measure(shape: Shape, configs: Sequence[GemvConfig], sparsity: float, repetitions: int) -> list[float]:
     """Microseconds of each configuration at one sparsity, median of so many graph replays."""
@@ -52,19 +60,17 @@ def measure(shape: Shape, configs: Sequence[GemvConfig], sparsity: float, repeti
     size = channels * sum(sizes) * dtype.itemsize
     copies = max(2, min(16, -(-ROTATED_BYTES // size)))
     generator = torch.Generator("cuda").manual_seed(0)
-    cases = []
+    cases: list[tuple[Any, ...]] = []
     for _ in range(copies):
         x = torch.randn(1, channels, device="cuda", generator=generator).to(dtype)
         threshold = x.float().abs().flatten().kthvalue(max(1, round(sparsity * channels))).values.expand(channels)
         thresholds = [threshold.contiguous() if sparsity else torch.full_like(threshold, -1.0)] * len(sizes)
         weights = [torch.randn(channels, n, device="cuda", generator=generator).to(dtype).t() for n in sizes]
-        cases.append((x, *compact(x, thresholds, triton.next_power_of_2(channels)), weights, thresholds))
+        index, count = compact(x, thresholds, triton.next_power_of_2(channels))
+        cases.append((x, index, count, weights, thresholds))
     times: list[float] = []
     for first in range(0, len(configs), BATCH):
-        graphs = [
-            capture([lambda case=case, config=config: gather_gemv(*case, config.splits, config) for case in cases])
-            for config in configs[first : first + BATCH]
-        ]
+        graphs = [capture([partial(_run, case, config) for case in cases]) for config in configs[first : first + BATCH]]
         times += microseconds(graphs, copies, repetitions)
     return times
 

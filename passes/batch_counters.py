@@ -13,12 +13,12 @@ from torch.fx import Node
 
 from was_fx.kernels.advance import advance_op
 from was_fx.passes.context import Context, value
-from was_fx.passes.matching import kind, storage
+from was_fx.passes.matching import arguments_of, kind, storage
 
 
 def declined(context: Context, node: Node) -> str | None:
     """Why this `add_` is no counter, or None."""
-    counter, *others = node.args
+    counter, *others = arguments_of(node)
     if not context.is_input(counter) or value(counter).dim() != 0 or value(counter).is_floating_point():
         return "it adds to more than a counter"
     if len(others) != 1 or not isinstance(others[0], int) or node.kwargs:

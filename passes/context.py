@@ -1,7 +1,9 @@
 """What the passes of one graph share: options, graph inputs, the Linears found, the inputs added, the counts."""
 
+import operator
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -136,6 +138,19 @@ class Context:
     def is_input(self, node: object) -> bool:
         """Whether `node` is one of Dynamo's graph inputs."""
         return isinstance(node, Node) and node in self._positions
+
+    def outputs(self, node: Node, count: int) -> list[Node]:
+        """One node for each of the `count` results of `node`, at the graph's insertion point."""
+        items = [self.module.graph.call_function(operator.getitem, (node, i)) for i in range(count)]
+        for item, example in zip(items, value(node), strict=True):
+            item.meta["example_value"] = example
+        return items
+
+    def replace_outputs(self, old: Node, new: Sequence[Node]) -> None:
+        """Let what reads result i of `old` read `new[i]`, and erase `old`."""
+        for item in list(old.users):
+            self.replace(item, new[item.args[1]])  # type: ignore[index]
+            self.erase_unused(item)
 
     def replace(self, old: Node, new: Node) -> None:
         """Let all users of `old`, and the Linears of `sites` among them, read `new`; `old` stays, unused."""

@@ -19,11 +19,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from was_fx.kernels.compact import compact_op
 from was_fx.kernels.decode_attention import decode_attention_op, fake
 from was_fx.passes.context import Context, value
-from was_fx.passes.matching import flattening_of, kind, storage, written_storages
+from was_fx.passes.matching import arguments_of, flattening_of, kind, storage, written_storages
 
 _SDPA = "scaled_dot_product_attention"
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_DEFAULTS = (None, None, None, None, 0.0, False, None, False)
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+_DEFAULTS = (None, None, None, None, 0.0, False, None)
 # Wider heads need more shared memory than a program has.
 MAX_WIDTH = 256
 
@@ -41,9 +41,9 @@ class Attention:
 
 def match(node: Node) -> Attention | str:
     """What an attention node computes, or why it is left alone."""
-    q, k, v, mask, dropout, causal, scale, _ = (
-        node.kwargs.get(name, node.args[i] if i < len(node.args) else _DEFAULTS[i]) for i, name in enumerate(_NAMES)
-    )
+    given: dict[str, Any] = dict(zip(_NAMES, arguments_of(node), strict=False)) | node.kwargs
+    values: list[Any] = [given.get(name, default) for name, default in zip(_NAMES, _DEFAULTS, strict=True)]
+    q, k, v, mask, dropout, causal, scale = values
     if dropout or causal:
         return "attention with dropout, or causal by position"
     if value(q).dim() != 4 or not statically_known_true(value(q).shape[2] == 1):
@@ -103,18 +103,14 @@ def _unrepeated(node: Any) -> Any:
 
 def _rewrite(context: Context, node: Node, found: Attention, reader: Node | None) -> None:
     graph = context.module.graph
-    thresholds = list(reader.args[1]) if reader is not None else []
-    arguments = (found.q, found.k, found.v, found.mask, found.scale, thresholds)
+    thresholds = list(arguments_of(reader)[1]) if reader is not None else []
+    arguments: Any = (found.q, found.k, found.v, found.mask, found.scale, thresholds)
     with graph.inserting_before(node):
         fused = graph.call_function(decode_attention_op, arguments)
         fused.meta["example_value"] = fake(*map_arg(arguments, value))
-        y, index, count = (graph.call_function(operator.getitem, (fused, i)) for i in range(3))
-        for i, item in enumerate((y, index, count)):
-            item.meta["example_value"] = value(fused)[i]
+        y, index, count = context.outputs(fused, 3)
     context.replace(node, y)
     if reader is not None:
-        for user in list(reader.users):
-            context.replace(user, (index, count)[user.args[1]])
-            context.erase_unused(user)
+        context.replace_outputs(reader, (index, count))
         context.counts["fused attention lists"] += 1
     context.erase_unused(node)

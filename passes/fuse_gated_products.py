@@ -8,7 +8,6 @@
 gate and up may be two Linears or the halves of one.
 """
 
-import operator
 from collections.abc import Collection
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.fx import Node, map_arg
 from was_fx.kernels.compact import compact_op
 from was_fx.kernels.gated_product_compact import fake, gated_product_compact_op
 from was_fx.passes.context import Context, Part, value
-from was_fx.passes.matching import either_order, kind, storage, written_storages
+from was_fx.passes.matching import arguments_of, either_order, kind, storage, written_storages
 
 _ACTIVATIONS = {"silu", "gelu", "relu", "sigmoid"}
 
@@ -25,7 +24,7 @@ _ACTIVATIONS = {"silu", "gelu", "relu", "sigmoid"}
 def match(context: Context, listed: Node, written: Collection[int] = ()) -> tuple[str, Part, Part] | str:
     """(activation, gate, up) of a listing's input, or why it is no gated product; `written` are the storages written
     in place."""
-    x, thresholds = listed.args
+    x, thresholds = arguments_of(listed)
     if kind(x) != "mul" or not isinstance(x, Node):
         return "its input is not a gated product"
     for activated, linear in either_order(x):
@@ -74,20 +73,16 @@ def _part(context: Context, node: Any) -> Part | None:
 
 def _rewrite(context: Context, listed: Node, activation: str, gate: Part, up: Part) -> None:
     graph = context.module.graph
-    x, (threshold,) = listed.args
-    arguments = (
+    x, (threshold,) = arguments_of(listed)
+    arguments: Any = (
         gate.partial, [gate.start, up.start], [gate.bias, up.bias], threshold, activation, value(x).dtype
     )  # fmt: skip
     with graph.inserting_before(x):
         fused = graph.call_function(gated_product_compact_op, arguments)
         fused.meta["example_value"] = fake(*map_arg(arguments, value))
-        flat, index, count = (graph.call_function(operator.getitem, (fused, i)) for i in range(3))
-        for i, item in enumerate((flat, index, count)):
-            item.meta["example_value"] = value(fused)[i]
+        flat, index, count = context.outputs(fused, 3)
         shaped = graph.call_method("view", (flat, tuple(value(x).shape)))
         shaped.meta["example_value"] = value(flat).view(value(x).shape)
     context.replace(x, shaped)
-    for user in list(listed.users):
-        context.replace(user, (index, count)[user.args[1]])
-        context.erase_unused(user)
+    context.replace_outputs(listed, (index, count))
     context.erase_unused(x)

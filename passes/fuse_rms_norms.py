@@ -11,7 +11,6 @@ The product with the weight may also come before the cast, or be (1 + weight). W
 and there is no partial.
 """
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.fx import Node, map_arg
 from was_fx.kernels.compact import compact_op
 from was_fx.kernels.rms_norm_compact import fake, rms_norm_compact_op
 from was_fx.passes.context import Context, value
-from was_fx.passes.matching import dtype_of, either_order, kind, storage, without_casts, written_storages
+from was_fx.passes.matching import arguments_of, dtype_of, either_order, kind, storage, without_casts, written_storages
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,9 @@ def match(context: Context, x: Node) -> RMSNorm | str:
     """The norm that computes `x`, or why there is none."""
     if kind(x) == "rms_norm":
         names = ("input", "normalized_shape", "weight", "eps")
-        h, shape, weight, eps = [*x.args, *(x.kwargs.get(name) for name in names[len(x.args) :])]
-        if weight is None or eps is None or len(shape) != 1:
+        given: dict[str, Any] = dict(zip(names, arguments_of(x), strict=False)) | x.kwargs
+        h, shape, weight, eps = (given.get(name) for name in names)
+        if h is None or weight is None or eps is None or len(shape or ()) != 1:
             return "rms_norm without a weight or eps"
         if not context.is_input(weight):
             return "the norm's weight is not a parameter [K]"
@@ -70,7 +70,7 @@ def fuse_rms_norms(context: Context) -> None:
     """Rewrite every listing whose input is an RMSNorm."""
     written = written_storages(context.module.graph)
     for listed in context.module.graph.find_nodes(op="call_function", target=compact_op):
-        norm = match(context, listed.args[0])
+        norm = match(context, arguments_of(listed)[0])
         if isinstance(norm, RMSNorm) and {storage(norm.h), storage(listed.args[0])} & written:
             norm = "it is written in place"
         if isinstance(norm, str):
@@ -127,27 +127,25 @@ def _last(mean: Node) -> bool:
 
 def _rewrite(context: Context, listed: Node, norm: RMSNorm) -> None:
     graph = context.module.graph
-    x, thresholds = listed.args
-    residual, partial, bias, first = norm.h, None, None, x
+    x, thresholds = arguments_of(listed)
+    partial: Node | None = None
+    residual, bias, first = norm.h, None, x
     if kind(norm.h) == "add":
         for part, other in either_order(norm.h):
             found = context.parts.get(part)
-            whole = found is not None and found.size == value(found.partial).shape[-1]
-            if whole and dtype_of(other) == dtype_of(part) and value(other).shape == value(norm.h).shape:
+            if found is None or found.size != value(found.partial).shape[-1]:
+                continue
+            if dtype_of(other) == dtype_of(part) and value(other).shape == value(norm.h).shape:
                 residual, partial, bias, first = other, found.partial, found.bias, norm.h
                 break
     with graph.inserting_before(first):
-        arguments = (residual, partial, bias, norm.weight, thresholds, norm.eps, norm.style)
+        arguments: Any = (residual, partial, bias, norm.weight, thresholds, norm.eps, norm.style)
         fused = graph.call_function(rms_norm_compact_op, arguments)
         fused.meta["example_value"] = fake(*map_arg(arguments, value))
-        items = [graph.call_function(operator.getitem, (fused, i)) for i in range(4)]
-        for i, item in enumerate(items):
-            item.meta["example_value"] = value(fused)[i]
+        h, normalised, index, count = context.outputs(fused, 4)
     if partial is not None:
-        context.replace(norm.h, items[0])
-    context.replace(x, items[1])
-    for user in list(listed.users):
-        context.replace(user, items[2 + user.args[1]])
-        context.erase_unused(user)
+        context.replace(norm.h, h)
+    context.replace(x, normalised)
+    context.replace_outputs(listed, (index, count))
     for node in (x, norm.h):
         context.erase_unused(node)

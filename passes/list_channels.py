@@ -21,6 +21,7 @@ from was_fx.kernels.gather_gemv import gather_gemv_op
 from was_fx.kernels.gemv_config import gemv_config
 from was_fx.kernels.triton_parts import DTYPES, MAX_SIBLINGS
 from was_fx.passes.context import Context, LinearSite, Part, value
+from was_fx.passes.matching import arguments_of
 
 
 def declined(context: Context, node: Node) -> str | None:
@@ -49,7 +50,7 @@ def list_channels(context: Context) -> None:
             if reason != "not on a GPU":
                 context.declined += [(site.name, f"channels are not listed: {reason}") for site in sites]
             continue
-        outputs = [node] if len(sites) == 1 else sorted(node.users, key=lambda user: user.args[2])
+        outputs = [node] if len(sites) == 1 else sorted(node.users, key=lambda user: int(arguments_of(user)[2]))
         for first in range(0, len(sites), MAX_SIBLINGS):
             chosen = slice(first, first + MAX_SIBLINGS)
             _rewrite(context, node, sites[chosen], outputs[chosen])
@@ -70,9 +71,7 @@ def _rewrite(context: Context, node: Node, sites: list[LinearSite], outputs: lis
     with graph.inserting_before(node):
         listed = graph.call_function(compact_op, (x, thresholds))
         listed.meta["example_value"] = empty_list(like, len(thresholds))
-        index, count = (graph.call_function(operator.getitem, (listed, i)) for i in range(2))
-        for i, item in enumerate((index, count)):
-            item.meta["example_value"] = value(listed)[i]
+        index, count = context.outputs(listed, 2)
         partial = graph.call_function(gather_gemv_op, (x, index, count, weights, thresholds, splits))
         partial.meta["example_value"] = like.new_empty((splits, 1, sum(sizes)), dtype=torch.float32)
         partial.meta["was_linear"] = tuple(site.name for site in sites)

@@ -18,6 +18,11 @@ _CASTS = {"to", "float", "type_as", "type", "bfloat16", "half"}
 _VIEWS = {"view", "reshape", "transpose", "permute", "contiguous", "flatten", "squeeze", "unsqueeze", "swapaxes"}
 
 
+def arguments_of(node: Node) -> Any:
+    """A node's positional arguments, which may be nodes, numbers, lists, …"""
+    return node.args
+
+
 def kind(node: object) -> str:
     """Name of the operation: "mul" for x * y, torch.mul(x, y) and x.mul(y); "" for what is not a call."""
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):

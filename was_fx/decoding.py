@@ -189,10 +189,12 @@ class _Loop:
             return
         event = torch.cuda.Event()
         # Into pinned memory: a copy to any other waits for the GPU.
-        pinned = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in (token, flag)]
-        copies = [to.copy_(each, non_blocking=True) for to, each in zip(pinned, (token, flag), strict=True)]
+        token, flag = (
+            torch.empty(each.shape, dtype=each.dtype, pin_memory=True).copy_(each, non_blocking=True)
+            for each in (token, flag)
+        )
         event.record()
-        self.waiting.append((length, *copies, event))
+        self.waiting.append((length, token, flag, event))
 
     def _read(self, length: int) -> int | None:
         """Take what has arrived, in order; the length at which all sequences have ended, if they have."""

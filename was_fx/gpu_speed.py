@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,6 +159,7 @@ class _Subject:
         self.prompt, self.long_prompt = ids[:1, :prompt], ids[:1, :long_prompt]
         self.step: Any = compiled or model
         self.cache: Any = None
+        self.config: Any = model.config
 
     def details(self, *, first: bool, repeats: int, generates: bool) -> dict[str, Any]:
         """All that is measured once, warming everything up on the way."""
@@ -190,7 +192,7 @@ class _Subject:
 
         count = count or self.tokens
         if self.cache is None:
-            self.cache = StaticCache(config=self.model.config, max_cache_len=self.prompt.shape[1] + self.tokens)
+            self.cache = StaticCache(config=self.config, max_cache_len=self.prompt.shape[1] + self.tokens)
         self.cache.reset()
         arguments = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
         logits = self.model(input_ids=self.prompt, **arguments).logits
@@ -224,7 +226,7 @@ class _Subject:
         short = 16
         self._generate(short)
         self._generate(self.tokens)
-        times = [_seconds(lambda new=new: self._generate(new)) for _ in range(3) for new in (short, self.tokens)]
+        times = [_seconds(partial(self._generate, new)) for _ in range(3) for new in (short, self.tokens)]
         gaps = [b - a for a, b in zip(times[::2], times[1::2], strict=True)]
         return 1e3 * statistics.median(gaps) / (self.tokens - short)
 
@@ -232,7 +234,7 @@ class _Subject:
         def forward() -> None:
             from transformers import StaticCache
 
-            cache = StaticCache(config=self.model.config, max_cache_len=self.long_prompt.shape[1])
+            cache = StaticCache(config=self.config, max_cache_len=self.long_prompt.shape[1])
             self.model(input_ids=self.long_prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
         forward()
