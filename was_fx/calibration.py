@@ -1,7 +1,7 @@
 """`calibrate`: run text through a dense model and keep the distribution of every Linear's scores.
 `recalibrate`: the same for a schedule's thresholds, while the model drops what the schedule says."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +12,7 @@ from was_fx.linears import LinearModule, body_linears, check_tokens, find_linear
 from was_fx.schedules.calibration import Calibration, CalibrationBuilder
 from was_fx.schedules.schedule import Schedule
 from was_fx.schedules.score import Score, channel_norms, channel_scale
+from was_fx.schedules.selection import select
 from was_fx.sparsification import check_schedule, model_fingerprint, sparse_state
 
 Progress = Callable[[int, int], None]
@@ -24,10 +25,12 @@ def calibrate(
     *,
     score: Score | None = None,
     text: str = "",
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Measure the quantiles of the score |x_j|·g_j^α of every Linear but the head.
+    """Measure the quantiles of the score |x_j|·g_j^α of Linears, all but the head by default.
 
     Activations are counted into histograms batch by batch and never kept, so memory does not grow with the text.
 
@@ -36,6 +39,9 @@ def calibrate(
         tokens: LongTensor [n, seq] of token ids, any device.
         score: WAS's |x|·‖W‖₁ by default.
         text: what the tokens are, for the record.
+        include: qualified names of the Linears to measure, or patterns of them (see `was_fx.schedules.selection`), the
+            head among them if one matches; by default all but the head.
+        exclude: those to leave out, and dense.
         batch_size: sequences per forward pass.
         progress: called with (sequences done, n).
 
@@ -44,18 +50,21 @@ def calibrate(
 
     Raises:
         ValueError: the model is sparsified or has no Linears, or `tokens` has a bad shape or unknown ids.
+        ScheduleError: a pattern matches no Linear, or a Linear saw no token or none with finite scores.
         TypeError: `tokens` is not an integer tensor.
     """
     if sparse_state(model) is not None:
         raise ValueError("the model is sparsified; calibration needs the dense one: was_fx.densify(model) first")
     check_tokens(model, tokens)
     score = score or Score()
-    linears = body_linears(model)
+    everything, body = find_linears(model), body_linears(model)
+    linears = {name: everything[name] for name in select(everything, include, exclude, default=body)}
     norms = {name: channel_norms(linear.weight, score.norm) for name, linear in linears.items()}
     builder = CalibrationBuilder(score, {name: linear.shape for name, linear in linears.items()}, norms)
     hooks = {name: partial(_record, builder, name) for name in linears}
     _run(model, linears, hooks, tokens, batch_size, progress)
-    return builder.build(text=text, fingerprint=model_fingerprint(model, find_linears(model)))
+    excluded = [name for name in body if name not in linears]
+    return builder.build(text=text, fingerprint=model_fingerprint(model, everything), excluded=excluded)
 
 
 @torch.no_grad()
