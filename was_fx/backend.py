@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.fx import GraphModule
 
+from was_fx.passes.bindings import local
 from was_fx.passes.context import Options
 from was_fx.passes.extra_inputs import with_extra_inputs
 from was_fx.passes.pipeline import Context, run
@@ -134,6 +135,8 @@ def _lay_out(context: Context) -> None:
         weights = [context.input_of(weight) for weight, _ in group]
         like = weights[0]
         same = all(w.dtype == like.dtype and w.device == like.device and w.t().is_contiguous() for w in weights)
+        if any(local(weight) is not weight for weight in weights):
+            continue  # shards of DTensors: Dynamo can't trace ones that share a storage
         if same and len({id(w) for w in weights}) == len(weights):
             fuse_rows(weights)
             fuse_rows([binding.threshold for _, binding in group])

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.linears import LinearModule, body_linears, check_tokens, find_linears
+from was_fx.placement import input_device, refuse_sharded, whole_channel_norms
 from was_fx.schedules.calibration import Calibration, CalibrationBuilder
 from was_fx.schedules.schedule import Schedule
-from was_fx.schedules.score import Score, channel_norms, channel_scale
+from was_fx.schedules.score import Score, channel_scale
 from was_fx.schedules.selection import select
 from was_fx.sparsification import check_schedule, model_fingerprint, sparse_state
 
@@ -56,10 +57,11 @@ def calibrate(
     if sparse_state(model) is not None:
         raise ValueError("the model is sparsified; calibration needs the dense one: was_fx.densify(model) first")
     check_tokens(model, tokens)
+    refuse_sharded(model)
     score = score or Score()
     everything, body = find_linears(model), body_linears(model)
     linears = {name: everything[name] for name in select(everything, include, exclude, default=body)}
-    norms = {name: channel_norms(linear.weight, score.norm) for name, linear in linears.items()}
+    norms = {name: whole_channel_norms(linear, score.norm) for name, linear in linears.items()}
     builder = CalibrationBuilder(score, {name: linear.shape for name, linear in linears.items()}, norms)
     hooks = {name: partial(_record, builder, name) for name in linears}
     _run(model, linears, hooks, tokens, batch_size, progress)
@@ -101,10 +103,11 @@ def recalibrate(
     if sparse_state(model) is not None:
         raise ValueError("the model is sparsified; give the dense one: was_fx.densify(model) first")
     check_tokens(model, tokens)
+    refuse_sharded(model)
     found = find_linears(model)
     check_schedule(model, schedule, found)
     linears = {name: found[name] for name in schedule.linears}
-    norms = {name: channel_norms(linear.weight, schedule.norm) for name, linear in linears.items()}
+    norms = {name: whole_channel_norms(linear, schedule.norm) for name, linear in linears.items()}
     # The exponent differs from Linear to Linear, so it goes into the scale: |x|·g^α is the score of norms g^α.
     scales = {name: channel_scale(norms[name], entry.exponent) for name, entry in schedule.linears.items()}
     for done in range(rounds):
@@ -139,7 +142,7 @@ def _run(
     training = model.training
     model.eval()
     try:
-        device = next(model.parameters()).device
+        device = input_device(model)
         for start in range(0, tokens.shape[0], batch_size):
             model(input_ids=tokens[start : start + batch_size].to(device), use_cache=False)
             if progress is not None:
