@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from was_fx.cli import calibrate, demo, generate, inspect_file, make, ppl, recalibrate
+from was_fx.cli import calibrate, coverage, demo, generate, inspect_file, make, ppl, recalibrate
 from was_fx.cli.errors import INTERRUPTED, Commands, report_interrupt
 from was_fx.cli.options import examples
 
@@ -72,6 +72,7 @@ _add("sparsify", make.make, make.EXAMPLES, "The same as [bold]was make[/].")
 _add("recalibrate", recalibrate.recalibrate, recalibrate.EXAMPLES)
 _add("inspect", inspect_file.inspect_file, inspect_file.EXAMPLES)
 _add("ppl", ppl.ppl, ppl.EXAMPLES)
+_add("coverage", coverage.coverage, coverage.EXAMPLES)
 _add("generate", generate.generate, generate.EXAMPLES)
 
 

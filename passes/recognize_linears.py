@@ -120,24 +120,25 @@ def recognize_linears(context: Context) -> None:
 def _require_all_recognised(context: Context) -> None:
     """Every scheduled weight in the graph must have been seen as a Linear (an embedding may share it)."""
     seen = {site.binding.name for site in context.sites if site.binding}
-    problems = []
+    problems: dict[str, str] = {}
     for placeholder in context.module.graph.find_nodes(op="placeholder"):
         if not context.is_input(placeholder):
             continue
         uses = [user for user in placeholder.users if user.target is not torch.nn.functional.embedding]
         if not uses:
             continue
-        problems += [
-            f"{name}: its weight is used by {', '.join(str(user.target) for user in uses)}"
+        problems |= {
+            name: f"its weight is used by {', '.join(str(user.target) for user in uses)}"
             for name in bindings(context.input_of(placeholder))
             if name not in seen and not _other_use_seen(context, placeholder)
-        ]
+        }
     if problems:
         raise RewriteError(
             "scheduled Linears were not recognised in the graph:\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
             + "\nexpected linear(x, W, b), addmm(b, x, W) or matmul(x, W.T) with W a parameter; "
-            "leave these Linears out of the schedule"
+            "leave these Linears out of the schedule",
+            problems,
         )
 
 

@@ -30,7 +30,7 @@ def select(
         default: what is taken without `include`; all names if that is not given.
 
     Raises:
-        ScheduleError: a pattern matches nothing or is no regular expression, listing every such one; or no name is left.
+        ScheduleError: a pattern matches nothing or is no regular expression, with all of these; or no name is left.
     """
     wanted, unwanted = _listed(include), _listed(exclude)
     problems: list[str] = []

@@ -1,12 +1,13 @@
 """Which causal LM classes of transformers are covered: each is built small, sparsified and compared.
 
-`candidates` says which classes are meant, `cover` tries one of them. The comparison decodes given tokens after a prompt,
-every token sparse: at 0 % against the dense model, at 50 % against the same model with the dropped channels set to zero
-by forward hooks.
+`candidates` says which classes are meant, `cover` tries one of them. It decodes given tokens after a prompt, every
+token sparse, and compares logits: at 0 % with the dense model's, at 50 % with those of the same model with the dropped
+channels set to zero by forward hooks.
 """
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,7 @@ from was_fx.passes.pipeline import observers
 from was_fx.schedules.schedule import Schedule
 from was_fx.schedules.score import channel_norms
 from was_fx.schedules.uniform import uniform
-from was_fx.sparsification import sparsify
+from was_fx.sparsification import densify, sparsify
 from was_fx.tiny_models import VOCABULARY, tiny_model
 
 TOLERANCE = 1e-4
@@ -55,7 +56,9 @@ class Coverage:
         rewritten: Linears that are sparse in the graph of a decode step and in that of a prompt.
         declined: reason by qualified name, for every Linear but the head that is not.
         experts_dense: share of the weight bytes of a model that lies in experts held as 3-D parameters.
-        graphs: graphs that a prompt and its decode steps took.
+        prompt_graphs: graphs that the prompt took.
+        decode_graphs: graphs that the steps after it took; more than one where a sliding window fills up. None if the
+            model has no cache, so that each step is a prompt again.
         graph_breaks: reasons of graph breaks; a model that has any is not sparsified.
         exact: largest difference of logits at 0 % from the dense model's, relative to the largest logit.
         oracle: the same at 50 %, from the model with weak channels zeroed by hooks.
@@ -69,7 +72,8 @@ class Coverage:
     rewritten: int = 0
     declined: dict[str, str] = field(default_factory=dict)
     experts_dense: float = 0.0
-    graphs: int = 0
+    prompt_graphs: int = 0
+    decode_graphs: int = 0
     graph_breaks: tuple[str, ...] = ()
     exact: float | None = None
     oracle: float | None = None
@@ -78,10 +82,11 @@ class Coverage:
 
     @property
     def complete(self) -> bool:
-        """Every Linear but the head rewritten, in whole graphs, equal to both references."""
+        """Every Linear but the head rewritten, in whole graphs of prompt and decode step, equal to both references."""
         equal = all(each is not None and each <= TOLERANCE for each in (self.exact, self.oracle))
         moved = self.effect is not None and self.effect > 100 * TOLERANCE
-        return equal and moved and not (self.error or self.declined or self.graph_breaks)
+        whole = min(self.prompt_graphs, self.decode_graphs) > 0 and not self.graph_breaks
+        return equal and moved and whole and not (self.error or self.declined)
 
 
 def candidates() -> dict[str, str | None]:
@@ -97,9 +102,11 @@ def candidates() -> dict[str, str | None]:
         reason = _NOT_DECODER_ONLY.get(model_type)
         if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             reason = reason or _MASKED
-        if model_type in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES or "encoder" in config.sub_configs:
+        if getattr(config, "is_encoder_decoder", False):
             reason = _ENCODER_DECODER
-        if {"vision_config", "audio_config", "vq_config"} & set(config.sub_configs):
+        if {"vision_config", "audio_config"} & set(
+            config.sub_configs
+        ) or model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             reason = _MULTIMODAL
         if reason is None:
             same = classes.setdefault(str(name), model_type)
@@ -115,9 +122,11 @@ def cover(model_type: str) -> Coverage:
     name = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "unknown"))
     found: dict[str, Any] = {}
     try:
-        model = tiny_model(model_type)
-        found |= {"linears": len(find_linears(model)), "experts_dense": dense_expert_share(model)}
-        _compare(model, found)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the model's own code, and of Dynamo about it
+            model = tiny_model(model_type)
+            found |= {"linears": len(find_linears(model)), "experts_dense": dense_expert_share(model)}
+            _compare(model, found)
     except Exception as error:
         found["error"] = _first_line(error)
     return Coverage(model_type, name, **found)
@@ -136,26 +145,37 @@ def _compare(model: nn.Module, found: dict[str, Any]) -> None:
     tokens = torch.randint(3, VOCABULARY, (2, _PROMPT + _NEW), generator=generator)
     dense = _logits(model, tokens[:1])
     unreached = _unreached(model, tokens[:1])
-    found["declined"] = dict.fromkeys(unreached, "its module is never called")
+    declined = dict.fromkeys(unreached, "its module is never called, only its weight is read, if at all")
+    found["declined"] = declined
     calibration = calibrate(model, tokens, exclude=unreached)
-    schedule = uniform(calibration, _TARGET)
-    expected = _logits(zero_weak_channels(copy.deepcopy(model), schedule), tokens[:1])
-    found["effect"] = _difference(expected, dense)
-    sparsify(model, schedule, prefill="all", executor="eager")
-    contexts: list[Context] = []
-    with _observing(contexts.append):
+    refused: dict[str, str] = {}
+    for _ in range(3):  # a graph's error names only the Linears of that graph
+        schedule = uniform(calibration, _TARGET, exclude=refused)
+        expected = _logits(zero_weak_channels(copy.deepcopy(model), schedule), tokens[:1])
+        found["effect"] = _difference(expected, dense)
+        sparsify(model, schedule, prefill="all", executor="eager")
+        contexts: list[Context] = []
         try:
-            found["oracle"] = _difference(_logits(model, tokens[:1]), expected)
-        except torch._dynamo.exc.Unsupported:
-            found["graph_breaks"] = tuple(_graph_breaks(model, tokens[:1]))
-            return
-    sparsify(model, uniform(calibration, 0.0), prefill="all", executor="eager")
+            with _observing(contexts.append):
+                found["oracle"] = _difference(_logits(model, tokens[:1]), expected)
+            break
+        except Exception as error:
+            refusal = getattr(error, "inner_exception", error)
+            densify(model)
+            if not getattr(refusal, "linears", None):
+                found["graph_breaks"] = _graph_breaks(model, tokens[:1])
+                if not found["graph_breaks"]:
+                    raise
+                return
+            refused |= refusal.linears
+            declined |= refusal.linears
+    sparsify(model, uniform(calibration, 0.0, exclude=refused), prefill="all", executor="eager")
     found["exact"] = _difference(_logits(model, tokens[:1]), dense)
     sparse = [{site.name for site in context.sites if site.sparse} for context in contexts]
     rewritten = set.intersection(*sparse) if sparse else set()
-    reasons = {name: reason for context in contexts for name, reason in context.declined if name in schedule.linears}
-    missing = {each: reasons.get(each, "not in every graph") for each in schedule.linears if each not in rewritten}
-    found |= {"rewritten": len(rewritten), "graphs": len(contexts), "declined": found["declined"] | missing}
+    declined |= {name: "not in every graph" for name in schedule.linears if name not in rewritten}
+    decode = sum(context.phase == "decode" for context in contexts)
+    found |= {"rewritten": len(rewritten), "prompt_graphs": len(contexts) - decode, "decode_graphs": decode}
 
 
 def zero_weak_channels(model: nn.Module, schedule: Schedule) -> nn.Module:
@@ -181,6 +201,7 @@ def _logits(model: Any, tokens: Tensor) -> Tensor:
         attention_mask=torch.ones_like(tokens[:, :_PROMPT]),
         max_new_tokens=_NEW,
         min_new_tokens=_NEW,
+        use_cache=True,
         do_sample=False,
         prefix_allowed_tokens_fn=lambda _, ids: [forced[len(ids)]],
         output_logits=True,
@@ -209,15 +230,18 @@ def _unreached(model: nn.Module, tokens: Tensor) -> list[str]:
     return [name for name in linears if name not in called]
 
 
-def _graph_breaks(model: nn.Module, tokens: Tensor) -> list[str]:
-    """Why Dynamo can't take the model as one graph."""
+def _graph_breaks(model: nn.Module, tokens: Tensor) -> tuple[str, ...]:
+    """Why Dynamo can't take the dense model as one graph; empty if it can."""
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()
     counters.clear()
     model._compiled_call_impl = torch.compile(model._call_impl, backend="eager", dynamic=True)  # type: ignore[attr-defined]
-    _logits(model, tokens)
-    return [_first_line(reason) for reason in counters["graph_break"]] or ["unknown"]
+    try:
+        _logits(model, tokens)
+    except Exception as error:
+        return (_first_line(error),)
+    return tuple(_first_line(reason) for reason in counters["graph_break"])
 
 
 @contextlib.contextmanager

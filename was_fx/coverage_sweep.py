@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from was_fx.coverage import Coverage, cover
+
+METHOD = "forkserver" if sys.platform != "win32" else "spawn"
 
 Progress = Callable[[int, int], None]
 
@@ -26,8 +29,8 @@ def sweep(
     Args:
         model_types: types of transformers' configurations.
         timeout: seconds for one type.
-        record: a file of JSON Lines. What it holds for the same versions of torch, transformers and was-fx is given back
-            and not tried again; each new result is added to it at once.
+        record: a file of JSON Lines. What it holds for the same versions of torch, transformers and was-fx is given
+            back and not tried again; each new result is added to it at once.
         progress: called with (types done, all types).
 
     Yields:
@@ -58,9 +61,8 @@ def versions() -> dict[str, str]:
 
 def _isolated(model_type: str, timeout: float) -> Coverage:
     """`cover` in a new process, which starts from one that has torch and transformers in memory already."""
-    method = "forkserver" if sys.platform != "win32" else "spawn"
-    context: Any = multiprocessing.get_context(method)
-    if method == "forkserver":
+    context: Any = multiprocessing.get_context(METHOD)
+    if METHOD == "forkserver":
         context.set_forkserver_preload(["was_fx.coverage", "transformers.models.auto.modeling_auto"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(model_type, sender), daemon=True)
@@ -80,12 +82,9 @@ def _isolated(model_type: str, timeout: float) -> Coverage:
 
 
 def _send(model_type: str, sender: Connection) -> None:
-    import warnings
-
     import torch
     import transformers
 
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # tiny products lose by threads
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     sender.send(cover(model_type))
@@ -112,8 +111,15 @@ def _add(record: Path | None, result: Coverage) -> None:
     if record is None:
         return
     line = json.dumps({"versions": versions(), **dataclasses.asdict(result)}, ensure_ascii=False)
-    with record.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    with record.open("a+b") as file:
+        if file.tell() and not _ends_line(file):
+            file.write(b"\n")  # a kill cut the last line short
+        file.write(line.encode() + b"\n")
+
+
+def _ends_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 __all__ = ["sweep", "versions"]

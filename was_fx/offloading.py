@@ -69,15 +69,14 @@ class DroppingHooks:
         sparse = self.options.prefill
         if length > 1 and sparse == "dense":
             return None
-        whole = rows.shape[0] == count * length  # otherwise only some tokens come this far: all of them are sparse
-        dense = (
-            {"sparse": (length + 99) // 100, "half": (length + 1) // 2}.get(sparse, 0) if length > 1 and whole else 0
-        )
+        dense = 0
+        if length > 1 and rows.shape[0] == count * length:  # otherwise only some tokens come this far
+            dense = {"sparse": (length + 99) // 100, "half": (length + 1) // 2}.get(sparse, 0)
         if binding.threshold.device != x.device:
             binding.threshold, binding.counts = binding.threshold.to(x.device), binding.counts.to(x.device)
         dropped = dropped_channels(rows, binding.threshold, length, dense)
         if self.options.observe:
-            seen = rows.shape[0] - (count * dense if dense else 0)
+            seen = rows.shape[0] - count * dense
             binding.counts[0] += dropped.sum()
             binding.counts[1] += seen * rows.shape[1]
         return rows.masked_fill(dropped, 0).view(x.shape), *rest

@@ -1,8 +1,9 @@
 """Where a model's weights are: here, offloaded to CPU memory or disk, on several devices, sharded over ranks.
 
-`device_map=` wraps modules in hooks of accelerate. Those that only move activations between devices are set aside while
-a model is sparse, and moves that Dynamo can trace take their place. Offloaded weights exist only while accelerate's hook
-runs, so nothing can be compiled over them: see `was_fx.offloading`. `tp_plan=` makes weights DTensors.
+`device_map=` wraps modules in hooks of accelerate. Those that only move activations between devices are set aside
+while a model is sparse, and moves that Dynamo can trace take their place. Offloaded weights exist only while
+accelerate's hook runs, so nothing can be compiled over them: see `was_fx.offloading`. `tp_plan=` makes DTensors of
+weights.
 """
 
 import contextlib
@@ -41,8 +42,8 @@ def refuse_sharded(model: nn.Module) -> None:
     """
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise ValueError(
-            "the model is sharded over ranks (tp_plan=), where no rank sees every channel; calibrate it without tp_plan, "
-            "on one device or with device_map='auto', and use the schedule here"
+            "the model is sharded over ranks (tp_plan=), where no rank sees every channel; calibrate it without "
+            "tp_plan, on one device or with device_map='auto', and use the schedule here"
         )
 
 

@@ -15,6 +15,7 @@ VOCABULARY = 128
 
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "emb_dim", "embedding_size"), 64),
+    "hidden_size_global": 64,
     **dict.fromkeys(("word_embed_proj_dim", "dim_model", "lru_width", "rotary_dim_total"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "dff", "d_ff", "dim_ff", "d_inner"), 96),
     **dict.fromkeys(("ffn_hidden_size", "shared_intermediate_size", "block_ff_dim", "intermediate_size_mlp"), 96),
@@ -54,11 +55,21 @@ _MAY_BE_NONE = {"n_inner", "pad_token_id", "bos_token_id", "eos_token_id", "head
 _MAY_BE_NONE |= {"num_experts_per_tok", "n_routed_experts", "indexer_n_heads", "indexer_head_dim"}
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_PER_LAYER_INPUT = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY}
 _HYBRID = ["linear_attention", "full_attention"]
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
-    "bailing_hybrid": {"num_experts": 4},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {each: dict(_ROPE) for each in ("sliding_attention", "full_attention")},
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "bailing_hybrid": {"num_experts": 4, "num_expert_group": 1, "topk_group": 1, "num_experts_per_token": 2},
+    "blt": {"encoder_hash_byte_group_vocab": 32, "encoder_hash_byte_group_size": [3]},
+    "dots3_note_text": {
+        **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32},
+        **{"swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16},
+    },
     "dots1": {"n_shared_experts": 1},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 128, "mamba_d_head": 16},
     "gemma3n_text": {
@@ -72,6 +83,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": _HYBRID, "mamba_n_heads": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"num_experts": 4, "linear_head_dim": 16},
+    "kolibri1": {"num_experts": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
@@ -84,7 +96,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "hc_lowrank": 8,
         "ngram_vocab_size_base": 64,
     },
-    "xlstm": {"num_heads": 2},
+    "xlstm": {"num_heads": 2, "qk_dim_factor": 1.0},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"num_hidden_layers": 2, "layers_block_type": ["linear_attention", "hybrid"]},
