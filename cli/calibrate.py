@@ -83,6 +83,7 @@ def calibrate(
 
     import was_fx
     from was_fx.cli.models import load_model
+    from was_fx.linears import dense_expert_share, expert_parameters
 
     with progress(f"Loading {model}"):
         loaded = load_model(model, dtype, device)
@@ -110,6 +111,15 @@ def calibrate(
         markup=False,
         soft_wrap=True,
     )
+    experts = expert_parameters(loaded.model)
+    if experts:
+        share = 100 * dense_expert_share(loaded.model)
+        console.print(
+            f"Experts held as 3-D parameters stay dense: {len(experts)}, such as {next(iter(experts))}, "
+            f"{share:.0f} % of the bytes of a token",
+            markup=False,
+            soft_wrap=True,
+        )
     console.print(f"Next: was make {shlex.quote(str(out))} --target 50%", markup=False, soft_wrap=True)
 
 

@@ -108,8 +108,8 @@ Include = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATTERN",
-        help="Only these Linears: a qualified name, a glob such as '*.mlp.*', or a regular expression after re:. May be "
-        "given several times. By default all but the head.",
+        help="Only these Linears: a qualified name, a glob such as '*.mlp.*', or a regular expression after re:. May "
+        "be given several times. By default all but the head.",
         show_default=False,
     ),
 ]

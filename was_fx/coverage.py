@@ -7,6 +7,7 @@ channels set to zero by forward hooks.
 
 import contextlib
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.calibration import calibrate
-from was_fx.linears import LinearModule, body_linears, find_linears, weight_bytes_per_token
+from was_fx.linears import LinearModule, body_linears, dense_expert_share, expert_parameters, find_linears
 from was_fx.passes.context import Context
 from was_fx.passes.pipeline import observers
 from was_fx.schedules.schedule import Schedule
@@ -42,7 +43,7 @@ _NOT_DECODER_ONLY = {
 }
 _MASKED = "an encoder family (masked LM), whose causal head needs is_decoder=True"
 _ENCODER_DECODER = "the decoder of an encoder-decoder model"
-_MULTIMODAL = "takes images or audio; its language model has a type of its own"
+_MULTIMODAL = "takes images or audio"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Coverage:
         linears: Linears of the model, its head among them.
         rewritten: Linears that are sparse in the graph of a decode step and in that of a prompt.
         declined: reason by qualified name, for every Linear but the head that is not.
-        experts_dense: share of the weight bytes of a model that lies in experts held as 3-D parameters.
+        experts: qualified names of the experts held as 3-D parameters, which stay dense.
+        experts_dense: their share of the weight bytes of a decode step.
         prompt_graphs: graphs that the prompt took.
         decode_graphs: graphs that the steps after it took; more than one where a sliding window fills up. None if the
             model has no cache, so that each step is a prompt again.
@@ -71,6 +73,7 @@ class Coverage:
     linears: int = 0
     rewritten: int = 0
     declined: dict[str, str] = field(default_factory=dict)
+    experts: tuple[str, ...] = ()
     experts_dense: float = 0.0
     prompt_graphs: int = 0
     decode_graphs: int = 0
@@ -91,28 +94,31 @@ class Coverage:
 
 def candidates() -> dict[str, str | None]:
     """Every model type that transformers maps to a causal LM class, with the reason why it is none that decodes text
-    alone from left to right, or None if it is one. A class that several types share counts once, under its first."""
+    alone from left to right, or None if it is one. A class that several types share counts once."""
     from transformers.models.auto import modeling_auto as auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     found: dict[str, str | None] = {}
-    classes: dict[str, str] = {}
-    for model_type, name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+    for model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         config = CONFIG_MAPPING[model_type]
-        reason = _NOT_DECODER_ONLY.get(model_type)
+        found[model_type] = _NOT_DECODER_ONLY.get(model_type)
         if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-            reason = reason or _MASKED
+            found[model_type] = _MASKED
         if getattr(config, "is_encoder_decoder", False):
-            reason = _ENCODER_DECODER
-        if {"vision_config", "audio_config"} & set(
-            config.sub_configs
-        ) or model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-            reason = _MULTIMODAL
-        if reason is None:
-            same = classes.setdefault(str(name), model_type)
-            reason = None if same == model_type else f"the same class as {same}"
-        found[model_type] = reason
+            found[model_type] = _ENCODER_DECODER
+        images = model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        if images or {"vision_config", "audio_config"} & set(config.sub_configs):
+            found[model_type] = _MULTIMODAL
+    names = {each: str(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[each]) for each in found if found[each] is None}
+    first: dict[str, str] = {}  # the type that a class is named after comes before others
+    for model_type in sorted(names, key=lambda each: not _named_after(names[each], each)):
+        same = first.setdefault(names[model_type], model_type)
+        found[model_type] = None if same == model_type else f"the same class as {same}"
     return found
+
+
+def _named_after(name: str, model_type: str) -> bool:
+    return name.lower().startswith(re.sub("_text$|[-_]", "", model_type))
 
 
 def cover(model_type: str) -> Coverage:
@@ -125,18 +131,12 @@ def cover(model_type: str) -> Coverage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the model's own code, and of Dynamo about it
             model = tiny_model(model_type)
-            found |= {"linears": len(find_linears(model)), "experts_dense": dense_expert_share(model)}
+            found |= {"linears": len(find_linears(model)), "experts": tuple(expert_parameters(model))}
+            found["experts_dense"] = dense_expert_share(model)
             _compare(model, found)
     except Exception as error:
         found["error"] = _first_line(error)
     return Coverage(model_type, name, **found)
-
-
-def dense_expert_share(model: nn.Module) -> float:
-    """Share of a model's weight bytes that lies in experts held as 3-D parameters [E, N, K], which stay dense."""
-    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    experts = [p for p in model.parameters() if p.dim() == 3 and id(p) not in convolutions]
-    return sum(p.numel() * p.element_size() for p in experts) / weight_bytes_per_token(model)
 
 
 def _compare(model: nn.Module, found: dict[str, Any]) -> None:
@@ -259,4 +259,4 @@ def _first_line(error: object) -> str:
     return prefix + text.splitlines()[0][:300]
 
 
-__all__ = ["TOLERANCE", "Coverage", "candidates", "cover", "dense_expert_share", "zero_weak_channels"]
+__all__ = ["TOLERANCE", "Coverage", "candidates", "cover", "zero_weak_channels"]

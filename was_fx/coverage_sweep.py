@@ -100,7 +100,7 @@ def _read(record: Path | None) -> dict[str, Coverage]:
         try:
             entry = json.loads(line)
             if entry.pop("versions") == here:
-                entry["graph_breaks"] = tuple(entry["graph_breaks"])
+                entry |= {name: tuple(entry[name]) for name in ("experts", "graph_breaks")}
                 found[entry["model_type"]] = Coverage(**entry)
         except (ValueError, KeyError, TypeError):
             continue
