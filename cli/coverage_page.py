@@ -84,19 +84,19 @@ def page(rows: "Sequence[Coverage]", left_out: Mapping[str, str], versions: Mapp
 
 
 _EXPLANATION = """
-Each class is built from its configuration with two layers, or one of each kind it mixes, and random weights, in fp32 on a
-CPU. A prompt and the steps after it are decoded with the model's own cache, every token sparse.
+Each class is built from its configuration with two layers, or one of each kind it mixes, and random weights, in fp32 on
+a CPU. A prompt and the steps after it are decoded with the model's own cache, every token sparse.
 
-- `Linears` counts all of them, the head among them; `rewritten` those that are sparse in the graphs of prompt and decode
-  step both. The head stays dense by default. Notes name what is declined, and why.
+- `Linears` counts all of them, the head among them; `rewritten` those that are sparse in the graphs of prompt and
+  decode step both. The head stays dense by default. Notes name what is declined, and why.
 - `at 0 %` is the largest difference of logits from the dense model's, relative to the largest logit.
 - `at 50 %` is the same from the dense model with weak channels zeroed by forward hooks.
 - A sliding window that fills up takes a second graph of the decode step. `breaks` are breaks inside a graph.
-- Experts that transformers holds together as one 3-D parameter are no Linears and stay dense; notes name them with their
-  share of the weight bytes of a decode step.
+- Experts that transformers holds together as one 3-D parameter are no Linears and stay dense; notes name them with
+  their share of the weight bytes of a decode step.
 
-A class is complete when every Linear but the head is rewritten, without a graph break, both differences are at most 1e-4,
-and dropping half of the channels moves the logits by at least a hundred times that.
+A class is complete when every Linear but the head is rewritten, without a graph break, both differences are at most
+1e-4, and dropping half of the channels moves the logits by at least a hundred times that.
 """.strip().splitlines()
 
 

@@ -143,8 +143,7 @@ def _compare(model: nn.Module, found: dict[str, Any]) -> None:
     """Fill `found` with the fields of `Coverage` as they become known."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, VOCABULARY, (2, _PROMPT + _NEW), generator=generator)
-    dense = _logits(model, tokens[:1])
-    unreached = _unreached(model, tokens[:1])
+    dense, unreached = _dense(model, tokens[:1])
     declined = dict.fromkeys(unreached, "its module is never called, only its weight is read, if at all")
     found["declined"] = declined
     calibration = calibrate(model, tokens, exclude=unreached)
@@ -215,8 +214,8 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def _unreached(model: nn.Module, tokens: Tensor) -> list[str]:
-    """Linears of the body whose module is not called, in this order."""
+def _dense(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[str]]:
+    """Logits of a dense model, and the Linears of its body whose module is not called on the way."""
     linears: dict[str, LinearModule] = body_linears(model)
     called: set[str] = set()
 
@@ -224,10 +223,10 @@ def _unreached(model: nn.Module, tokens: Tensor) -> list[str]:
         called.add(name)
 
     handles = [each.module.register_forward_pre_hook(partial(note, name)) for name, each in linears.items()]
-    _logits(model, tokens)
+    logits = _logits(model, tokens)
     for handle in handles:
         handle.remove()
-    return [name for name in linears if name not in called]
+    return logits, [name for name in linears if name not in called]
 
 
 def _graph_breaks(model: nn.Module, tokens: Tensor) -> tuple[str, ...]:

@@ -67,8 +67,10 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_experts": 4, "num_expert_group": 1, "topk_group": 1, "num_experts_per_token": 2},
     "blt": {"encoder_hash_byte_group_vocab": 32, "encoder_hash_byte_group_size": [3]},
     "dots3_note_text": {
-        **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32},
-        **{"swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16},
+        **dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), 4),
+        **dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank"), 32),
+        **dict.fromkeys(("swa_qk_nope_head_dim", "swa_v_head_dim"), 16),
+        "swa_head_dim": 24,
     },
     "dots1": {"n_shared_experts": 1},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 128, "mamba_d_head": 16},
