@@ -82,18 +82,18 @@ def _check(types: Sequence[str], known: dict[str, str | None]) -> None:
 
 
 def _show(rows: "Sequence[Coverage]", left_out: dict[str, str]) -> None:
-    from rich.markup import escape
-
     from was_fx.cli.coverage_page import COLUMNS, cells, notes
     from was_fx.cli.tables import new_table
 
-    table = new_table(*COLUMNS, "")
-    table.columns[-1].justify = "left"
-    table.columns[-1].no_wrap = False
+    table = new_table(*(name.replace(" graphs", "") for name in COLUMNS))
+    table.columns[0].overflow = "fold"
     for row in rows:
-        table.add_row(*cells(row), escape(notes(row)))
+        table.add_row(*cells(row))
     console = stdout()
     console.print(table)
+    for row in rows:
+        if notes(row):
+            console.print(f"{row.model_type}: {notes(row)}", markup=False, soft_wrap=True)
     console.print(f"{sum(row.complete for row in rows)} of {len(rows)} complete", style="bold")
     if left_out:
         console.print(f"{len(left_out)} types are left out, since they don't decode text alone from left to right")

@@ -68,7 +68,9 @@ def page(rows: "Sequence[Coverage]", left_out: Mapping[str, str], versions: Mapp
             "# Coverage",
             "",
             f"{complete} of {len(rows)} decoder-only causal LM classes of transformers are complete "
-            f"({100 * complete / max(len(rows), 1):.0f} %). Made by `was coverage --markdown docs/coverage.md` with "
+            f"({100 * complete / max(len(rows), 1):.0f} %).",
+            "",
+            "Made by `was coverage --markdown docs/coverage.md --force` with "
             + ", ".join(f"{name} {version}" for name, version in versions.items())
             + ".",
             "",

@@ -159,7 +159,7 @@ def _compare(model: nn.Module, found: dict[str, Any]) -> None:
                 found["oracle"] = _difference(_logits(model, tokens[:1]), expected)
             break
         except Exception as error:
-            refusal = getattr(error, "inner_exception", error)
+            refusal: Any = getattr(error, "inner_exception", error)
             densify(model)
             if not getattr(refusal, "linears", None):
                 found["graph_breaks"] = _graph_breaks(model, tokens[:1])

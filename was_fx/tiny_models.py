@@ -127,7 +127,7 @@ def tiny_model(model_type: str, *, seed: int = 0, most_parameters: int = 3_000_0
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = tiny_config(model_type)
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in cls._from_config(config).parameters())
     if size > most_parameters:
@@ -160,7 +160,7 @@ def _small(default: Any, overrides: dict[str, Any]) -> dict[str, Any]:
 def _fields(cls: type) -> set[str]:
     if dataclasses.is_dataclass(cls):
         return {field.name for field in dataclasses.fields(cls)}
-    return set(inspect.signature(cls.__init__).parameters)
+    return set(inspect.signature(cls).parameters)
 
 
 def _is_size(default: Any, name: str) -> bool:
