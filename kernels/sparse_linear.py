@@ -76,6 +76,10 @@ def implementation(x: Tensor, weights: Sequence[Tensor], dense: int) -> Implemen
     """The implementation that serves these arguments: the first whose `supports` says yes, else the reference."""
     if dense:
         return reference
+    if x.is_cuda:
+        from was_fx.kernels import gpu_gather  # imports triton
+
+        return gpu_gather.sparse_linear if gpu_gather.supports(x, weights) else reference
     for candidate in (cpu_gather, cpu_embedding_bag):
         if candidate.supports(x, weights):
             return candidate.sparse_linear

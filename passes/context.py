@@ -23,11 +23,13 @@ class Options:
             last half (TEAL); "all" every one. A decode step is always sparse.
         observe: count dropped channels, for realised sparsity.
         disable: names of passes to leave out.
+        lists: whether a decode step lists its kept channels for the kernels of a GPU; None: when it runs on one.
     """
 
     prefill: Prefill = "dense"
     observe: bool = False
     disable: tuple[str, ...] = ()
+    lists: bool | None = None
 
     def __post_init__(self) -> None:
         if self.prefill not in get_args(Prefill):
@@ -85,6 +87,22 @@ class SparseCall:
 
 
 @dataclass(eq=False)
+class Part:
+    """A Linear's output before its parts are added: one of the parts' columns.
+
+    Attributes:
+        partial: [S, 1, ΣN] fp32, of the Linear and its siblings.
+        start, size: its columns.
+        bias: [N], or None.
+    """
+
+    partial: Node
+    start: int
+    size: int
+    bias: Node | None
+
+
+@dataclass(eq=False)
 class Context:
     """State of one run of the pipeline over `module`, a copy of Dynamo's graph module.
 
@@ -93,6 +111,7 @@ class Context:
         sites: Linears found in the graph, in order.
         phase: decode or prefill, once chosen.
         extra: inputs added after Dynamo's own.
+        parts: what computes a Linear's output from parts, and those.
         siblings: per merged call, the weights (graph inputs) it reads.
         counts: what each pass did.
         declined: (name, reason) of what a pass left alone.
@@ -104,6 +123,7 @@ class Context:
     sites: list[LinearSite] = field(default_factory=list)
     phase: Phase = "decode"
     extra: dict[ExtraInput, Node] = field(default_factory=dict)
+    parts: dict[Node, Part] = field(default_factory=dict)
     siblings: list[list[tuple[Node, Binding]]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     declined: list[tuple[str, str]] = field(default_factory=list)
@@ -125,6 +145,16 @@ class Context:
         for site in self.sites:
             site.x = new if site.x is old else site.x
             site.bias = new if site.bias is old else site.bias
+
+    def erase_unused(self, node: Node) -> None:
+        """Erase `node`, and what only it reads, when nothing reads it and it changes nothing in place."""
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if node._erased or node.users or node.op not in ("call_function", "call_method") or name.endswith("_"):
+            return
+        inputs = node.all_input_nodes
+        self.module.graph.erase_node(node)
+        for each in inputs:
+            self.erase_unused(each)
 
     def extra_input(self, site: LinearSite, attribute: Literal["threshold", "counts"]) -> Node:
         """The graph input that carries a tensor of the binding of `site`, added when it is asked for first."""

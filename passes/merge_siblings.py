@@ -10,27 +10,23 @@ Each keeps its own thresholds. The groups are listed in `context.siblings`, so t
 the other in one storage.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Collection
 
 import torch
-from torch.fx import Graph
 
 from was_fx.kernels.sparse_linear import sparse_linear
 from was_fx.passes.context import Context, LinearSite, SparseCall, value, weight_view
+from was_fx.passes.matching import written_storages, storage
 
 Sibling = tuple[LinearSite, SparseCall]
-
-# Names of what writes to its first argument: add_, iadd, setitem, __setitem__.
-_IN_PLACE = re.compile(r"\w*[a-z]_|i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)|_*setitem_*")
 
 
 def declined(context: Context, site: LinearSite, written: Collection[int] = ()) -> str | None:
     """Why this sparse Linear can't be merged with any other, or None; `written` are the storages written in place."""
     if site.bias is not None and not context.is_input(site.bias):
         return "its bias is computed in the graph"
-    if _storage(site.x) in written:
+    if storage(site.x) in written:
         return "its input is written in place"
     return None
 
@@ -38,7 +34,7 @@ def declined(context: Context, site: LinearSite, written: Collection[int] = ()) 
 def merge_siblings(context: Context) -> None:
     """Merge every group of two or more."""
     groups: dict[tuple, list[Sibling]] = defaultdict(list)
-    written = _written_storages(context.module.graph)
+    written = written_storages(context.module.graph)
     for site in context.sites:
         if site.sparse is None:
             continue
@@ -77,23 +73,3 @@ def _merge(context: Context, group: list[Sibling]) -> None:
             graph.erase_node(call.weight)
         site.sparse = SparseCall(merged, weight, call.threshold, call.sequence, call.dense)
     context.siblings.append([(site.weight, site.binding) for site, _ in group if site.binding])
-
-
-def _written_storages(graph: Graph) -> set[int]:
-    """Storages that some node writes to in place: calls around such a write can't be moved together."""
-    written: set[int] = set()
-    for node in graph.nodes:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if not node.op.startswith("call"):
-            continue
-        if _IN_PLACE.fullmatch(name) or node.kwargs.get("inplace"):
-            written |= {_storage(node.args[0])} if node.args else set()
-        if "out" in node.kwargs:
-            written.add(_storage(node.kwargs["out"]))
-    return written - {0}
-
-
-def _storage(node: object) -> int:
-    """What tells the storage of a node's fake value from others; 0 when it has none."""
-    example = value(node)
-    return example.untyped_storage()._cdata if isinstance(example, torch.Tensor) else 0

@@ -6,11 +6,16 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from was_fx.passes.batch_counters import batch_counters
 from was_fx.passes.choose_phase import choose_phase
 from was_fx.passes.context import Context, Options
 from was_fx.passes.count_dropped import count_dropped
 from was_fx.passes.errors import RewriteError
 from was_fx.passes.extra_inputs import own_copy
+from was_fx.passes.fuse_attention import fuse_attention
+from was_fx.passes.fuse_gated_products import fuse_gated_products
+from was_fx.passes.fuse_rms_norms import fuse_rms_norms
+from was_fx.passes.list_channels import list_channels
 from was_fx.passes.merge_siblings import merge_siblings
 from was_fx.passes.recognize_linears import recognize_linears
 from was_fx.passes.sparsify_linears import sparsify_linears
@@ -24,6 +29,11 @@ PIPELINE: tuple[Callable[[Context], None], ...] = (
     sparsify_linears,
     count_dropped,
     merge_siblings,
+    list_channels,
+    fuse_attention,
+    fuse_rms_norms,
+    fuse_gated_products,
+    batch_counters,
 )
 
 # Each is called with the context of every graph, once it is rewritten: for reports.

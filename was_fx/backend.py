@@ -13,9 +13,11 @@ from typing import Any, Literal
 import torch
 from torch.fx import GraphModule
 
+from was_fx.cuda_graphs import CudaGraphs, graphable
 from was_fx.passes.bindings import local
 from was_fx.passes.context import Options
 from was_fx.passes.extra_inputs import with_extra_inputs
+from was_fx.passes.fixed_inputs import fixed_inputs
 from was_fx.passes.pipeline import Context, run
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,10 @@ class BackendOptions:
     """The `options` of `torch.compile(..., backend="was")`.
 
     Attributes:
-        prefill, observe, disable: see `was_fx.passes.context.Options`.
+        prefill, observe, disable, lists: see `was_fx.passes.context.Options`.
+        cuda_graphs: replay decode steps on a GPU as CUDA graphs.
+        compile_prompts: compile the graph of a dense prompt with Inductor too; None: not on a GPU, where that takes as
+            long as the decode step's and saves little.
         executor: "inductor", or "eager" to run the rewritten graph node by node (debugging; no C++ compiler).
         schedule: a `Schedule` or the path of one, for a model that was not sparsified.
         inductor: any option of `torch._inductor.config`, by its own name.
@@ -37,6 +42,9 @@ class BackendOptions:
     prefill: str = "dense"
     observe: bool = False
     disable: tuple[str, ...] = ()
+    lists: bool | None = None
+    cuda_graphs: bool = True
+    compile_prompts: bool | None = None
     executor: Executor = "inductor"
     schedule: Any = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -71,7 +79,7 @@ class BackendOptions:
     def passes(self) -> Options:
         """The part that the passes read."""
         disable = (self.disable,) if isinstance(self.disable, str) else tuple(self.disable)
-        return Options(prefill=self.prefill, observe=self.observe, disable=disable)  # type: ignore[arg-type]
+        return Options(prefill=self.prefill, observe=self.observe, disable=disable, lists=self.lists)  # type: ignore[arg-type]
 
 
 def was(
@@ -99,6 +107,8 @@ def was(
     context = run(module, inputs, parsed.passes)
     compiled = _execute(context, parsed)
     _lay_out(context)  # after compilation, which still sees every weight where Dynamo saw it
+    if parsed.cuda_graphs and context.phase == "decode" and graphable(inputs):
+        compiled = CudaGraphs(compiled, fixed_inputs(context))
     return with_extra_inputs(compiled, list(context.extra))
 
 
@@ -110,13 +120,22 @@ def mode_options(mode: str | None) -> dict[str, Any]:
 
 
 def _execute(context: Context, options: BackendOptions) -> Callable[..., Any]:
-    if options.executor == "eager":
+    on_cpu = not any(isinstance(each, torch.Tensor) and each.is_cuda for each in context.inputs)
+    compile_it = context.counts["sparsified"] or (
+        on_cpu if options.compile_prompts is None else options.compile_prompts
+    )
+    if options.executor == "eager" or not compile_it:
         return context.module.forward
     from torch._inductor.compile_fx import compile_fx
 
     extra = [node.meta["example_value"] for node in context.extra.values()]
-    patches = dict(options.inductor)
-    on_cpu = not any(isinstance(each, torch.Tensor) and each.is_cuda for each in context.inputs)
+    # CUDA graphs are made by `CudaGraphs`: Inductor's own are set aside for steps that change a cache in place.
+    patches = {**options.inductor, "triton.cudagraphs": False}
+    if context.counts["listed"]:
+        # The small kernels that Inductor makes of what lies between ours: those that don't depend on each other become
+        # one, and each is launched while the one before it runs.
+        for name, setting in (("combo_kernels", True), ("combo_kernels_autotune", 0), ("triton.enable_pdl", True)):
+            patches.setdefault(name, setting)
     if torch.__version__ < "2.12" and on_cpu:
         # torch 2.11 writes this check into a vectorised CPU loop before the value that it checks.
         patches.setdefault("assert_indirect_indexing", False)
@@ -134,6 +153,8 @@ def _lay_out(context: Context) -> None:
     for group in context.siblings:
         weights = [context.input_of(weight) for weight, _ in group]
         like = weights[0]
+        if like.is_cuda:
+            continue  # its kernel takes the weights one by one
         same = all(w.dtype == like.dtype and w.device == like.device and w.t().is_contiguous() for w in weights)
         if any(local(weight) is not weight for weight in weights):
             continue  # shards of DTensors: Dynamo can't trace ones that share a storage

@@ -77,7 +77,8 @@ def sparsify(
         executor: "inductor", or "eager" to run the rewritten graph node by node. By default Inductor, unless the
             model is on a CPU without a C++ compiler.
         disable: names of optional passes to leave out.
-        mode: a mode of `torch.compile`, such as "max-autotune-no-cudagraphs". CUDA graphs are not supported yet.
+        mode: a mode of `torch.compile`, such as "max-autotune-no-cudagraphs". In every mode, decode steps on a GPU
+            with a static cache are replayed as CUDA graphs.
         allow_other_model: accept a schedule whose fingerprint is another model's, if names and shapes fit.
 
     Returns:
@@ -93,8 +94,6 @@ def sparsify(
     executor = executor or _default_executor(next(iter(linears.values())).parameter)
     raw = {"prefill": prefill, "executor": executor, "disable": tuple(disable), **mode_options(mode)}
     options = BackendOptions.parse(raw)
-    if options.inductor.get("triton.cudagraphs") and next(iter(linears.values())).parameter.is_cuda:
-        raise ValueError(f"mode={mode!r} asks for CUDA graphs, which are not supported yet; leave mode out")
     check_schedule(model, schedule, linears, allow_other_model=allow_other_model)
     known = sparse_state(model)
     if known and (

@@ -1,0 +1,115 @@
+"""Attention of one new token by a kernel that skips what the mask hides, shares keys among heads, and lists its output.
+
+before   k_ = k[:, :, None].expand(1, KV, n, L, D).reshape(1, H, L, D)       k [1, KV, L, D]; v alike
+         y = scaled_dot_product_attention(q, k_, v_, attn_mask=mask, scale=scale)     q [1, H, 1, D]
+         x = y.transpose(1, 2).reshape(1, 1, H·D)
+         index, count = was.compact(x, [t…])
+after    y, index, count = was.decode_attention(q, k, v, mask, scale, [t…])
+         x = y.transpose(1, 2).reshape(1, 1, H·D)
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node, map_arg
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from was_fx.kernels.compact import compact_op
+from was_fx.kernels.decode_attention import decode_attention_op, fake
+from was_fx.passes.context import Context, value
+from was_fx.passes.matching import flattening_of, kind
+
+_SDPA = "scaled_dot_product_attention"
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_DEFAULTS = (None, None, None, None, 0.0, False, None, False)
+# Wider heads need more shared memory than a program has.
+MAX_WIDTH = 256
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The arguments of `was::decode_attention`."""
+
+    q: Node
+    k: Node
+    v: Node
+    mask: Node | None
+    scale: float
+
+
+def match(node: Node) -> Attention | str:
+    """What an attention node computes, or why it is left alone."""
+    q, k, v, mask, dropout, causal, scale, _ = (
+        node.kwargs.get(name, node.args[i] if i < len(node.args) else _DEFAULTS[i]) for i, name in enumerate(_NAMES)
+    )
+    if dropout or causal:
+        return "attention with dropout, or causal by position"
+    if value(q).dim() != 4 or not statically_known_true(value(q).shape[2] == 1):
+        return "more than one query"
+    k, v = _unrepeated(k), _unrepeated(v)
+    width = value(q).shape[-1]
+    if value(k).shape[-1] != width or value(v).shape[-1] != width or value(k).shape[1] != value(v).shape[1]:
+        return "keys and values of different width"
+    if width > MAX_WIDTH:
+        return f"heads wider than {MAX_WIDTH}"
+    if mask is not None:
+        shape = value(mask).shape
+        whole = len(shape) == 4 and shape[1] == 1 and statically_known_true(shape[2] == 1)
+        if value(mask).dtype != torch.bool or not whole:
+            return "a mask that is not [B, 1, 1, L] bool"
+    return Attention(q, k, v, mask, width**-0.5 if scale is None else float(scale))
+
+
+def fuse_attention(context: Context) -> None:
+    """Rewrite every attention of one query in a decode step whose channels are listed."""
+    if not context.parts:
+        return
+    graph = context.module.graph
+    lists = graph.find_nodes(op="call_function", target=compact_op)
+    readers = {flattening_of(each.args[0], {_SDPA}): each for each in lists}
+    for node in [each for each in graph.nodes if kind(each) == _SDPA]:
+        found = match(node)
+        if isinstance(found, str):
+            context.declined.append((node.name, found))
+            continue
+        _rewrite(context, node, found, readers.get(node))
+        context.counts["decode attention"] += 1
+
+
+def _unrepeated(node: Any) -> Any:
+    """k [B, KV, L, D] when `node` is its heads repeated to [B, H, L, D]."""
+    if kind(node) not in ("reshape", "view") or kind(node.args[0]) != "expand":
+        return node
+    inner = node.args[0].args[0]
+    if kind(inner) not in ("getitem", "unsqueeze"):
+        return node
+    base, repeated = inner.args[0], value(node.args[0])
+    if not isinstance(base, Node) or value(base).dim() != 4 or repeated.dim() != 5:
+        return node
+    batch, shared, length, width = value(base).shape
+    same = [
+        statically_known_true(a == b)
+        for a, b in zip(value(inner).shape, (batch, shared, 1, length, width), strict=True)
+    ]
+    return base if all(same) else node
+
+
+def _rewrite(context: Context, node: Node, found: Attention, reader: Node | None) -> None:
+    graph = context.module.graph
+    thresholds = list(reader.args[1]) if reader is not None else []
+    arguments = (found.q, found.k, found.v, found.mask, found.scale, thresholds)
+    with graph.inserting_before(node):
+        fused = graph.call_function(decode_attention_op, arguments)
+        fused.meta["example_value"] = fake(*map_arg(arguments, value))
+        y, index, count = (graph.call_function(operator.getitem, (fused, i)) for i in range(3))
+        for i, item in enumerate((y, index, count)):
+            item.meta["example_value"] = value(fused)[i]
+    context.replace(node, y)
+    if reader is not None:
+        for user in list(reader.users):
+            context.replace(user, (index, count)[user.args[1]])
+            context.erase_unused(user)
+        context.counts["fused attention lists"] += 1
+    context.erase_unused(node)

@@ -1,0 +1,86 @@
+"""Let SwiGLU, GeGLU and the like add the parts of gate and up, and list the channels of their product.
+
+    before   gate, up = …                                              parts of one `was.gather_gemv`
+             x = silu(gate) * up
+             index, count = was.compact(x, [t])
+    after    x, index, count = was.gated_product_compact(partial, [gate_start, up_start], [bg, bu], t, "silu", dtype)
+
+gate and up may be two Linears or the halves of one.
+"""
+
+import operator
+from typing import Any
+
+from torch.fx import Node, map_arg
+
+from was_fx.kernels.compact import compact_op
+from was_fx.kernels.gated_product_compact import fake, gated_product_compact_op
+from was_fx.passes.context import Context, Part, value
+from was_fx.passes.matching import either_order, kind
+
+_ACTIVATIONS = {"silu", "gelu", "relu", "sigmoid"}
+
+
+def match(context: Context, listed: Node) -> tuple[str, Part, Part] | str:
+    """(activation, gate, up) of a listing's input, or why it is no gated product."""
+    x, thresholds = listed.args
+    if kind(x) != "mul" or not isinstance(x, Node):
+        return "its input is not a gated product"
+    for activated, linear in either_order(x):
+        name = kind(activated)
+        if name not in _ACTIVATIONS:
+            continue
+        if name == "gelu" and activated.kwargs.get("approximate") == "tanh":
+            name = "gelu_tanh"
+        gate, up = _part(context, activated.args[0]), _part(context, linear)
+        if gate is None or up is None or gate.partial is not up.partial:
+            return "gate and up are not read from one product"
+        if len(thresholds) != 1:
+            return "more than one Linear reads the gated product"
+        return name, gate, up
+    return "its input is not a gated product"
+
+
+def fuse_gated_products(context: Context) -> None:
+    """Rewrite every listing whose input is a gated product."""
+    for listed in context.module.graph.find_nodes(op="call_function", target=compact_op):
+        found = match(context, listed)
+        if isinstance(found, str):
+            context.declined.append((listed.name, found))
+            continue
+        _rewrite(context, listed, *found)
+        context.counts["fused gated products"] += 1
+
+
+def _part(context: Context, node: Any) -> Part | None:
+    """The part that `node` is, or the half of one that it takes by chunk or split."""
+    if node in context.parts:
+        return context.parts[node]
+    if kind(node) != "getitem" or kind(node.args[0]) not in ("chunk", "split"):
+        return None
+    whole = context.parts.get(node.args[0].args[0])
+    if whole is None or whole.bias is not None or value(node).shape[:-1].numel() != 1:
+        return None
+    start = sum(piece.shape[-1] for piece in value(node.args[0])[: node.args[1]])
+    return Part(whole.partial, whole.start + start, value(node).shape[-1], None)
+
+
+def _rewrite(context: Context, listed: Node, activation: str, gate: Part, up: Part) -> None:
+    graph = context.module.graph
+    x, (threshold,) = listed.args
+    arguments = (
+        gate.partial, [gate.start, up.start], [gate.bias, up.bias], threshold, activation, value(x).dtype
+    )  # fmt: skip
+    with graph.inserting_before(x):
+        fused = graph.call_function(gated_product_compact_op, arguments)
+        fused.meta["example_value"] = fake(*map_arg(arguments, value))
+        flat, index, count = (graph.call_function(operator.getitem, (fused, i)) for i in range(3))
+        for i, item in enumerate((flat, index, count)):
+            item.meta["example_value"] = value(fused)[i]
+        shaped = graph.call_method("view", (flat, tuple(value(x).shape)))
+        shaped.meta["example_value"] = value(flat).view(value(x).shape)
+    context.replace(x, shaped)
+    for user in list(listed.users):
+        context.replace(user, (index, count)[user.args[1]])
+        context.erase_unused(user)
+    context.erase_unused(x)

@@ -1,0 +1,138 @@
+"""Let an RMSNorm list the channels of its output, and add the Linear before it to the residual stream.
+
+    before   o = (partial.sum(0) + b).to(dtype).view(1, 1, K)       what `list_channels` left of a Linear
+             h = residual + o
+             h32 = h.to(float32)
+             x = weight * (h32 * rsqrt(h32.pow(2).mean(-1, keepdim=True) + eps)).to(dtype)
+             index, count = was.compact(x, [t…])
+    after    h, x, index, count = was.rms_norm_compact(residual, partial, b, weight, [t…], eps, "cast_first")
+
+The product with the weight may also come before the cast, or be (1 + weight). When h is no such sum, it is the residual
+and there is no partial.
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node, map_arg
+
+from was_fx.kernels.compact import compact_op
+from was_fx.kernels.rms_norm_compact import fake, rms_norm_compact_op
+from was_fx.passes.context import Context, value
+from was_fx.passes.matching import dtype_of, either_order, kind, without_casts
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """x = norm(h), with the arguments of `was::rms_norm_compact`."""
+
+    h: Node
+    weight: Node
+    eps: float
+    style: str
+
+
+def match(context: Context, x: Node) -> RMSNorm | str:
+    """The norm that computes `x`, or why there is none."""
+    if kind(x) == "rms_norm":
+        h, shape, weight, eps = [*x.args, *(x.kwargs.get(name) for name in ("weight", "eps"))][:4]
+        if weight is None or eps is None or len(shape) != 1:
+            return "rms_norm without a weight or eps"
+        return RMSNorm(h, weight, eps, "cast_last")
+    product = without_casts(x)
+    if kind(product) != "mul":
+        return "its input is not an RMSNorm"
+    for scale, normalised in either_order(product):
+        found = _standardised(without_casts(normalised))
+        if found is None:
+            continue
+        h, eps = found
+        weight, offset = _weight(scale)
+        if not context.is_input(weight) or value(weight).shape != value(x).shape[-1:]:
+            return "the norm's weight is not a parameter [K]"
+        rounded = dtype_of(normalised) == dtype_of(x)
+        late = dtype_of(product) == torch.float32
+        if dtype_of(x) != dtype_of(h) or (offset and not late) or not (rounded or late):
+            return "the norm rounds in another place"
+        style = "unit_offset" if offset else "cast_first" if rounded else "cast_last"
+        return RMSNorm(h, weight, eps, style)
+    return "its input is not an RMSNorm"
+
+
+def fuse_rms_norms(context: Context) -> None:
+    """Rewrite every listing whose input is an RMSNorm."""
+    for listed in context.module.graph.find_nodes(op="call_function", target=compact_op):
+        norm = match(context, listed.args[0])
+        if isinstance(norm, str):
+            context.declined.append((listed.name, norm))
+            continue
+        _rewrite(context, listed, norm)
+        context.counts["fused norms"] += 1
+
+
+def _weight(scale: Any) -> tuple[Any, bool]:
+    """The weight, and whether 1 is added to it."""
+    scale = without_casts(scale)
+    if kind(scale) == "add":
+        for one, weight in either_order(scale):
+            if one == 1:
+                return without_casts(weight), True
+    return scale, False
+
+
+def _standardised(node: Any) -> tuple[Node, float] | None:
+    """(h, eps) when `node` is h · rsqrt(mean(h²) + eps)."""
+    if kind(node) != "mul":
+        return None
+    for h32, root in either_order(node):
+        if kind(root) != "rsqrt" or kind(root.args[0]) != "add" or dtype_of(h32) != torch.float32:
+            continue
+        for mean, eps in either_order(root.args[0]):
+            if isinstance(eps, float) and kind(mean) == "mean" and _square(mean.args[0]) is h32 and _last(mean):
+                return without_casts(h32), eps
+    return None
+
+
+def _square(node: Any) -> Any:
+    """h when `node` is h²."""
+    if kind(node) == "pow" and node.args[1] == 2:
+        return node.args[0]
+    if kind(node) == "square" or (kind(node) == "mul" and node.args[0] is node.args[1]):
+        return node.args[0]
+    return None
+
+
+def _last(mean: Node) -> bool:
+    """Whether a mean is over the last dimension, which it keeps."""
+    shape = value(mean).shape
+    return len(shape) == value(mean.args[0]).dim() and shape[-1] == 1 and mean.args[1:2] in ((-1,), ([-1],))
+
+
+def _rewrite(context: Context, listed: Node, norm: RMSNorm) -> None:
+    graph = context.module.graph
+    x, thresholds = listed.args
+    residual, partial, bias, first = norm.h, None, None, x
+    if kind(norm.h) == "add":
+        for part, other in either_order(norm.h):
+            found = context.parts.get(part)
+            whole = found is not None and found.size == value(found.partial).shape[-1]
+            if whole and isinstance(other, Node) and value(other).shape == value(norm.h).shape:
+                residual, partial, bias, first = other, found.partial, found.bias, norm.h
+                break
+    with graph.inserting_before(first):
+        arguments = (residual, partial, bias, norm.weight, thresholds, norm.eps, norm.style)
+        fused = graph.call_function(rms_norm_compact_op, arguments)
+        fused.meta["example_value"] = fake(*map_arg(arguments, value))
+        items = [graph.call_function(operator.getitem, (fused, i)) for i in range(4)]
+        for i, item in enumerate(items):
+            item.meta["example_value"] = value(fused)[i]
+    if partial is not None:
+        context.replace(norm.h, items[0])
+    context.replace(x, items[1])
+    for user in list(listed.users):
+        context.replace(user, items[2 + user.args[1]])
+        context.erase_unused(user)
+    for node in (x, norm.h):
+        context.erase_unused(node)

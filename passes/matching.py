@@ -1,0 +1,85 @@
+"""Reading Dynamo's graph: what a node does, whichever way it was written."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from was_fx.passes.context import value
+
+# Names of what writes to its first argument: add_, iadd, setitem, __setitem__.
+_IN_PLACE = re.compile(r"\w*[a-z]_|i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)|_*setitem_*")
+
+_CASTS = {"to", "float", "type_as", "type", "bfloat16", "half"}
+_VIEWS = {"view", "reshape", "transpose", "permute", "contiguous", "flatten", "squeeze", "unsqueeze", "swapaxes"}
+
+
+def kind(node: object) -> str:
+    """Name of the operation: "mul" for x * y, torch.mul(x, y) and x.mul(y); "" for what is not a call."""
+    if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
+        return ""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def without_casts(node: Any) -> Any:
+    """The tensor that `node` is, but for its dtype."""
+    while kind(node) in _CASTS and isinstance(value(node), torch.Tensor):
+        node = node.args[0]
+    return node
+
+
+def either_order(node: Node) -> Iterable[tuple[Any, Any]]:
+    """The two operands of a commutative operation, both ways round; none when it doesn't have two."""
+    return ((node.args[0], node.args[1]), (node.args[1], node.args[0])) if len(node.args) == 2 else ()
+
+
+def dtype_of(node: object) -> torch.dtype | None:
+    """The dtype of a tensor node."""
+    example = value(node)
+    return example.dtype if isinstance(example, torch.Tensor) else None
+
+
+def flattening_of(x: Node, kinds: set[str]) -> Node | None:
+    """The node of one of `kinds` whose elements `x` holds in the same order, through views only; None without one."""
+    chain: list[Node] = []
+    node: Any = x
+    while kind(node) in _VIEWS:
+        chain.append(node)
+        node = node.args[0]
+    if kind(node) not in kinds:
+        return None
+    numbers = torch.arange(value(node).numel()).view(value(node).shape)
+    moved = numbers
+    for view in reversed(chain):
+        arguments = [value(each) for each in view.args[1:]]
+        keywords = {name: value(each) for name, each in view.kwargs.items()}
+        function = getattr(torch.Tensor, view.target) if isinstance(view.target, str) else view.target
+        moved = function(moved, *_values(arguments), **keywords)
+    return node if moved.flatten().equal(numbers.flatten()) else None
+
+
+def _values(arguments: list[Any]) -> list[Any]:
+    return [[value(item) for item in each] if isinstance(each, list | tuple) else each for each in arguments]
+
+
+def written_storages(graph: Graph) -> set[int]:
+    """Storages that some node writes to in place: calls around such a write can't be moved together."""
+    written: set[int] = set()
+    for node in graph.nodes:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if not node.op.startswith("call"):
+            continue
+        if _IN_PLACE.fullmatch(name) or node.kwargs.get("inplace") or name.startswith("advance"):
+            first = node.args[0] if node.args else None
+            written |= {storage(each) for each in (first if isinstance(first, list | tuple) else [first])}
+        if "out" in node.kwargs:
+            written.add(storage(node.kwargs["out"]))
+    return written - {0}
+
+
+def storage(node: object) -> int:
+    """What tells the storage of a node's fake value from others; 0 when it has none."""
+    example = value(node)
+    return example.untyped_storage()._cdata if isinstance(example, torch.Tensor) else 0

@@ -1,0 +1,111 @@
+"""Replay a compiled decode step as a CUDA graph.
+
+A step launches some hundred kernels of a few microseconds each, which Python can't keep up with. The first call with a
+set of tensors runs as it is, the second is captured, the others are replays.
+
+Weights, thresholds and whatever the step changes in place, a static cache above all, are captured where they are: a
+call with another cache is another graph, and nothing goes stale, because a graph is only replayed for tensors at the
+addresses and of the sizes it was captured with. All other inputs (the token, its position, a mask) are copied to where
+the graph reads them.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Graphs kept for one compiled step: one per cache in use. The one unused for longest is dropped first.
+MAX_GRAPHS = 8
+
+
+@dataclass(eq=False)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    copied: list[Tensor]  # where the graph reads the inputs that move
+    outputs: Sequence[Any]
+    aliases: list[bool]  # outputs that are an input's memory
+
+
+class CudaGraphs:
+    """`compiled`, captured and replayed.
+
+    Attributes:
+        captures: how many graphs were captured so far.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], in_place: Collection[int]) -> None:
+        """
+        Args:
+            compiled: takes tensors and ints, returns a tuple or list; runs on one CUDA device without a
+                synchronisation.
+            in_place: positions of the inputs that keep their address, or that the step writes to.
+        """
+        self._compiled = compiled
+        self._in_place = frozenset(in_place)
+        self._graphs: OrderedDict[tuple[Any, ...], _Captured | None] = OrderedDict()
+        self._pool: Any = None
+        self.captures = 0
+
+    def __call__(self, *inputs: Any) -> Any:
+        key, moving = self._key(inputs)
+        if key not in self._graphs:
+            self._graphs[key] = None
+            if len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+            return self._compiled(*inputs)
+        self._graphs.move_to_end(key)
+        found = self._graphs[key]
+        if found is None:
+            found = self._graphs[key] = self._capture(inputs, moving)
+        else:
+            torch._foreach_copy_(found.copied, moving)
+        found.graph.replay()
+        return [
+            output.clone() if isinstance(output, Tensor) and not alias else output
+            for output, alias in zip(found.outputs, found.aliases, strict=True)
+        ]
+
+    def _key(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor]]:
+        """What a graph depends on, and the inputs that it doesn't read where they are."""
+        key: list[Any] = []
+        moving: list[Tensor] = []
+        for position, each in enumerate(inputs):
+            if not isinstance(each, Tensor):
+                key.append(each)
+            elif position in self._in_place:
+                key.append(each.data_ptr())
+            else:
+                key.append(each.shape)
+                moving.append(each)
+        return tuple(key), moving
+
+    def _capture(self, inputs: Sequence[Any], moving: list[Tensor]) -> _Captured:
+        copied = [each.clone() for each in moving]
+        places = iter(copied)
+        fixed = [
+            next(places) if isinstance(each, Tensor) and position not in self._in_place else each
+            for position, each in enumerate(inputs)
+        ]
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            outputs = self._compiled(*fixed)
+        self.captures += 1
+        log.info("captured CUDA graph %d of a decode step", self.captures)
+        memory = {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
+        aliases = [isinstance(each, Tensor) and each.untyped_storage().data_ptr() in memory for each in outputs]
+        return _Captured(graph, copied, outputs, aliases)
+
+
+def graphable(inputs: Sequence[Any]) -> bool:
+    """Whether a step on these inputs can be captured: all tensors on one CUDA device, and no gradients asked for."""
+    devices = {each.device for each in inputs if isinstance(each, Tensor)}
+    return len(devices) == 1 and next(iter(devices)).type == "cuda" and not torch.is_grad_enabled()
