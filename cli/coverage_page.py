@@ -70,9 +70,9 @@ def page(rows: "Sequence[Coverage]", left_out: Mapping[str, str], versions: Mapp
             f"{complete} of {len(rows)} decoder-only causal LM classes of transformers are complete "
             f"({100 * complete / max(len(rows), 1):.0f} %).",
             "",
-            "Made by `was coverage --markdown docs/coverage.md --force` with "
+            "Made by `was coverage --markdown docs/coverage.md --force`, "
             + ", ".join(f"{name} {version}" for name, version in versions.items())
-            + ".",
+            + ", on a CPU.",
             "",
             *_EXPLANATION,
             "",

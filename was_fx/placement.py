@@ -150,8 +150,12 @@ def trace_through_devices(model: nn.Module) -> Callable[[], None]:
         return lambda: None
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
+    lost = []  # what accelerate put on modules beside the hooks, such as a `to` that warns
     for module, _ in hooked:
+        before = dict(module.__dict__)
         remove_hook_from_module(module)
+        gone = before.keys() - module.__dict__.keys() - {"_hf_hook", "_old_forward"}
+        lost.append((module, {name: before[name] for name in gone}))
     handles = []
     for name, device in getattr(model, "hf_device_map", {}).items():
         part = model.get_submodule(name)
@@ -162,6 +166,8 @@ def trace_through_devices(model: nn.Module) -> Callable[[], None]:
             handle.remove()
         for module, hook in hooked:
             add_hook_to_module(module, hook)
+        for module, attributes in lost:
+            module.__dict__.update(attributes)
 
     return undo
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from was_fx.coverage import TOLERANCE, Coverage, candidates, cover
 
@@ -42,12 +43,13 @@ def types_of_the_page() -> dict[str, bool]:
 @pytest.mark.parametrize("model_type", [name for name, reason in candidates().items() if reason is None])
 def test_the_page_says_what_is_complete(model_type):
     found = cover(model_type)
-    assert found.complete == types_of_the_page()[model_type], found
+    assert found.complete == types_of_the_page().get(model_type, True), found
 
 
 def test_at_least_nine_in_ten_classes_are_complete():
     page = types_of_the_page()
-    assert set(page) == {name for name, reason in candidates().items() if reason is None}
+    if f"transformers {transformers.__version__}," in PAGE.read_text(encoding="utf-8"):
+        assert set(page) == {name for name, reason in candidates().items() if reason is None}
     assert sum(page.values()) >= 0.9 * len(page)
 
 

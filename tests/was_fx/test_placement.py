@@ -80,13 +80,14 @@ def test_other_numbers_and_densify(where, request, llama, calibration, tokens):
     model = request.getfixturevalue(where)
     hooks = sum(hasattr(module, "_hf_hook") for module in model.modules())
     assert hooks > len(PARTS)
-    before = logits(model, tokens)
+    before, attributes = logits(model, tokens), set(model.__dict__)
     was_fx.sparsify(model, was_fx.uniform(calibration, 0.5), executor="eager")
     was_fx.sparsify(model, was_fx.uniform(calibration, 0.0), executor="eager")
     torch.testing.assert_close(logits(model, tokens), before, **TOLERANCE)
     was_fx.densify(model)
     torch.testing.assert_close(logits(model, tokens), before, **TOLERANCE)
     assert sum(hasattr(module, "_hf_hook") for module in model.modules()) == hooks
+    assert set(model.__dict__) == attributes
     with pytest.raises(ValueError, match="prefill='dense'"):
         was_fx.evaluate(was_fx.sparsify(model, was_fx.uniform(calibration, 0.5)), tokens, prefill="dense")
 
