@@ -23,7 +23,7 @@ _COLUMNS = {
     "sparsity": lambda row: f"{row.target:.0%}" if row.target else "dense",
     "realised": lambda row: f"{row.realised:.1%}" if row.target else "",
     "ms/step": lambda row: f"{row.step_ms:.3f}",
-    "ratio": lambda row: f"{row.ratio:.2f}×",
+    "ratio": lambda row: f"{row.ratio:.2f}×" if row.ratio else "",
     "generate() ms/token": lambda row: f"{row.generate_ms:.3f}" if row.generate_ms else "",
     "GB read/token": lambda row: f"{row.bytes_per_token / 1e9:.2f}",
     "GB/s": lambda row: f"{row.bytes_per_token / row.step_ms / 1e6:.0f}",
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=[0.4, 0.5, 0.6, 0.75])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=64, help="decoded per repetition")
+    parser.add_argument("--skip-dense", action="store_true", help="time the sparse model only")
     parser.add_argument("--repetitions", type=int, default=5)
     arguments = parser.parse_args()
 
@@ -64,6 +65,7 @@ def main() -> None:
         prompt=arguments.prompt,
         tokens=arguments.tokens,
         repetitions=arguments.repetitions,
+        with_dense=not arguments.skip_dense,
         progress=lambda text: print(f"{time.perf_counter() - start:5.0f} s  {text}", file=sys.stderr, flush=True),
     )
     common = describe("cuda") | {"shape": arguments.shape, "dtype": "bf16", "prompt": arguments.prompt, **changes}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from was_fx.cli import calibrate, coverage, demo, generate, inspect_file, make, ppl, recalibrate
+from was_fx.cli import bench, calibrate, coverage, demo, generate, inspect_file, make, ppl, recalibrate, tune
 from was_fx.cli.errors import INTERRUPTED, Commands, report_interrupt
 from was_fx.cli.options import examples
 
@@ -74,6 +74,8 @@ _add("inspect", inspect_file.inspect_file, inspect_file.EXAMPLES)
 _add("ppl", ppl.ppl, ppl.EXAMPLES)
 _add("coverage", coverage.coverage, coverage.EXAMPLES)
 _add("generate", generate.generate, generate.EXAMPLES)
+_add("bench", bench.bench, bench.EXAMPLES)
+_add("tune", tune.tune, tune.EXAMPLES)
 
 
 def main() -> None:

@@ -29,14 +29,14 @@ def load_model(name: str, dtype: Dtype = Dtype.auto, device: str = "auto") -> Lo
     Raises:
         ValueError, OSError: there is no such model or device, or it is none that can be loaded.
     """
-    where = _device(device)
-    _check_name(name)
+    where = torch_device(device)
+    check_name(name)
     _quiet()
     if name == EMBEDDED:
         from was_fx import embedded
 
         # fp32 is several times faster than bf16 for batches on most CPUs, and the model is tiny.
-        model, tokenizer = embedded.load(_torch_dtype(Dtype.fp32 if dtype is Dtype.auto else dtype))
+        model, tokenizer = embedded.load(torch_dtype(Dtype.fp32 if dtype is Dtype.auto else dtype))
     else:
         model, tokenizer = _from_pretrained(name, dtype)
     return Loaded(name, model.to(where).eval(), tokenizer)
@@ -48,7 +48,7 @@ def _from_pretrained(name: str, dtype: Dtype) -> tuple[Any, Any]:
 
     part = "model"
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=_torch_dtype(dtype))
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype))
         part = "tokenizer"
         return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -56,7 +56,7 @@ def _from_pretrained(name: str, dtype: Dtype) -> tuple[Any, Any]:
         raise ValueError(f"the {part} of {name} could not be loaded: {reason}") from error
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     """Say at once that a path does not exist, where transformers would ask the Hub for it."""
     if name == EMBEDDED or Path(name).is_dir():
         return
@@ -70,7 +70,8 @@ def _check_name(name: str) -> None:
         raise ValueError(f"there is no model directory {name!r}; {remedy}")
 
 
-def _device(name: str) -> Any:
+def torch_device(name: str) -> Any:
+    """The device of a name, `auto` for a GPU where there is one."""
     import torch
 
     if name == "auto":
@@ -84,7 +85,8 @@ def _device(name: str) -> Any:
     return device
 
 
-def _torch_dtype(dtype: Dtype) -> Any:
+def torch_dtype(dtype: Dtype) -> Any:
+    """torch's dtype of an option."""
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": "auto"}[dtype.value]

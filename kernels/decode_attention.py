@@ -60,6 +60,9 @@ def _attend(
     ours = (heads < group)[:, None] & (d < D)[None, :]
     begin(PDL)
     row = batch * H + kv * group + heads
+    # A cache of many sequences can have more elements than 32 bits count.
+    k_ptr += batch.to(tl.int64) * k_batch + kv.to(tl.int64) * k_head
+    v_ptr += batch.to(tl.int64) * v_batch + kv.to(tl.int64) * v_head
     q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=ours, other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
@@ -73,19 +76,16 @@ def _attend(
             seen = tl.load(mask_ptr + batch * mask_batch + keys, mask=seen, other=0) != 0
         if tl.max(seen.to(tl.int32), axis=0) > 0:
             inside = seen[:, None] & (d < D)[None, :]
-            k = tl.load(
-                k_ptr + batch * k_batch + kv * k_head + keys[:, None] * k_row + d[None, :], mask=inside, other=0.0
-            )
-            v = tl.load(
-                v_ptr + batch * v_batch + kv * v_head + keys[:, None] * v_row + d[None, :], mask=inside, other=0.0
-            )
+            k = tl.load(k_ptr + keys[:, None] * k_row + d[None, :], mask=inside, other=0.0)
+            v = tl.load(v_ptr + keys[:, None] * v_row + d[None, :], mask=inside, other=0.0)
             if UPCAST:
                 k, v = k.to(tl.float32), v.to(tl.float32)
             logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             logits = tl.where(seen[None, :], logits, float("-inf"))
             now = tl.maximum(best, tl.max(logits, axis=1))
-            weights = tl.exp(logits - now[:, None])
-            shrink = tl.exp(best - now)
+            shift = tl.where(now == float("-inf"), 0.0, now)  # -inf - -inf is no number
+            weights = tl.exp(logits - shift[:, None])
+            shrink = tl.exp(best - shift)
             norm = norm * shrink + tl.sum(weights, axis=1)
             total = total * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             best = now

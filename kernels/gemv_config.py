@@ -16,6 +16,9 @@ import torch
 
 SHIPPED = Path(__file__).parent / "tuned"
 
+# Every (K, (N_1, …), dtype) that was asked for: the shapes that `was tune` measures for a model.
+REQUESTED: set[tuple[int, tuple[int, ...], torch.dtype]] = set()
+
 
 @dataclass(frozen=True)
 class GemvConfig:
@@ -66,6 +69,7 @@ def gemv_config(device: torch.device, dtype: torch.dtype, channels: int, sizes: 
         channels: K.
         sizes: N_g of each.
     """
+    REQUESTED.add((channels, tuple(sizes), dtype))
     found = tuned(device_file(device)).get(shape_key(channels, sizes, dtype))
     return found or heuristic(channels, sizes, dtype)
 

@@ -83,43 +83,46 @@ def _rms_norm_compact(
     STYLE: tl.constexpr,
     CHANNELS: tl.constexpr,  # K as a power of two
     SHARE: tl.constexpr,  # channels that this program lists
+    LISTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     g, share = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    t_ptr = t0
-    if g == 1:
-        t_ptr = t1
-    if g == 2:
-        t_ptr = t2
-    if g == 3:
-        t_ptr = t3
     whole = tl.arange(0, CHANNELS)
     channels = share * SHARE + tl.arange(0, SHARE)
     inside = channels < K
     # No kernel writes the norm's weight or the thresholds, so they are read before those before this one have ended.
     weights = tl.load(weight_ptr + whole, mask=whole < K, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-    thresholds = tl.load(t_ptr + whole, mask=whole < K, other=float("inf"))
-    threshold = tl.load(t_ptr + channels, mask=inside, other=float("inf"))
+    if LISTS:
+        t_ptr = t0
+        if g == 1:
+            t_ptr = t1
+        if g == 2:
+            t_ptr = t2
+        if g == 3:
+            t_ptr = t3
+        thresholds = tl.load(t_ptr + whole, mask=whole < K, other=float("inf"))
+        threshold = tl.load(t_ptr + channels, mask=inside, other=float("inf"))
     begin(PDL)
     h = _hidden(residual_ptr, partial_ptr, bias_ptr, whole, whole < K, K, SPLITS, BIAS)
     scale = tl.rsqrt(tl.sum(h * h, axis=0) / K + eps)
-    x = _normalised(h, scale, weights, STYLE, dtype)
-    keep = (whole < K) & ((tl.abs(x.to(tl.float32)) <= thresholds) == 0)
-    # Both sums in one: the channels kept before this share below, all of them above.
-    sums = tl.sum(tl.where(keep, tl.where(whole < share * SHARE, 65537, 65536), 0).to(tl.int64), axis=0)
-    h = _hidden(residual_ptr, partial_ptr, bias_ptr, channels, inside, K, SPLITS, BIAS)
-    x = _normalised(h, scale, weight, STYLE, dtype)
-    keep = inside & ((tl.abs(x.to(tl.float32)) <= threshold) == 0)
-    position = (sums & 65535).to(tl.int32) + tl.cumsum(keep.to(tl.int32), axis=0) - 1
-    tl.store(index_ptr + g * CHANNELS + position, channels, mask=keep)
+    own = _hidden(residual_ptr, partial_ptr, bias_ptr, channels, inside, K, SPLITS, BIAS)
+    own_x = _normalised(own, scale, weight, STYLE, dtype)
     if g == 0:
-        tl.store(x_ptr + channels, x, mask=inside)
+        tl.store(x_ptr + channels, own_x, mask=inside)
         if SPLITS > 0:
-            tl.store(hidden_ptr + channels, h.to(dtype), mask=inside)
-    if share == 0:
-        tl.store(count_ptr + g, (sums >> 16).to(tl.int32))
+            tl.store(hidden_ptr + channels, own.to(dtype), mask=inside)
+    if LISTS:
+        x = _normalised(h, scale, weights, STYLE, dtype)
+        keep = (whole < K) & ((tl.abs(x.to(tl.float32)) <= thresholds) == 0)
+        # Both sums in one: the channels kept before this share below, all of them above.
+        sums = tl.sum(tl.where(keep, tl.where(whole < share * SHARE, 4294967297, 4294967296), 0), axis=0)
+        keep = inside & ((tl.abs(own_x.to(tl.float32)) <= threshold) == 0)
+        position = (sums & 4294967295).to(tl.int32) + tl.cumsum(keep.to(tl.int32), axis=0) - 1
+        tl.store(index_ptr + g * CHANNELS + position, channels, mask=keep)
+        if share == 0:
+            tl.store(count_ptr + g, (sums >> 32).to(tl.int32))
 
 
 def reference(
@@ -154,7 +157,7 @@ def reference(
     x = h.float()
     x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     if style == "cast_first":
-        x = weight * x.to(dtype)
+        x = (weight * x.to(dtype)).to(dtype)
     else:
         x = (x * (weight.float() + (style == "unit_offset"))).to(dtype)
     return (
@@ -182,7 +185,7 @@ def rms_norm_compact(
     whole = triton.next_power_of_2(channels)
     index, count = compact.empty_list(residual, len(thresholds), whole)
     programs = min(PROGRAMS, whole)
-    _rms_norm_compact[(len(thresholds), programs)](
+    _rms_norm_compact[(max(1, len(thresholds)), programs)](
         residual,
         partial,
         bias,
@@ -199,6 +202,7 @@ def rms_norm_compact(
         STYLE=STYLES.index(style),
         CHANNELS=whole,
         SHARE=whole // programs,
+        LISTS=bool(thresholds),
         num_warps=min(WARPS, max(4, whole // 256)),
         **launch_options(residual),
     )

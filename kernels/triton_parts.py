@@ -14,6 +14,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 # Linears that share an input and one call; each has a threshold and a weight of its own.
 MAX_SIBLINGS = 4
 
+# What the kernels read and write; they calculate in fp32.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on CPU tensors (TRITON_INTERPRET=1 when triton was imported)."""
@@ -22,6 +25,8 @@ def interpreted() -> bool:
 
 def serves(tensor: Tensor) -> bool:
     """Whether Triton kernels can read this tensor: on CUDA (Ampere and later), or under the interpreter."""
+    if tensor.dtype not in DTYPES:
+        return False
     if tensor.is_cuda:
         return _capability(tensor.device.index or 0) >= (8, 0)
     return tensor.device.type == "cpu" and interpreted()

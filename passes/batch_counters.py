@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from was_fx.kernels.advance import advance_op
 from was_fx.passes.context import Context, value
-from was_fx.passes.matching import kind
+from was_fx.passes.matching import kind, storage
 
 
 def declined(context: Context, node: Node) -> str | None:
@@ -23,7 +23,9 @@ def declined(context: Context, node: Node) -> str | None:
         return "it adds to more than a counter"
     if len(others) != 1 or not isinstance(others[0], int) or node.kwargs:
         return "what it adds is not constant"
-    if node.users or any(user > node for user in counter.users):
+    if node.users or any(
+        user > node or storage(user) == storage(counter) != 0 for user in counter.users if user is not node
+    ):
         return "its result is read in the graph"
     return None
 

@@ -18,3 +18,9 @@ def fixed_inputs(context: Context) -> list[int]:
         or isinstance(context.input_of(node), torch.nn.Parameter)
         or (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
     ]
+
+
+def has_state(context: Context) -> bool:
+    """Whether the graph writes to an input, as a static cache's step does. A cache that grows is a new input each time."""
+    written = written_storages(context.module.graph)
+    return any(storage(node) in written for node in context.module.graph.find_nodes(op="placeholder"))

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from was_fx.kernels.compact import compact_op
 from was_fx.kernels.decode_attention import decode_attention_op, fake
 from was_fx.passes.context import Context, value
-from was_fx.passes.matching import flattening_of, kind
+from was_fx.passes.matching import flattening_of, kind, storage, written_storages
 
 _SDPA = "scaled_dot_product_attention"
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -54,9 +54,12 @@ def match(node: Node) -> Attention | str:
         return "keys and values of different width"
     if width > MAX_WIDTH:
         return f"heads wider than {MAX_WIDTH}"
+    if not statically_known_true(value(k).shape[0] == value(q).shape[0]):
+        return "queries share keys across the batch"
     if mask is not None:
         shape = value(mask).shape
         whole = len(shape) == 4 and shape[1] == 1 and statically_known_true(shape[2] == 1)
+        whole = whole and statically_known_true(shape[3] == value(k).shape[2])
         if value(mask).dtype != torch.bool or not whole:
             return "a mask that is not [B, 1, 1, L] bool"
     return Attention(q, k, v, mask, width**-0.5 if scale is None else float(scale))
@@ -68,7 +71,8 @@ def fuse_attention(context: Context) -> None:
         return
     graph = context.module.graph
     lists = graph.find_nodes(op="call_function", target=compact_op)
-    readers = {flattening_of(each.args[0], {_SDPA}): each for each in lists}
+    written = written_storages(graph)
+    readers = {flattening_of(x, {_SDPA}): each for each in lists if storage(x := each.args[0]) not in written}
     for node in [each for each in graph.nodes if kind(each) == _SDPA]:
         found = match(node)
         if isinstance(found, str):
@@ -89,10 +93,11 @@ def _unrepeated(node: Any) -> Any:
     if not isinstance(base, Node) or value(base).dim() != 4 or repeated.dim() != 5:
         return node
     batch, shared, length, width = value(base).shape
-    same = [
-        statically_known_true(a == b)
-        for a, b in zip(value(inner).shape, (batch, shared, 1, length, width), strict=True)
+    shapes = [
+        (value(inner).shape, (batch, shared, 1, length, width)),
+        (value(node).shape, (batch, shared * repeated.shape[2], length, width)),
     ]
+    same = [len(a) == len(b) and all(map(statically_known_true, map(operator.eq, a, b))) for a, b in shapes]
     return base if all(same) else node
 
 

@@ -9,6 +9,7 @@ gate and up may be two Linears or the halves of one.
 """
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 from torch.fx import Node, map_arg
@@ -16,13 +17,14 @@ from torch.fx import Node, map_arg
 from was_fx.kernels.compact import compact_op
 from was_fx.kernels.gated_product_compact import fake, gated_product_compact_op
 from was_fx.passes.context import Context, Part, value
-from was_fx.passes.matching import either_order, kind
+from was_fx.passes.matching import either_order, kind, storage, written_storages
 
 _ACTIVATIONS = {"silu", "gelu", "relu", "sigmoid"}
 
 
-def match(context: Context, listed: Node) -> tuple[str, Part, Part] | str:
-    """(activation, gate, up) of a listing's input, or why it is no gated product."""
+def match(context: Context, listed: Node, written: Collection[int] = ()) -> tuple[str, Part, Part] | str:
+    """(activation, gate, up) of a listing's input, or why it is no gated product; `written` are the storages written
+    in place."""
     x, thresholds = listed.args
     if kind(x) != "mul" or not isinstance(x, Node):
         return "its input is not a gated product"
@@ -35,6 +37,10 @@ def match(context: Context, listed: Node) -> tuple[str, Part, Part] | str:
         gate, up = _part(context, activated.args[0]), _part(context, linear)
         if gate is None or up is None or gate.partial is not up.partial:
             return "gate and up are not read from one product"
+        if not gate.size == up.size == value(x).shape[-1]:
+            return "gate and up are of different width"
+        if {storage(each) for each in (x, activated, activated.args[0], linear)} & set(written):
+            return "it is written in place"
         if len(thresholds) != 1:
             return "more than one Linear reads the gated product"
         return name, gate, up
@@ -43,8 +49,9 @@ def match(context: Context, listed: Node) -> tuple[str, Part, Part] | str:
 
 def fuse_gated_products(context: Context) -> None:
     """Rewrite every listing whose input is a gated product."""
+    written = written_storages(context.module.graph)
     for listed in context.module.graph.find_nodes(op="call_function", target=compact_op):
-        found = match(context, listed)
+        found = match(context, listed, written)
         if isinstance(found, str):
             context.declined.append((listed.name, found))
             continue

@@ -21,7 +21,7 @@ from torch.fx import Node, map_arg
 from was_fx.kernels.compact import compact_op
 from was_fx.kernels.rms_norm_compact import fake, rms_norm_compact_op
 from was_fx.passes.context import Context, value
-from was_fx.passes.matching import dtype_of, either_order, kind, without_casts
+from was_fx.passes.matching import dtype_of, either_order, kind, storage, without_casts, written_storages
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,12 @@ class RMSNorm:
 def match(context: Context, x: Node) -> RMSNorm | str:
     """The norm that computes `x`, or why there is none."""
     if kind(x) == "rms_norm":
-        h, shape, weight, eps = [*x.args, *(x.kwargs.get(name) for name in ("weight", "eps"))][:4]
+        names = ("input", "normalized_shape", "weight", "eps")
+        h, shape, weight, eps = [*x.args, *(x.kwargs.get(name) for name in names[len(x.args) :])]
         if weight is None or eps is None or len(shape) != 1:
             return "rms_norm without a weight or eps"
+        if not context.is_input(weight):
+            return "the norm's weight is not a parameter [K]"
         return RMSNorm(h, weight, eps, "cast_last")
     product = without_casts(x)
     if kind(product) != "mul":
@@ -50,6 +53,8 @@ def match(context: Context, x: Node) -> RMSNorm | str:
             continue
         h, eps = found
         weight, offset = _weight(scale)
+        if weight is None:
+            return "the norm rounds in another place"
         if not context.is_input(weight) or value(weight).shape != value(x).shape[-1:]:
             return "the norm's weight is not a parameter [K]"
         rounded = dtype_of(normalised) == dtype_of(x)
@@ -63,8 +68,11 @@ def match(context: Context, x: Node) -> RMSNorm | str:
 
 def fuse_rms_norms(context: Context) -> None:
     """Rewrite every listing whose input is an RMSNorm."""
+    written = written_storages(context.module.graph)
     for listed in context.module.graph.find_nodes(op="call_function", target=compact_op):
         norm = match(context, listed.args[0])
+        if isinstance(norm, RMSNorm) and {storage(norm.h), storage(listed.args[0])} & written:
+            norm = "it is written in place"
         if isinstance(norm, str):
             context.declined.append((listed.name, norm))
             continue
@@ -73,13 +81,20 @@ def fuse_rms_norms(context: Context) -> None:
 
 
 def _weight(scale: Any) -> tuple[Any, bool]:
-    """The weight, and whether 1 is added to it."""
-    scale = without_casts(scale)
-    if kind(scale) == "add":
-        for one, weight in either_order(scale):
+    """The weight, None where it is rounded on the way, and whether 1 is added to it."""
+    added = without_casts(scale)
+    if kind(added) == "add":
+        for one, cast in either_order(added):
             if one == 1:
-                return without_casts(weight), True
-    return scale, False
+                exact = dtype_of(added) == dtype_of(scale) == torch.float32 and not _narrowed(cast)
+                return without_casts(cast) if exact else None, True
+    return None if _narrowed(scale) else added, False
+
+
+def _narrowed(node: Any) -> bool:
+    """Whether casts have rounded what `node` is."""
+    before, after = dtype_of(without_casts(node)), dtype_of(node)
+    return before is not None and after is not None and torch.promote_types(before, after) != after
 
 
 def _standardised(node: Any) -> tuple[Node, float] | None:
@@ -118,7 +133,7 @@ def _rewrite(context: Context, listed: Node, norm: RMSNorm) -> None:
         for part, other in either_order(norm.h):
             found = context.parts.get(part)
             whole = found is not None and found.size == value(found.partial).shape[-1]
-            if whole and isinstance(other, Node) and value(other).shape == value(norm.h).shape:
+            if whole and dtype_of(other) == dtype_of(part) and value(other).shape == value(norm.h).shape:
                 residual, partial, bias, first = other, found.partial, found.bias, norm.h
                 break
     with graph.inserting_before(first):

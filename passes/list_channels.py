@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from was_fx.kernels.compact import compact_op, empty_list
 from was_fx.kernels.gather_gemv import gather_gemv_op
 from was_fx.kernels.gemv_config import gemv_config
-from was_fx.kernels.triton_parts import MAX_SIBLINGS
+from was_fx.kernels.triton_parts import DTYPES, MAX_SIBLINGS
 from was_fx.passes.context import Context, LinearSite, Part, value
 
 
@@ -30,6 +30,8 @@ def declined(context: Context, node: Node) -> str | None:
         return "not on a GPU"
     if context.phase != "decode":
         return "not a decode step"
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}"
     if not statically_known_true(math.prod(x.shape[:-1]) == 1):
         return "more than one token"
     return None
@@ -44,7 +46,8 @@ def list_channels(context: Context) -> None:
     for node, sites in calls.items():
         reason = declined(context, node)
         if reason is not None:
-            context.declined += [(site.name, f"channels are not listed: {reason}") for site in sites]
+            if reason != "not on a GPU":
+                context.declined += [(site.name, f"channels are not listed: {reason}") for site in sites]
             continue
         outputs = [node] if len(sites) == 1 else sorted(node.users, key=lambda user: user.args[2])
         for first in range(0, len(sites), MAX_SIBLINGS):
@@ -61,9 +64,9 @@ def _rewrite(context: Context, node: Node, sites: list[LinearSite], outputs: lis
     graph, x = context.module.graph, node.args[0]
     calls = [site.sparse for site in sites if site.sparse is not None]
     weights, thresholds = [call.weight for call in calls], [call.threshold for call in calls]
-    sizes = [value(weight).shape[0] for weight in weights]
+    sizes = [int(value(weight).shape[0]) for weight in weights]
     like = value(x)
-    splits = gemv_config(like.device, like.dtype, like.shape[-1], sizes).splits
+    splits = gemv_config(like.device, like.dtype, int(value(weights[0]).shape[1]), sizes).splits
     with graph.inserting_before(node):
         listed = graph.call_function(compact_op, (x, thresholds))
         listed.meta["example_value"] = empty_list(like, len(thresholds))

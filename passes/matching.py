@@ -5,12 +5,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, map_arg
 
 from was_fx.passes.context import value
 
 # Names of what writes to its first argument: add_, iadd, setitem, __setitem__.
-_IN_PLACE = re.compile(r"\w*[a-z]_|i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)|_*setitem_*")
+_IN_PLACE = re.compile(
+    r"\w*[a-z]_|_*i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)_*|_*setitem_*"
+)
 
 _CASTS = {"to", "float", "type_as", "type", "bfloat16", "half"}
 _VIEWS = {"view", "reshape", "transpose", "permute", "contiguous", "flatten", "squeeze", "unsqueeze", "swapaxes"}
@@ -26,13 +28,18 @@ def kind(node: object) -> str:
 def without_casts(node: Any) -> Any:
     """The tensor that `node` is, but for its dtype."""
     while kind(node) in _CASTS and isinstance(value(node), torch.Tensor):
+        if value(node.args[0]).device != value(node).device:
+            break
         node = node.args[0]
     return node
 
 
 def either_order(node: Node) -> Iterable[tuple[Any, Any]]:
-    """The two operands of a commutative operation, both ways round; none when it doesn't have two."""
-    return ((node.args[0], node.args[1]), (node.args[1], node.args[0])) if len(node.args) == 2 else ()
+    """The two operands of a commutative operation, both ways round; none when it has more to it (add's alpha)."""
+    if len(node.args) != 2 or node.kwargs:
+        return ()
+    first, second = node.args
+    return (first, second), (second, first)
 
 
 def dtype_of(node: object) -> torch.dtype | None:
@@ -71,12 +78,30 @@ def written_storages(graph: Graph) -> set[int]:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if not node.op.startswith("call"):
             continue
-        if _IN_PLACE.fullmatch(name) or node.kwargs.get("inplace") or name.startswith("advance"):
+        written |= {storage(each) for each in _written_by_op(node)}
+        if _IN_PLACE.fullmatch(name) or node.kwargs.get("inplace"):
             first = node.args[0] if node.args else None
             written |= {storage(each) for each in (first if isinstance(first, list | tuple) else [first])}
         if "out" in node.kwargs:
             written.add(storage(node.kwargs["out"]))
     return written - {0}
+
+
+def _written_by_op(node: Node) -> list[Node]:
+    """What a custom op says it changes; a higher-order op may change everything it is given."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return node.all_input_nodes
+    op = node.target
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        op = getattr(op, op.overloads()[0])
+    if not isinstance(op, torch._ops.OpOverload) or not op._schema.is_mutable:
+        return []
+    named = dict(zip((each.name for each in op._schema.arguments), node.args, strict=False)) | node.kwargs
+    found: list[Node] = []
+    for each in op._schema.arguments:
+        if each.alias_info is not None and each.alias_info.is_write:
+            map_arg(named.get(each.name), found.append)
+    return found
 
 
 def storage(node: object) -> int:

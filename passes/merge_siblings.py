@@ -17,7 +17,7 @@ import torch
 
 from was_fx.kernels.sparse_linear import sparse_linear
 from was_fx.passes.context import Context, LinearSite, SparseCall, value, weight_view
-from was_fx.passes.matching import written_storages, storage
+from was_fx.passes.matching import storage, written_storages
 
 Sibling = tuple[LinearSite, SparseCall]
 

@@ -17,7 +17,7 @@ from was_fx.cuda_graphs import CudaGraphs, graphable
 from was_fx.passes.bindings import local
 from was_fx.passes.context import Options
 from was_fx.passes.extra_inputs import with_extra_inputs
-from was_fx.passes.fixed_inputs import fixed_inputs
+from was_fx.passes.fixed_inputs import fixed_inputs, has_state
 from was_fx.passes.pipeline import Context, run
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def was(
     context = run(module, inputs, parsed.passes)
     compiled = _execute(context, parsed)
     _lay_out(context)  # after compilation, which still sees every weight where Dynamo saw it
-    if parsed.cuda_graphs and context.phase == "decode" and graphable(inputs):
+    if parsed.cuda_graphs and context.phase == "decode" and has_state(context) and graphable(inputs):
         compiled = CudaGraphs(compiled, fixed_inputs(context))
     return with_extra_inputs(compiled, list(context.extra))
 

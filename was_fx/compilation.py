@@ -9,12 +9,16 @@ import torch
 from was_fx.backend import raise_recompile_limit, was
 
 
-def compile_call(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+def compile_call(
+    function: Callable[..., Any], options: Mapping[str, Any], *, prompts_as_they_are: bool = False
+) -> Callable[..., Any]:
     """Compile `function`, a model's call or forward, with the backend "was".
 
     Args:
         function: a bound method of a model.
         options: of the backend "was".
+        prompts_as_they_are: run calls of more than one token per sequence without compiling them. On a GPU, a traced
+            prompt would lose its fast causal attention, and a compiled one costs as long to compile as a decode step.
 
     Returns:
         A callable of the same arguments. Inside a torch.compile with the backend "was" it is `function` itself, to
@@ -32,6 +36,8 @@ def compile_call(function: Callable[..., Any], options: Mapping[str, Any]) -> Ca
     settings = torch._dynamo.config.patch(specialize_float=True)
 
     def run(*arguments: Any, **keywords: Any) -> Any:
+        if prompts_as_they_are and _tokens(arguments, keywords) > 1:
+            return function(*arguments, **keywords)
         with settings:
             return compiled(*arguments, **keywords)
 
@@ -46,6 +52,13 @@ def compile_call(function: Callable[..., Any], options: Mapping[str, Any]) -> Ca
         return hidden(*arguments, **keywords)
 
     return call
+
+
+def _tokens(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> int:
+    """Tokens per sequence of a call; 1 when it can't be told."""
+    given = [keywords.get("input_ids"), *arguments[:1], keywords.get("inputs_embeds")]
+    first = next((each for each in given if isinstance(each, torch.Tensor)), None)
+    return 1 if first is None or first.dim() < 2 else first.shape[1]
 
 
 @torch.compiler.assume_constant_result

@@ -54,6 +54,8 @@ class CudaGraphs:
 
     def __call__(self, *inputs: Any) -> Any:
         key, moving = self._key(inputs)
+        if not all(each.is_contiguous() for each in moving):
+            return self._compiled(*inputs)  # a copy has other strides than those it was compiled for
         if key not in self._graphs:
             self._graphs[key] = None
             if len(self._graphs) > MAX_GRAPHS:
@@ -106,6 +108,9 @@ class CudaGraphs:
 
 
 def graphable(inputs: Sequence[Any]) -> bool:
-    """Whether a step on these inputs can be captured: all tensors on one CUDA device, and no gradients asked for."""
+    """Whether a step on these inputs can be captured: all tensors on one CUDA device and none of them sharded over ranks
+    (a capture would hold their collectives), and no gradients asked for."""
+    if any(hasattr(each, "placements") for each in inputs):
+        return False
     devices = {each.device for each in inputs if isinstance(each, Tensor)}
     return len(devices) == 1 and next(iter(devices)).type == "cuda" and not torch.is_grad_enabled()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.linears import vocabulary, weight_bytes_per_token
+from was_fx.schedules.schedule import Schedule
 from was_fx.schedules.score import Score
 from was_fx.sequential import realised_sparsity, uniform_while_dropping
 from was_fx.sparsification import sparse_state, sparsify
@@ -76,6 +77,7 @@ def gpu_speed(
     repetitions: int = 5,
     repeats: int = 20,
     score: Score | None = None,
+    with_dense: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[GpuRow]:
@@ -93,6 +95,7 @@ def gpu_speed(
         repetitions: how often each is timed.
         repeats: runs whose tokens must be the same.
         score: WAS's by default.
+        with_dense: time the dense model too; without it, `ratio` is 0.
         seed: of the random tokens.
         progress: told what begins.
 
@@ -113,38 +116,35 @@ def gpu_speed(
     say("calibrating")
     schedules = [uniform_while_dropping(model, ids[:, :128], each, score) for each in targets]
     sparse = copy.deepcopy(model)
-    dense = _Subject(model, ids.to(device), prompt, tokens, long_prompt, compiled=torch.compile(
-        model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False))  # fmt: skip
-    other = _Subject(sparse, ids.to(device), prompt, tokens, long_prompt, compiled=None)
-    found: dict[int, list[float]] = {}
+    compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    dense = _Subject(model, ids.to(device), prompt, tokens, long_prompt, compiled)
+    other = _Subject(sparse, ids.to(device), prompt, tokens, long_prompt, None)
+    turns: list[Schedule | None] = [*([None] if with_dense else []), *schedules]
+    found: list[list[float]] = [[] for _ in turns]
     details: list[dict[str, Any]] = []
-    for index, schedule in enumerate([None, *schedules]):
-        subject = dense if schedule is None else other
+    for schedule in turns:
         say("dense" if schedule is None else f"target {schedule.sparsity:.0%}")
         if schedule is not None:
             sparsify(sparse, schedule)
         torch.cuda.reset_peak_memory_stats()
-        details.append(subject.details(first=index < 2, repeats=repeats, generates=schedule is not None))
+        first = schedule is None or schedule is schedules[0]
+        subject = dense if schedule is None else other
+        details.append(subject.details(first=first, repeats=repeats, generates=schedule is not None))
     say("timing, in turns")
     for _ in range(repetitions):
-        for index, schedule in enumerate([None, *schedules]):
+        for index, schedule in enumerate(turns):
             if schedule is not None:
                 sparsify(sparse, schedule)
-            found.setdefault(index, []).append((dense if schedule is None else other).steps()[0])
-    everything = weight_bytes_per_token(model)
+            found[index].append((dense if schedule is None else other).steps()[0])
     rows = []
-    for index, schedule in enumerate([None, *schedules]):
-        step = statistics.median(found[index])
-        realised, read = 0.0, everything
-        text = details[index].pop("text")
+    for times, detail, schedule in zip(found, details, turns, strict=True):
+        step, text = statistics.median(times), detail.pop("text")
+        realised, read = 0.0, weight_bytes_per_token(model)
         if schedule is not None:
             realised, read = realised_sparsity(model, schedule, text)
-        rows.append(
-            GpuRow(
-                target=schedule.sparsity if schedule else 0.0, realised=realised, step_ms=step,
-                bytes_per_token=read, ratio=statistics.median(found[0]) / step, **details[index],
-            )
-        )  # fmt: skip
+        ratio = statistics.median(found[0]) / step if with_dense else 0.0
+        target = schedule.sparsity if schedule else 0.0
+        rows.append(GpuRow(target=target, realised=realised, step_ms=step, bytes_per_token=read, ratio=ratio, **detail))
     return rows
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from was_fx.backend import BackendOptions, Executor, has_compiler, mode_options, register
 from was_fx.compilation import compile_call
+from was_fx.decoding import restore_generate, use_decode
 from was_fx.kernels.layout import restore, to_input_major, wants_input_major
 from was_fx.linears import LinearModule, body_linears, find_linears
 from was_fx.offloading import DroppingHooks
@@ -62,7 +63,8 @@ def sparsify(
 ) -> nn.Module:
     """Make `model` decode sparsely by `schedule`, in place.
 
-    The model keeps its class, its state_dict and `generate()`. Its weights are moved one by one into input-major
+    The model keeps its class, its state_dict and `generate()`, which on a GPU uses a static cache and the loop of
+    `was_fx.decode` where its arguments don't say otherwise. Its weights are moved one by one into input-major
     storage, and its call is compiled with the backend "was" when it first runs. On a model that is sparsified
     already, only the numbers change; with the same options nothing is compiled again.
 
@@ -91,7 +93,8 @@ def sparsify(
     register()
     schedule = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
     linears = find_linears(model)
-    executor = executor or _default_executor(next(iter(linears.values())).parameter)
+    weight = next(iter(linears.values())).parameter
+    executor, on_gpu = executor or _default_executor(weight), weight.is_cuda
     raw = {"prefill": prefill, "executor": executor, "disable": tuple(disable), **mode_options(mode)}
     options = BackendOptions.parse(raw)
     check_schedule(model, schedule, linears, allow_other_model=allow_other_model)
@@ -116,7 +119,11 @@ def sparsify(
         compiled_before, flags, restore_hooks = known.compiled_before, known.requires_grad, known.restore_hooks
     set_thresholds(scheduled, schedule)
     if known is None or known.options != options:
-        model._compiled_call_impl = compile_call(model._call_impl, raw)
+        as_they_are = on_gpu and prefill == "dense" and executor == "inductor"
+        model._compiled_call_impl = compile_call(model._call_impl, raw, prompts_as_they_are=as_they_are)
+    devices = {parameter.device for parameter in model.parameters()}
+    if on_gpu and len(devices) == 1 and not is_sharded(weight):  # ranks that queue steps must not run apart
+        use_decode(model)
     model._was_state = SparseState(schedule, options, compiled_before, flags, restore_hooks)  # type: ignore[assignment]
     return model
 
@@ -140,6 +147,7 @@ def densify(model: nn.Module) -> nn.Module:
             del model._compiled_call_impl  # the class has the None
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(known.requires_grad[name])
+        restore_generate(model)
         del model._was_state
     return model
 

@@ -73,3 +73,30 @@ def error():
         return float((y.double() - exact).abs().max() / exact.abs().max())
 
     return relative
+
+
+CUDA = torch.cuda.is_available()
+
+
+@pytest.fixture
+def device() -> str:
+    """Where Triton's kernels run: natively on a GPU, else by its interpreter."""
+    return "cuda" if CUDA else "cpu"
+
+
+# The interpreter does not calculate in bf16 as a GPU does.
+@pytest.fixture(params=[torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])], ids=str)
+def dtype(request) -> torch.dtype:
+    """Dtypes of the Triton kernels."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def kept():
+    """The channels that a list holds for the sibling g, in order."""
+
+    def channels(index: Tensor, count: Tensor, g: int = 0) -> list[int]:
+        pairs = zip(index[g].tolist(), count[g].tolist(), strict=True)
+        return [channel for segment, n in pairs for channel in segment[:n]]
+
+    return channels

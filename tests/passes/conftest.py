@@ -1,5 +1,6 @@
 """Graphs of small modules, captured by Dynamo, rewritten by the passes and checked."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from was_fx.kernels.advance import advance_op
 from was_fx.kernels.count_dropped import count_dropped
 from was_fx.kernels.layout import to_input_major
+from was_fx.kernels.sparse_linear import sparse_linear
 from was_fx.passes.bindings import Binding, bind
 from was_fx.passes.context import Context, Options
 from was_fx.passes.extra_inputs import with_extra_inputs
@@ -151,7 +154,7 @@ def check_graph(context: Context, original: GraphModule) -> None:
     extra = [node for node in nodes if node.op == "placeholder"][len(context.inputs) :]
     assert extra == list(context.extra.values())
     known = {node.name for node in original.graph.nodes}
-    new = [node for node in nodes if node.name not in known and node.target is not count_dropped]
+    new = [node for node in nodes if node.name not in known and node.target not in (count_dropped, advance_op)]
     assert [node for node in new if node.meta.get("example_value") is None] == []
 
 
@@ -171,3 +174,19 @@ def fresh():
 def rewrite():
     """`Rewritten`, see there."""
     return Rewritten
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """Rewrites a decode step with channels listed, as for a GPU, and checks it against the same without lists."""
+    monkeypatch.setattr("was_fx.kernels.triton_parts.interpreted", lambda: False)  # the ops' meaning, which is quicker
+
+    def make(module: nn.Module, schedule: dict[str, float | Tensor], *inputs, dynamic: bool | None = None, **options):
+        plain = Rewritten(copy.deepcopy(module), schedule, dynamic)
+        with_lists = Rewritten(module, dict(plain.thresholds), dynamic, lists=True, **options)
+        expected, found = plain(*copy.deepcopy(inputs)), with_lists(*inputs)
+        torch.testing.assert_close(found, expected)
+        assert sparse_linear in plain.targets
+        return with_lists
+
+    return make

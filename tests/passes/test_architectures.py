@@ -1,6 +1,7 @@
 """Small models of many architectures decode as the same model with the weak input channels set to zero."""
 
 import copy
+import dataclasses
 from functools import partial
 
 import pytest
@@ -57,10 +58,10 @@ def oracle(model: nn.Module, schedule: was_fx.Schedule) -> nn.Module:
     return model
 
 
-def generate(model: nn.Module, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def generate(model: nn.Module, prompt: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy continuation [1, PROMPT + NEW], and the logits of its tokens [NEW, V]."""
     result = model.generate(
-        prompt, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True
+        prompt, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
     )
     return result.sequences, torch.cat(result.logits)
 
@@ -98,3 +99,43 @@ def test_generation_equals_the_model_with_weak_channels_zeroed(name, monkeypatch
     was_fx.sparsify(model, was_fx.uniform(calibration, 0.0), prefill="all", executor="eager")
     assert_alike(generate(model, prompt), dense)
     assert len(contexts) == 2  # other numbers, the same graphs
+
+
+# Norms fused with a listing, attentions, and gated products, in the two blocks of the decode step.
+LISTED = {
+    "Llama": (4, 2, 2),
+    "Qwen2": (4, 2, 2),
+    "Qwen3": (4, 2, 2),
+    "Gemma2": (4, 0, 2),  # its logits are capped, so its attention is written out
+    "Gemma3Text": (4, 2, 2),
+    "Olmo2": (0, 2, 2),  # its norms come after the Linears
+    "Phi3": (4, 2, 2),
+    "GPT2": (0, 2, 0),
+}
+
+
+@pytest.mark.parametrize(("name", "cache"), [*((name, "static") for name in LISTED), ("Llama", "dynamic")])
+def test_decoding_with_listed_channels_is_the_same(name, cache, monkeypatch):
+    known = ARCHITECTURES["Gemma2" if name == "Gemma3Text" else name][0]
+    config = getattr(transformers, f"{name}Config")(**known)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    prompt = torch.randint(2, 128, (1, PROMPT))
+    schedule = was_fx.uniform(was_fx.calibrate(model, torch.randint(2, 128, (2, 16))), 0.5)
+    expected = generate(oracle(model, schedule), prompt)
+    contexts = []
+    inner = was_fx.backend.run
+
+    def listed(module, inputs, options):
+        contexts.append(inner(module, inputs, dataclasses.replace(options, lists=True)))
+        return contexts[-1]
+
+    monkeypatch.setattr(was_fx.backend, "run", listed)
+    monkeypatch.setattr("was_fx.kernels.triton_parts.interpreted", lambda: False)
+    was_fx.sparsify(model, schedule, prefill="all", executor="eager")
+    assert_alike(generate(model, prompt, cache_implementation=cache), expected)
+    decode = contexts[-1]
+    assert decode.phase == "decode"
+    assert decode.counts["listed"] == len(schedule.linears)
+    passes = ("fused norms", "decode attention", "fused gated products")
+    assert tuple(decode.counts[each] for each in passes) == LISTED[name]
+    assert decode.counts["batched counters"] == (2 if cache == "static" else 0)

@@ -176,7 +176,7 @@ def test_bias_that_is_computed_declines_with_a_reason(rewrite):
     b = module.linear("b", x, bias=False) + torch.tanh(a).sum((0, 1))
     torch.testing.assert_close(module(x), a + b + module.linear("c", x))
     assert module.targets[sparse_linear] == 2
-    assert module.context.declined == [("b", "its bias is computed in the graph")]
+    assert ("b", "its bias is computed in the graph") in module.context.declined
 
 
 WRITES = {

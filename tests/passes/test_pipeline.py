@@ -9,7 +9,16 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from was_fx.passes.pipeline import PIPELINE
 
-OPTIONAL = ["sparsify_linears", "count_dropped", "merge_siblings"]
+OPTIONAL = [
+    "sparsify_linears",
+    "count_dropped",
+    "merge_siblings",
+    "list_channels",
+    "fuse_attention",
+    "fuse_rms_norms",
+    "fuse_gated_products",
+    "batch_counters",
+]
 
 
 class Net(nn.Module):

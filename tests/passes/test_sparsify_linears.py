@@ -98,7 +98,7 @@ def test_unscheduled_linear_stays_dense_and_is_counted(rewrite):
     h = torch.sin(module.linear("a", x))
     torch.testing.assert_close(module(x), module.module.head(torch.sin(module.module.b(h))))
     assert (module.targets[sparse_linear], module.targets[LINEAR]) == (1, 2)
-    assert module.context.declined == [("b", "not in the schedule"), ("head", "not in the schedule")]
+    assert {("b", "not in the schedule"), ("head", "not in the schedule")} <= set(module.context.declined)
     assert module.context.counts["dense (not scheduled)"] == 2
 
 

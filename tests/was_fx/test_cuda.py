@@ -4,14 +4,15 @@ import copy
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import was_fx
+import was_fx.backend
+from was_fx.cuda_graphs import CudaGraphs
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    # CUDA graphs are set aside for a graph that changes a tensor in place, such as the static cache's length.
-    pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
 
@@ -30,9 +31,121 @@ def test_logits_are_as_near_to_exact_as_the_oracles(llama, tokens, oracle, dtype
     assert ours < 1.5 * theirs + 1e-5
 
 
-def test_cuda_graphs_are_refused(llama, calibration):
-    with pytest.raises(ValueError, match="CUDA graphs"):
-        was_fx.sparsify(llama.to("cuda"), was_fx.uniform(calibration, target=0.5), mode="reduce-overhead")
+@pytest.fixture
+def steps(monkeypatch):
+    """The `CudaGraphs` made, in order."""
+    made = []
+
+    class Recorded(CudaGraphs):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(was_fx.backend, "CudaGraphs", Recorded)
+    return made
+
+
+@pytest.fixture
+def contexts(monkeypatch):
+    """What the passes did to each graph that was compiled."""
+    found, inner = [], was_fx.backend.run
+    monkeypatch.setattr(was_fx.backend, "run", lambda *each: found.append(inner(*each)) or found[-1])
+    return found
+
+
+def sparsified(model, tokens, dtype=torch.float32):
+    model = model.to("cuda", dtype)
+    schedule = was_fx.uniform(was_fx.calibrate(model, tokens), target=0.5)
+    return was_fx.sparsify(model, schedule)
+
+
+def generate(model, ids, new=16):
+    """Greedy tokens, with a static cache."""
+    return model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, cache_implementation="static")
+
+
+def decode_by_hand(model, ids, cache, steps):
+    """The logits of `steps` greedy steps [steps, V] after the prompt `ids`, with `cache`."""
+    found = []
+    with torch.no_grad():
+        token = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+        for _ in range(steps):
+            logits = model(token, past_key_values=cache).logits[:, -1]
+            found.append(logits[0].clone())
+            token = logits.argmax(-1, keepdim=True)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_with_a_static_cache_are_replayed(llama, tokens, steps, contexts, monkeypatch, dtype):
+    ids = tokens[:1, :16].cuda()
+    model = sparsified(llama, tokens, dtype)
+    tokens_with = generate(model, ids)
+    assert [step.captures for step in steps] == [1]
+    decode = contexts[-1]
+    assert (decode.phase, decode.counts["listed"]) == ("decode", 14)
+    assert (decode.counts["fused norms"], decode.counts["decode attention"]) == (4, 2)
+    torch.compiler.reset()
+    monkeypatch.setattr(was_fx.backend, "graphable", lambda inputs: False)
+    assert generate(model, ids).equal(tokens_with)
+    assert len(steps) == 1
+
+
+def test_each_cache_is_a_graph(llama, tokens, steps):
+    ids = tokens[:1, :16].cuda()
+    model = sparsified(llama, tokens)
+    caches = [StaticCache(config=model.config, max_cache_len=64) for _ in range(2)]
+    first, second = (decode_by_hand(model, ids, cache, 6) for cache in caches)
+    assert first.equal(second)
+    assert [step.captures for step in steps] == [2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_runs_are_the_same_bits(llama, tokens, dtype):
+    ids = tokens[:1, :16].cuda()
+    model = sparsified(llama, tokens, dtype)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    runs = []
+    for _ in range(20):
+        cache.reset()
+        runs.append(decode_by_hand(model, ids, cache, 8))
+    assert all(run.equal(runs[0]) for run in runs)
+    tokens_of = [generate(model, ids) for _ in range(20)]
+    assert all(each.equal(tokens_of[0]) for each in tokens_of)
+
+
+def test_other_lengths_do_not_compile_again(llama, tokens, contexts):
+    model = sparsified(llama, tokens)
+    for length, new in ((16, 12), (24, 20)):
+        generate(model, tokens[:1, :length].cuda(), new)
+    compiled = len(contexts)
+    for length, new in ((9, 30), (40, 15)):
+        generate(model, tokens[:1, :length].cuda(), new)
+    assert len(contexts) == compiled == 2
+
+
+@pytest.mark.parametrize("batch", [2, 3, 8, 9])
+def test_small_batches_generate_as_the_oracle(llama, tokens, oracle, batch):
+    model, ids = llama.to("cuda"), torch.cat([tokens] * 3)[:batch, :16].cuda()
+    schedule = was_fx.uniform(was_fx.calibrate(model, tokens), target=0.5)
+    expected = oracle(model, schedule)
+    was_fx.sparsify(model, schedule, prefill="all")
+    got = generate(model, ids, 12)
+    assert got.equal(expected.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False))
+
+
+def test_new_thresholds_reach_a_captured_step(llama, tokens, steps):
+    ids = tokens[:1, :16].cuda()
+    model = llama.to("cuda")
+    calibration = was_fx.calibrate(model, tokens)
+    was_fx.sparsify(model, was_fx.uniform(calibration, target=0.5))
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    sparse = decode_by_hand(model, ids, cache, 6)
+    was_fx.sparsify(model, was_fx.uniform(calibration, target=0.0))
+    cache.reset()
+    dense = decode_by_hand(model, ids, cache, 6)
+    assert [step.captures for step in steps] == [1]
+    assert not torch.allclose(sparse, dense, rtol=1e-3)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

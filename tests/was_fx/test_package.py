@@ -31,6 +31,7 @@ def test_the_wheel_installs_one_import_package_with_its_five_parts(wheel):
         "passes/pipeline.py",
         "kernels/sparse_linear.py",
         "kernels/cpu_gather.cpp",
+        "kernels/tuned/nvidia_h200.json",
         "schedules/schedule.py",
         "cli/main.py",
         "py.typed",

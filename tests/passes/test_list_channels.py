@@ -1,0 +1,145 @@
+"""Sparse Linears of a decode step become a listing and a product with what is listed."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from was_fx.kernels.compact import compact_op
+from was_fx.kernels.gather_gemv import gather_gemv_op
+from was_fx.kernels.sparse_linear import sparse_linear
+
+
+class Fan(nn.Module):
+    """`count` Linears of one input, every other one with a bias, and one behind them."""
+
+    def __init__(self, count, dtype=torch.float32):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(12, 5 + i, bias=i % 2 == 0) for i in range(count))
+        self.last = nn.Linear(5, 7)
+        self.to(dtype)
+
+    def forward(self, x):
+        outputs = [linear(x) for linear in self.linears]
+        return self.last(outputs[0]), *outputs
+
+
+def schedule(count):
+    return {**{f"linears.{i}": 0.2 + i / 10 for i in range(count)}, "last": 0.1}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 12), (1, 12), (12,)], ids=str)
+@pytest.mark.parametrize(("count", "calls"), [(1, 2), (2, 2), (4, 2), (5, 3), (9, 4)])
+def test_at_most_four_siblings_share_a_call(listed, count, calls, shape):
+    module = listed(Fan(count), schedule(count), torch.randn(shape))
+    assert module.targets[compact_op] == module.targets[gather_gemv_op] == calls
+    assert module.targets[sparse_linear] == 0
+    assert module.context.counts["listed"] == count + 1
+    assert len(module.context.parts) == count + 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options", "reason"),
+    [
+        ((1, 1, 12), torch.float32, {"lists": True}, None),
+        ((1, 1, 12), torch.bfloat16, {"lists": True}, None),
+        ((1, 1, 12), torch.float16, {"lists": True}, None),
+        ((1, 1, 12), torch.float64, {"lists": True}, "x is torch.float64"),
+        ((2, 1, 12), torch.float32, {"lists": True}, "more than one token"),
+        ((1, 3, 12), torch.float32, {"lists": True, "prefill": "all"}, "not a decode step"),
+        ((1, 1, 12), torch.float32, {"lists": False}, "not on a GPU"),
+        ((1, 1, 12), torch.float32, {"lists": None}, "not on a GPU"),
+    ],
+    ids=str,
+)
+def test_single_tokens_of_a_gpu_are_listed(rewrite, shape, dtype, options, reason):
+    module = rewrite(Fan(2, dtype), schedule(2), **options)
+    module(torch.randn(shape, dtype=dtype))
+    assert (sparse_linear in module.targets) == (reason is not None)
+    assert module.context.counts["listed"] == (0 if reason else 3)
+    declined = {(name, f"channels are not listed: {reason}") for name in ("linears.0", "linears.1", "last")}
+    assert declined <= set(module.context.declined) if reason else declined.isdisjoint(module.context.declined)
+
+
+def test_pass_can_be_left_out(rewrite):
+    module = rewrite(Fan(2), schedule(2), lists=True, disable=("list_channels",))
+    module(torch.randn(1, 1, 12))
+    assert module.targets[sparse_linear] == 2
+    assert module.context.parts == {}
+
+
+def test_unmerged_siblings_are_listed_one_by_one(listed):
+    module = listed(Fan(3), schedule(3), torch.randn(1, 1, 12), disable=("merge_siblings",))
+    assert module.targets[compact_op] == 4
+
+
+def test_names_of_the_linears_stay_on_the_product(listed):
+    module = listed(Fan(5), schedule(5), torch.randn(1, 1, 12))
+    products = [node for node in module.context.module.graph.nodes if node.target is gather_gemv_op]
+    names = [node.meta["was_linear"] for node in products]
+    assert names == [tuple(f"linears.{i}" for i in range(4)), ("linears.4",), ("last",)]
+
+
+def test_observed_steps_still_count(listed):
+    module = listed(Fan(2), schedule(2), torch.randn(1, 1, 12), observe=True)
+    assert module.context.counts["listed"] == 3
+
+
+def test_weight_used_twice(listed):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(12, 12)
+
+        def forward(self, x):
+            return self.a(torch.sin(self.a(x)))
+
+    module = listed(Twice(), {"a": 0.3}, torch.randn(1, 1, 12))
+    assert module.targets[gather_gemv_op] == 2
+
+
+def test_bias_that_is_computed(listed):
+    class Computed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12)
+
+        def forward(self, x):
+            bias = torch.tanh(self.a(x)).sum((0, 1))
+            return torch.nn.functional.linear(x, self.b.weight, bias)
+
+    module = listed(Computed(), {"a": 0.3, "b.weight": 0.2}, torch.randn(1, 1, 12))
+    assert module.context.counts["listed"] == 2
+
+
+def test_input_major_weights(listed):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = Conv1D(12, 12), Conv1D(3, 12)
+
+        def forward(self, x):
+            x = x.view(-1, 12)
+            return torch.addmm(self.a.bias, x, self.a.weight), torch.addmm(self.b.bias, x, self.b.weight)
+
+    module = listed(Pair(), {"a": 0.01, "b": 0.02}, torch.randn(1, 1, 12))
+    assert module.targets[gather_gemv_op] == 1
+
+
+def test_unread_output_does_not_matter(listed):
+    class Unread(Fan):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    assert listed(Unread(3), schedule(3), torch.randn(1, 1, 12)).context.counts["listed"] == 4
+
+
+def test_nothing_or_everything_kept(rewrite):
+    x = torch.randn(1, 1, 12)
+    for threshold in (0.0, float("inf")):
+        model = Fan(2)
+        module = rewrite(model, dict.fromkeys(schedule(2), torch.full((12,), threshold)) | {"last": 0.1}, lists=True)
+        _, a, b = module(x)
+        keep = float(threshold == 0)
+        torch.testing.assert_close(a, model.linears[0](keep * x))
+        torch.testing.assert_close(b, model.linears[1](keep * x))

@@ -1,0 +1,212 @@
+"""A decoding loop for `generate()` that never waits for the GPU.
+
+transformers' own loop reads after every token whether to go on, so the GPU idles while Python prepares the next step:
+1 to 3 ms per token on an H200. Here the steps are queued ahead, and the answer is read when it has arrived. `generate()`
+takes such a loop as `custom_generate`; everything else (cache, logits processors, stopping criteria) stays its own.
+
+    model.generate(ids, custom_generate=was_fx.decode, cache_implementation="static")
+
+`sparsify` makes this the default of a model on a GPU.
+"""
+
+import functools
+import inspect
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Steps that may be queued before the first of them has been read: more than Python needs to keep the GPU busy, few
+# enough that little is thrown away after the last token.
+AHEAD = 4
+
+# What `generate()` may hand to a model besides its token ids.
+_KNOWN = {"past_key_values", "position_ids", "attention_mask", "use_cache", "logits_to_keep"}
+
+
+def decode(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Greedy decoding or sampling with a static cache; whatever else is asked for is left to transformers.
+
+    The arguments are those that `generate()` gives to a decoding method.
+
+    Returns:
+        LongTensor [B, tokens] of prompt and new tokens, or what transformers' method returns.
+    """
+    if not _serves(generation_config, synced_gpus, model_kwargs):
+        method = _own_method(model, generation_config, model_kwargs)
+        return method(
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+    loop = _Loop(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
+    return loop.run()
+
+
+def use_decode(model: nn.Module) -> None:
+    """Let `model.generate` use `decode` and a static cache where its arguments don't say otherwise."""
+    model.generate = functools.partial(_generate, model)  # type: ignore[assignment]
+
+
+def restore_generate(model: nn.Module) -> None:
+    """Undo `use_decode`."""
+    model.__dict__.pop("generate", None)
+
+
+def _generate(model: Any, *arguments: Any, **keywords: Any) -> Any:
+    config = keywords.get("generation_config") or model.generation_config
+    others = ("custom_generate", "assistant_model", "prompt_lookup_num_tokens", "synced_gpus")
+    plain = not any(keywords.get(name) for name in others)
+    beams = keywords.get("num_beams", config.num_beams)
+    if plain and (beams or 1) == 1:
+        # generate() itself keeps the streamer from a custom loop.
+        keywords["custom_generate"] = functools.partial(decode, streamer=keywords.get("streamer"))
+        chosen = keywords.get("cache_implementation", config.cache_implementation)
+        cached = keywords.get("use_cache", config.use_cache) is not False
+        if chosen is None and cached and keywords.get("past_key_values") is None:
+            keywords["cache_implementation"] = "static"
+    return type(model).generate(model, *arguments, **keywords)
+
+
+def _serves(config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:
+    cache = model_kwargs.get("past_key_values")
+    return (
+        not synced_gpus
+        and not config.return_dict_in_generate
+        and (config.num_beams or 1) == 1
+        and not config.is_assistant
+        and config.prefill_chunk_size is None
+        and set(model_kwargs) <= _KNOWN
+        and model_kwargs.get("attention_mask") is None
+        and getattr(cache, "is_compileable", False)
+    )
+
+
+def _own_method(model: Any, config: Any, model_kwargs: dict[str, Any]) -> Any:
+    """The decoding method of transformers for these settings."""
+    from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+    mode = config.get_generation_mode(model_kwargs.get("assistant_model"))
+    return getattr(model, GENERATION_MODES_MAPPING[mode])
+
+
+class _Loop:
+    def __init__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        config: Any,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        self.model, self.processor, self.criteria, self.config = model, logits_processor, stopping_criteria, config
+        self.streamer, self.kwargs = streamer, model_kwargs
+        batch, self.start = input_ids.shape
+        self.end = stopping_criteria.max_length
+        self.text = input_ids.new_empty((batch, self.end if self.end is not None else self.start + 256))
+        self.text[:, : self.start] = input_ids
+        self.pads = any(hasattr(each, "eos_token_id") for each in stopping_criteria)
+        self.unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+        self.waiting: deque[tuple[int, Tensor, Tensor, Any]] = deque()
+        takes = inspect.signature(model.forward).parameters
+        keywords = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values())
+        self.takes_positions = "position_ids" in takes or keywords
+
+    def run(self) -> Tensor:
+        length, stopped = self.start, None
+        logits = self._prefill()
+        position = self._next_position()
+        while stopped is None:
+            token = self._choose(length, logits)
+            length += 1
+            self._queue(length, token)
+            stopped = self._read(length)
+            if stopped is None:
+                logits = self._step(token, position)
+                position = position + 1
+        if self.streamer is not None:
+            self.streamer.end()
+        return self.text[:, :stopped].clone()
+
+    def _prefill(self) -> Tensor:
+        inputs = self.model.prepare_inputs_for_generation(
+            self.text[:, : self.start], is_first_iteration=True, **self.kwargs
+        )
+        return self.model(**inputs, return_dict=True).logits
+
+    def _next_position(self) -> Tensor:
+        known = self.kwargs.get("position_ids")
+        if known is not None:
+            return known[:, -1:] + 1
+        return torch.full((self.text.shape[0], 1), self.start, device=self.text.device)
+
+    def _step(self, token: Tensor, position: Tensor) -> Tensor:
+        names = ("past_key_values", "use_cache", "logits_to_keep")
+        arguments = {name: self.kwargs[name] for name in names if name in self.kwargs}
+        if self.takes_positions:
+            arguments["position_ids"] = position
+        return self.model(input_ids=token[:, None], **arguments).logits
+
+    def _choose(self, length: int, logits: Tensor) -> Tensor:
+        """The next token of each sequence, [B]."""
+        scores = logits[:, -1].to(torch.float32, copy=True)
+        if self.processor:
+            scores = self.processor(self.text[:, :length], scores)
+        if self.config.do_sample:
+            token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            token = scores.argmax(dim=-1)
+        if self.pads:
+            token = torch.where(self.unfinished, token, self.config._pad_token_tensor)
+        return token
+
+    def _queue(self, length: int, token: Tensor) -> None:
+        """Write the tokens down, and send for them and for whether all sequences have ended."""
+        if length > self.text.shape[1]:
+            self.text = torch.cat([self.text, torch.empty_like(self.text)], dim=1)
+        self.text[:, length - 1] = token
+        self.unfinished = self.unfinished & ~self.criteria(self.text[:, :length], None)
+        flag = self.unfinished.any()
+        if not token.is_cuda:
+            self.waiting.append((length, token, flag, None))
+            return
+        event = torch.cuda.Event()
+        copies = [each.to("cpu", non_blocking=True) for each in (token, flag)]
+        event.record()
+        self.waiting.append((length, *copies, event))
+
+    def _read(self, length: int) -> int | None:
+        """Take what has arrived, in order; the length at which all sequences have ended, if they have."""
+        last = self.end is not None and length >= self.end
+        while self.waiting:
+            at, token, flag, event = self.waiting[0]
+            if event is not None and not event.query():
+                if not last and len(self.waiting) <= AHEAD:
+                    return None
+                event.synchronize()
+            self.waiting.popleft()
+            if self.streamer is not None:
+                self.streamer.put(token)
+            if not flag or (self.end is not None and at >= self.end):
+                self.waiting.clear()
+                return at
+        return None
+
+
+__all__ = ["decode", "restore_generate", "use_decode"]
