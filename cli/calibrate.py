@@ -115,7 +115,7 @@ def calibrate(
     if experts:
         share = 100 * dense_expert_share(loaded.model)
         console.print(
-            f"Experts held as 3-D parameters stay dense: {len(experts)}, such as {next(iter(experts))}, "
+            f"Weights held as 3-D parameters (experts) stay dense: {len(experts)}, such as {next(iter(experts))}, "
             f"{share:.0f} % of the bytes of a token",
             markup=False,
             soft_wrap=True,

@@ -82,13 +82,15 @@ def _check(types: Sequence[str], known: dict[str, str | None]) -> None:
 
 
 def _show(rows: "Sequence[Coverage]", left_out: dict[str, str]) -> None:
-    from was_fx.cli.coverage_page import COLUMNS, cells, notes
+    from was_fx.cli.coverage_page import cells, notes
     from was_fx.cli.tables import new_table
 
-    table = new_table(*(name.replace(" graphs", "") for name in COLUMNS))
+    table = new_table("model type", "ok", "Linears", "sparse", "declined", "graphs", "0 %", "50 %")
     table.columns[0].overflow = "fold"
+    table.columns[0].min_width = 16
     for row in rows:
-        table.add_row(*cells(row))
+        *first, prompt, decode, _, exact, oracle = cells(row)
+        table.add_row(*first, f"{prompt}+{decode}", exact, oracle)
     console = stdout()
     console.print(table)
     for row in rows:

@@ -94,8 +94,8 @@ a CPU. A prompt and the steps after it are decoded with the model's own cache, e
 - `at 0 %` is the largest difference of logits from the dense model's, relative to the largest logit.
 - `at 50 %` is the same from the dense model with weak channels zeroed by forward hooks.
 - A sliding window that fills up takes a second graph of the decode step. `breaks` are breaks inside a graph.
-- Experts that transformers holds together as one 3-D parameter are no Linears and stay dense; notes name them with
-  their share of the weight bytes of a decode step.
+- Weights that transformers holds together as one 3-D parameter, above all experts, are no Linears and stay dense; notes
+  name them with their share of the weight bytes of a decode step.
 
 A class is complete when every Linear but the head is rewritten, without a graph break, both differences are at most
 1e-4, and dropping half of the channels moves the logits by at least a hundred times that.

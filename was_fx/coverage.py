@@ -56,7 +56,7 @@ class Coverage:
         linears: Linears of the model, its head among them.
         rewritten: Linears that are sparse in the graph of a decode step and in that of a prompt.
         declined: reason by qualified name, for every Linear but the head that is not.
-        experts: qualified names of the experts held as 3-D parameters, which stay dense.
+        experts: qualified names of the weights held as 3-D parameters, such as experts, which stay dense.
         experts_dense: their share of the weight bytes of a decode step.
         prompt_graphs: graphs that the prompt took.
         decode_graphs: graphs that the steps after it took; more than one where a sliding window fills up. None if the
@@ -143,7 +143,10 @@ def _compare(model: nn.Module, found: dict[str, Any]) -> None:
     """Fill `found` with the fields of `Coverage` as they become known."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, VOCABULARY, (2, _PROMPT + _NEW), generator=generator)
-    dense, unreached = _dense(model, tokens[:1])
+    try:
+        dense, unreached = _dense(model, tokens[:1])
+    except Exception as error:
+        raise RuntimeError(f"the dense model itself can't generate: {_first_line(error)}") from error
     declined = dict.fromkeys(unreached, "its module is never called, only its weight is read, if at all")
     found["declined"] = declined
     calibration = calibrate(model, tokens, exclude=unreached)
@@ -240,7 +243,13 @@ def _graph_breaks(model: nn.Module, tokens: Tensor) -> tuple[str, ...]:
         _logits(model, tokens)
     except Exception as error:
         return (_first_line(error),)
-    return tuple(_first_line(reason) for reason in counters["graph_break"])
+    return tuple(_break_reason(reason) for reason in counters["graph_break"])
+
+
+def _break_reason(text: str) -> str:
+    """The headline of Dynamo's account and its explanation."""
+    explanation = re.search(r"^\s*Explanation: (.*)$", text, re.MULTILINE)
+    return ": ".join([_first_line(text), *([explanation[1]] if explanation else [])])
 
 
 @contextlib.contextmanager

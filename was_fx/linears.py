@@ -73,14 +73,16 @@ def body_linears(model: nn.Module) -> dict[str, LinearModule]:
 
 
 def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Experts that are held together as parameters [E, N, K] or [E, K, N], by qualified name. They are no Linears, are
-    not scheduled, and stay dense."""
+    """Matrices that are held together as parameters [E, N, K] or [E, K, N], by qualified name: experts, and gates of
+    some recurrent blocks. They are no Linears, are not scheduled, and stay dense."""
     return {
         f"{name}.{each}" if name else each: parameter
         for name, module in model.named_modules()
         if not isinstance(module, nn.modules.conv._ConvNd)
         for each, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and parameter.shape[0] == getattr(module, "num_experts", parameter.shape[0])
+        if parameter.dim() == 3
+        and min(parameter.shape) > 1
+        and parameter.shape[0] == getattr(module, "num_experts", parameter.shape[0])
     }
 
 
