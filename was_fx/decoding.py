@@ -187,7 +187,9 @@ class _Loop:
             self.waiting.append((length, token, flag, None))
             return
         event = torch.cuda.Event()
-        copies = [each.to("cpu", non_blocking=True) for each in (token, flag)]
+        # Into pinned memory: a copy to any other waits for the GPU.
+        pinned = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in (token, flag)]
+        copies = [to.copy_(each, non_blocking=True) for to, each in zip(pinned, (token, flag), strict=True)]
         event.record()
         self.waiting.append((length, *copies, event))
 

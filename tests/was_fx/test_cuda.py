@@ -12,6 +12,8 @@ from was_fx.cuda_graphs import CudaGraphs
 
 pytestmark = [
     pytest.mark.gpu,
+    # Inductor says that fp32 products could be faster and less exact.
+    pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
