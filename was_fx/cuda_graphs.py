@@ -108,7 +108,7 @@ class CudaGraphs:
 
 
 def graphable(inputs: Sequence[Any]) -> bool:
-    """Whether a step on these inputs can be captured: all tensors on one CUDA device and none of them sharded over ranks
+    """Whether a step on these inputs can be captured: all tensors on one CUDA device, none of them sharded over ranks
     (a capture would hold their collectives), and no gradients asked for."""
     if any(hasattr(each, "placements") for each in inputs):
         return False
