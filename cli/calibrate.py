@@ -18,6 +18,7 @@ EXAMPLES = options.examples(
     "was calibrate embedded  [dim]the model inside was-fx, on its own text[/]",
     "was calibrate ./llama --text book.txt --out llama.calibration.safetensors",
     "was calibrate ./llama --text book.txt --score teal --tokens 100000",
+    "was calibrate ./llama --text book.txt --include '*' --exclude '*.k_proj'  [dim]the head too, k not[/]",
     "was calibrate ./llama --text book.txt --exponent 0.5 --norm 2",
 )
 
@@ -60,6 +61,8 @@ def calibrate(
             min=2, metavar="N", help="Measure at most about so many tokens (whole windows); by default the whole text."
         ),
     ] = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
     length: options.Length = None,
     batch_size: options.BatchSize = 4,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -80,12 +83,22 @@ def calibrate(
 
     import was_fx
     from was_fx.cli.models import load_model
+    from was_fx.linears import dense_expert_share, expert_parameters
 
     with progress(f"Loading {model}"):
         loaded = load_model(model, dtype, device)
     ids = windows(loaded, content, name, length=length, tokens=tokens)
     with progress(f"Calibrating on {ids.numel():,} tokens") as advance:
-        result = was_fx.calibrate(loaded.model, ids, score=chosen, text=name, batch_size=batch_size, progress=advance)
+        result = was_fx.calibrate(
+            loaded.model,
+            ids,
+            score=chosen,
+            text=name,
+            include=include or None,
+            exclude=exclude or (),
+            batch_size=batch_size,
+            progress=advance,
+        )
     result.save(out)
     if json:
         score_used = {"exponent": chosen.exponent, "norm": chosen.norm}
@@ -98,6 +111,15 @@ def calibrate(
         markup=False,
         soft_wrap=True,
     )
+    experts = expert_parameters(loaded.model)
+    if experts:
+        share = 100 * dense_expert_share(loaded.model)
+        console.print(
+            f"Weights held as 3-D parameters (experts) stay dense: {len(experts)}, such as {next(iter(experts))}, "
+            f"{share:.0f} % of the bytes of a token",
+            markup=False,
+            soft_wrap=True,
+        )
     console.print(f"Next: was make {shlex.quote(str(out))} --target 50%", markup=False, soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ from was_fx.cli import (
     bench,
     calibrate,
     compare,
+    coverage,
     demo,
     evaluate,
     generate,
@@ -94,6 +95,7 @@ _add("compare", compare.compare, compare.EXAMPLES)
 _add("import", import_artifacts.import_artifacts, import_artifacts.EXAMPLES)
 _add("ppl", ppl.ppl, ppl.EXAMPLES)
 _add("eval", evaluate.evaluate, evaluate.EXAMPLES)
+_add("coverage", coverage.coverage, coverage.EXAMPLES)
 _add("generate", generate.generate, generate.EXAMPLES)
 _add("bench", bench.bench, bench.EXAMPLES)
 _add("tune", tune.tune, tune.EXAMPLES)

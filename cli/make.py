@@ -12,6 +12,7 @@ from was_fx.cli.files import check_output, load_calibration
 
 EXAMPLES = options.examples(
     "was make calibration.safetensors --target 0.5",
+    "was make calibration.safetensors --target 0.5 --exclude '*.v_proj' --exclude 're:.*layers[.][01][.].*'",
     "was make calibration.safetensors --target 60% --out llama-60.was.safetensors",
 )
 
@@ -31,16 +32,18 @@ def make(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the schedule.")] = Path(
         "schedule.was.safetensors"
     ),
+    include: options.Include = None,
+    exclude: options.Exclude = None,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Make a schedule with the same sparsity for every Linear. Needs no model and takes no time."""
+    """Make a schedule with the same sparsity for every Linear that was calibrated. Needs no model and takes no time."""
     check_output(out, force)
     found = load_calibration(calibration)
 
     import was_fx
 
-    schedule = was_fx.uniform(found, target)
+    schedule = was_fx.uniform(found, target, include=include or None, exclude=exclude or ())
     schedule.save(out)
     if json:
         print_json({"path": str(out), "target": target, "nominal": schedule.sparsity, "linears": len(schedule.linears)})

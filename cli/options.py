@@ -104,5 +104,18 @@ OtherModel = Annotated[
         help="Accept a schedule made for another model if all names and shapes fit, for example a fine-tuned one.",
     ),
 ]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Only these Linears: a qualified name, a glob such as '*.mlp.*', or a regular expression after re:. May "
+        "be given several times. By default all but the head.",
+        show_default=False,
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Leave these Linears dense; patterns as for --include.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")]

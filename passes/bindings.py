@@ -17,8 +17,8 @@ class Binding:
 
     Attributes:
         name: qualified name of the Linear in the model that was sparsified.
-        norms: channel norms g [K] fp32.
-        threshold: channel thresholds t [K] fp32, on the weight's device.
+        norms: channel norms g [K] fp32, of the whole weight if that is sharded over ranks.
+        threshold: channel thresholds t [K] fp32, on the weight's device; of this rank's channels if they are sharded.
         counts: [2] int64, dropped channels and channels seen, while sparsity is observed.
     """
 
@@ -36,7 +36,7 @@ class WeightState:
     """What was_fx knows of one weight.
 
     Attributes:
-        stride: strides before the weight was moved.
+        stride: strides before the weight was moved (of this rank's part, if it is sharded).
         bindings: by qualified name; a weight that several Linears share has one for each.
     """
 
@@ -47,8 +47,14 @@ class WeightState:
 def bind(weight: Tensor, binding: Binding) -> None:
     """Attach a binding to a weight."""
     if not hasattr(weight, "_was"):
-        weight._was = WeightState(weight.stride())  # type: ignore[attr-defined]
+        weight._was = WeightState(local(weight).stride())  # type: ignore[attr-defined]
     weight._was.bindings[binding.name] = binding  # type: ignore[attr-defined]
+
+
+def local(weight: Tensor) -> Tensor:
+    """This rank's part of a weight that tensor parallelism made a DTensor; any other weight itself."""
+    # Not to_local(), which may give a view: what moves the part must move the DTensor's own.
+    return getattr(weight, "_local_tensor", weight)
 
 
 def state(weight: object) -> WeightState | None:

@@ -1,7 +1,8 @@
 """Decode or prefill, by the number of new tokens per sequence that the graph was traced for.
 
 Dynamo never generalises a size of 1, so a decode step is a graph of its own and this is known at compile time. The
-whole graph has one phase: a head that sees only the last token of a prompt belongs to the prompt.
+whole graph has one phase, that of most of its Linears: a head that sees only the last token of a prompt belongs to the
+prompt, and a Linear that reads all cached tokens in each step (Doge) belongs to the decode step.
 """
 
 import math
@@ -22,7 +23,8 @@ def choose_phase(context: Context) -> None:
     lengths = [value(source).shape[-2] for source in sources if source is not None]
     if not lengths:  # no x shows its sequences: [M, K], [K], or one row for each head
         lengths = [math.prod(value(site.x).shape[:-1]) for site in context.sites]
-    decode = all(statically_known_true(length == 1) for length in lengths)
+    single = sum(statically_known_true(length == 1) for length in lengths)
+    decode = 2 * single > len(lengths) or single == len(lengths)
     context.phase = "decode" if decode else "prefill"
     context.counts[context.phase] = 1
 

@@ -49,6 +49,7 @@ class LinearSite:
         bias: [N], or None.
         path: dotted path of its module, relative to the compiled one, as far as Dynamo knows it.
         binding: its schedule entry, or None when it is not scheduled.
+        shard: this rank's part of `weight`, when that is a DTensor; x and y are then this rank's parts too.
         sparse: the call that replaced it.
     """
 
@@ -59,6 +60,7 @@ class LinearSite:
     input_major: bool
     path: str | None
     binding: Binding | None
+    shard: Node | None = None
     sparse: "SparseCall | None" = None
 
     @property
@@ -194,9 +196,12 @@ def value(node: object) -> Any:
 
 
 def weight_view(graph: Graph, site: LinearSite) -> Node:
-    """W [N, K] of a Linear at the graph's insertion point: its graph input, or a new transposed view of it."""
-    if not site.input_major:
-        return site.weight
-    node = graph.call_method("t", (site.weight,))
-    node.meta["example_value"] = value(site.weight).t()
+    """W [N, K] of a Linear at the graph's insertion point: its graph input, or a new view or shard of it."""
+    node = site.weight
+    if site.shard is not None:
+        node = graph.call_method("to_local", (node,))
+        node.meta["example_value"] = value(site.shard)
+    if site.input_major:
+        before, node = node, graph.call_method("t", (node,))
+        node.meta["example_value"] = value(before).t()
     return node

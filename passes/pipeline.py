@@ -42,6 +42,9 @@ PIPELINE: tuple[Callable[[Context], None], ...] = (
     *_gpu_passes(),
 )
 
+# Each is called with the context of every graph, once it is rewritten: for reports.
+observers: list[Callable[[Context], None]] = []
+
 _REQUIRED = {"recognize_linears", "choose_phase"}
 
 
@@ -72,7 +75,9 @@ def run(module: GraphModule, inputs: Sequence[Any], options: Options) -> Context
     context.module.graph.lint()
     context.module.recompile()
     log.info("passes: %s", dict(context.counts))
+    for observer in observers:
+        observer(context)
     return context
 
 
-__all__ = ["PIPELINE", "Context", "Options", "RewriteError", "run"]
+__all__ = ["PIPELINE", "Context", "Options", "RewriteError", "observers", "run"]

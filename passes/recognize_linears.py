@@ -3,6 +3,7 @@
     y = linear(x, W, b)              W [N, K]     nn.Linear, F.linear
     y = addmm(b, x, W)               W [K, N]     transformers' Conv1D
     y = matmul(x, W.T)               W [N, K]     Linear subclasses that write the product out
+    y = linear(x, W.to_local(), b)   W DTensor    tensor parallelism: x, W and y are this rank's parts
 
 The transpose may be .T, .mT, t, transpose, swapaxes, swapdims or permute, a method or a function.
 
@@ -42,6 +43,13 @@ def _matmul(node: Node) -> Match | None:
     x, right = _arguments(node, "input", "mat2" if "mat2" in node.kwargs else "other")
     weight = _transposed(right)
     return None if weight is None else (x, weight, None, False)
+
+
+def _whole(weight: object) -> tuple[Any, Node | None]:
+    """(DTensor, its local part), when `weight` is the local part of one; (weight, None) otherwise."""
+    if isinstance(weight, Node) and weight.target == "to_local" and not weight.args[1:] and not weight.kwargs:
+        return weight.args[0], weight
+    return weight, None
 
 
 def _arguments(node: Node, *names: str) -> list[Any]:
@@ -97,11 +105,12 @@ def recognize_linears(context: Context) -> None:
         if match is None:
             continue
         x, weight, bias, input_major = match
+        weight, shard = _whole(weight)
         if not context.is_input(weight) or len(_shape(weight)) != 2:
             continue
         path = module_path(node)
         binding = resolve(context.input_of(weight), path)
-        context.sites.append(LinearSite(node, x, weight, bias, input_major, path, binding))
+        context.sites.append(LinearSite(node, x, weight, bias, input_major, path, binding, shard))
         node.meta["was_linear"] = binding.name if binding else path
     context.counts["linears"] = len(context.sites)
     context.counts["scheduled"] = sum(site.binding is not None for site in context.sites)
@@ -111,24 +120,25 @@ def recognize_linears(context: Context) -> None:
 def _require_all_recognised(context: Context) -> None:
     """Every scheduled weight in the graph must have been seen as a Linear (an embedding may share it)."""
     seen = {site.binding.name for site in context.sites if site.binding}
-    problems = []
+    problems: dict[str, str] = {}
     for placeholder in context.module.graph.find_nodes(op="placeholder"):
         if not context.is_input(placeholder):
             continue
         uses = [user for user in placeholder.users if user.target is not torch.nn.functional.embedding]
         if not uses:
             continue
-        problems += [
-            f"{name}: its weight is used by {', '.join(str(user.target) for user in uses)}"
+        problems |= {
+            name: f"its weight is used by {', '.join(str(user.target) for user in uses)}"
             for name in bindings(context.input_of(placeholder))
             if name not in seen and not _other_use_seen(context, placeholder)
-        ]
+        }
     if problems:
         raise RewriteError(
             "scheduled Linears were not recognised in the graph:\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
             + "\nexpected linear(x, W, b), addmm(b, x, W) or matmul(x, W.T) with W a parameter; "
-            "leave these Linears out of the schedule"
+            "leave these Linears out of the schedule",
+            problems,
         )
 
 

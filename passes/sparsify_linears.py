@@ -40,7 +40,7 @@ def sparsify_linears(context: Context) -> None:
         RewriteError: a scheduled Linear can't be rewritten although it should be sparse in this graph.
     """
     token_range = _TokenRange(context)
-    problems = []
+    problems: dict[str, str] = {}
     for site in context.sites:
         reason = declined(context, site)
         if reason is None:
@@ -53,12 +53,13 @@ def sparsify_linears(context: Context) -> None:
         elif reason == "prompts stay dense":
             context.counts["dense (prompt)"] += 1
         else:
-            problems.append(f"{site.name}: {reason}")
+            problems[site.name] = reason
     if problems:
         raise RewriteError(
             "scheduled Linears could not be rewritten:\n  "
-            + "\n  ".join(problems)
-            + "\nrun the model in one dtype, or leave these Linears out of the schedule"
+            + "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
+            + "\nrun the model in one dtype, or leave these Linears out of the schedule",
+            problems,
         )
 
 

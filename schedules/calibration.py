@@ -1,7 +1,7 @@
 """Calibration: the threshold of each Linear at each sparsity, measured on a text."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Calibration:
         tokens: number of tokens measured.
         text: description of the calibration text.
         fingerprint: the model's, see `was_fx.schedules.fingerprint`; empty if unknown.
+        excluded: qualified names of the Linears that were left out on purpose.
 
     Raises:
         ScheduleError: with everything in these that does not fit.
@@ -53,11 +54,13 @@ class Calibration:
     tokens: int
     text: str
     fingerprint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", dict(self.thresholds))
         object.__setattr__(self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()})
         object.__setattr__(self, "fingerprint", plain(dict(self.fingerprint), "fingerprint"))
+        object.__setattr__(self, "excluded", tuple(self.excluded))
         problems = calibration_problems(self.levels, self.thresholds, self.shapes, self.tokens)
         if problems:
             raise ScheduleError("the calibration is not valid", problems, "Calibrate again.")
@@ -65,7 +68,7 @@ class Calibration:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Calibration):
             return NotImplemented
-        plain_fields = ("score", "shapes", "tokens", "text", "fingerprint")
+        plain_fields = ("score", "shapes", "tokens", "text", "fingerprint", "excluded")
         return (
             all(getattr(self, name) == getattr(other, name) for name in plain_fields)
             and torch.equal(self.levels, other.levels)
@@ -102,7 +105,7 @@ class Calibration:
         Raises:
             OSError: if it cannot be written; an older file at `path` is then untouched.
         """
-        settings = pack_settings(self.score, self.shapes, self.tokens, self.text, self.fingerprint)
+        settings = pack_settings(self.score, self.shapes, self.tokens, self.text, self.fingerprint, self.excluded)
         storage.write(path, storage.CALIBRATION, pack(self.levels, self.thresholds), settings)
 
     @classmethod
@@ -115,13 +118,13 @@ class Calibration:
         """
         tensors, strings = storage.read(path, storage.CALIBRATION)
         reader = MetadataReader(strings)
-        score, shapes, tokens, text, fingerprint = unpack_settings(reader)
+        score, shapes, tokens, text, fingerprint, excluded = unpack_settings(reader)
         reader.finish()
         levels, thresholds, unknown = unpack(tensors, shapes)
         problems = reader.problems + unknown + calibration_problems(levels, thresholds, shapes, tokens)
         if problems:
             raise ScheduleError(f"{path} is not a valid calibration", problems, "Calibrate again.")
-        return cls(score, levels, thresholds, shapes, tokens, text, fingerprint)
+        return cls(score, levels, thresholds, shapes, tokens, text, fingerprint, excluded)
 
     def _of(self, name: str) -> np.ndarray:
         if name not in self.thresholds:
@@ -169,13 +172,16 @@ class CalibrationBuilder:
             scores = block if self._score.exponent == 0 else block.float() * self._scales[name]
             self._histograms[name].add(scores)
 
-    def build(self, text: str, fingerprint: Mapping[str, Any], *, tokens: int | None = None) -> Calibration:
+    def build(
+        self, text: str, fingerprint: Mapping[str, Any], *, tokens: int | None = None, excluded: Collection[str] = ()
+    ) -> Calibration:
         """The calibration of what was added.
 
         Args:
             text: description of the calibration text.
             fingerprint: the model's.
             tokens: number of tokens in the text; without it, the largest number that one Linear has seen.
+            excluded: qualified names of the Linears that were left out on purpose.
 
         Raises:
             ScheduleError: naming every Linear without input, or with NaN or infinite scores.
@@ -187,7 +193,10 @@ class CalibrationBuilder:
             if histogram.nonfinite
         ]
         if problems:
-            remedy = "Calibrate on more text, in a dtype in which the model gives finite activations."
+            remedy = (
+                "Calibrate on more text, in a dtype in which the model gives finite activations, "
+                "or leave these Linears out with `exclude`."
+            )
             raise ScheduleError("the calibration is not usable", problems, remedy)
         levels = torch.arange(_LEVELS, dtype=torch.float64) / _LEVELS
         thresholds = {name: self._histograms[name].quantiles(levels) for name in self._shapes}
@@ -200,6 +209,7 @@ class CalibrationBuilder:
             tokens=seen if tokens is None else tokens,
             text=text,
             fingerprint=fingerprint,
+            excluded=tuple(excluded),
         )
 
     def _total(self, name: str) -> int:

@@ -1,6 +1,6 @@
 """A calibration's numbers as the tensors and strings of a file, and back; what can be wrong with them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ def pack_settings(
     tokens: int,
     text: str,
     fingerprint: Mapping[str, Any],
+    excluded: Sequence[str],
 ) -> dict[str, str]:
     """The metadata. The order of the shapes is the order of the Linears."""
     return {
@@ -33,6 +34,7 @@ def pack_settings(
         "tokens": to_json(tokens, "tokens"),
         "text": text,
         "fingerprint": to_json(fingerprint, "fingerprint"),
+        "excluded": to_json(list(excluded), "excluded"),
     }
 
 
@@ -48,7 +50,7 @@ def unpack(tensors: Mapping[str, Tensor], order: Mapping[str, object]) -> tuple[
     return tensors.get(_LEVELS, torch.empty(0)), {**thresholds, **found}, problems
 
 
-def unpack_settings(reader: MetadataReader) -> tuple[Score, Shapes, int, str, dict[str, Any]]:
+def unpack_settings(reader: MetadataReader) -> tuple[Score, Shapes, int, str, dict[str, Any], tuple[str, ...]]:
     """The inverse of `pack_settings`; what is wrong is noted in the reader."""
     try:
         score = Score(reader.value("exponent", (int, float), 1.0), reader.value("norm", int, 1))
@@ -56,7 +58,8 @@ def unpack_settings(reader: MetadataReader) -> tuple[Score, Shapes, int, str, di
         reader.problems.append(str(error))
         score = Score()
     shapes, tokens = reader.shapes("shapes"), reader.value("tokens", int, 0)
-    return score, shapes, tokens, reader.text("text"), reader.value("fingerprint", dict, {})
+    fingerprint = reader.value("fingerprint", dict, {})
+    return score, shapes, tokens, reader.text("text"), fingerprint, reader.names("excluded")
 
 
 def calibration_problems(

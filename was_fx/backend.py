@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule
 
 from was_fx.cuda_graphs import CudaGraphs, graphable
+from was_fx.passes.bindings import local
 from was_fx.passes.context import Options
 from was_fx.passes.extra_inputs import with_extra_inputs
 from was_fx.passes.fixed_inputs import fixed_inputs, has_state
@@ -155,6 +156,8 @@ def _lay_out(context: Context) -> None:
         if like.is_cuda:
             continue  # its kernel takes the weights one by one
         same = all(w.dtype == like.dtype and w.device == like.device and w.t().is_contiguous() for w in weights)
+        if any(local(weight) is not weight for weight in weights):
+            continue  # shards of DTensors: Dynamo can't trace ones that share a storage
         if same and len({id(w) for w in weights}) == len(weights):
             fuse_rows(weights)
             fuse_rows([binding.threshold for _, binding in group])

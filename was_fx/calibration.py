@@ -1,7 +1,7 @@
 """`calibrate`: run text through a dense model and keep the distribution of every Linear's scores.
 `recalibrate`: the same for a schedule's thresholds, while the model drops what the schedule says."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.linears import LinearModule, body_linears, check_tokens, find_linears
+from was_fx.placement import input_device, refuse_sharded, whole_channel_norms
 from was_fx.schedules.calibration import Calibration, CalibrationBuilder
 from was_fx.schedules.schedule import Schedule
-from was_fx.schedules.score import Score, channel_norms, channel_scale
+from was_fx.schedules.score import Score, channel_scale
+from was_fx.schedules.selection import select
 from was_fx.schedules.threshold_table import ThresholdTable
 from was_fx.sparsification import check_schedule, model_fingerprint, sparse_state
 
@@ -25,10 +27,12 @@ def calibrate(
     *,
     score: Score | None = None,
     text: str = "",
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Measure the quantiles of the score |x_j|·g_j^α of every Linear but the head.
+    """Measure the quantiles of the score |x_j|·g_j^α of Linears, all but the head by default.
 
     Activations are counted into histograms batch by batch and never kept, so memory does not grow with the text.
 
@@ -37,6 +41,9 @@ def calibrate(
         tokens: LongTensor [n, seq] of token ids, any device.
         score: WAS's |x|·‖W‖₁ by default.
         text: what the tokens are, for the record.
+        include: qualified names of the Linears to measure, or patterns of them (see `was_fx.schedules.selection`), the
+            head among them if one matches; by default all but the head.
+        exclude: those to leave out, and dense.
         batch_size: sequences per forward pass.
         progress: called with (sequences done, n).
 
@@ -45,18 +52,22 @@ def calibrate(
 
     Raises:
         ValueError: the model is sparsified or has no Linears, or `tokens` has a bad shape or unknown ids.
+        ScheduleError: a pattern matches no Linear, or a Linear saw no token or none with finite scores.
         TypeError: `tokens` is not an integer tensor.
     """
     if sparse_state(model) is not None:
         raise ValueError("the model is sparsified; calibration needs the dense one: was_fx.densify(model) first")
     check_tokens(model, tokens)
+    refuse_sharded(model)
     score = score or Score()
-    linears = body_linears(model)
-    norms = {name: channel_norms(linear.weight, score.norm) for name, linear in linears.items()}
+    everything, body = find_linears(model), body_linears(model)
+    linears = {name: everything[name] for name in select(everything, include, exclude, default=body)}
+    norms = {name: whole_channel_norms(linear, score.norm) for name, linear in linears.items()}
     builder = CalibrationBuilder(score, {name: linear.shape for name, linear in linears.items()}, norms)
     hooks = {name: partial(_record, builder, name) for name in linears}
     _run(model, linears, hooks, tokens, batch_size, progress)
-    return builder.build(text=text, fingerprint=model_fingerprint(model, find_linears(model)))
+    excluded = [name for name in body if name not in linears]
+    return builder.build(text=text, fingerprint=model_fingerprint(model, everything), excluded=excluded)
 
 
 @torch.no_grad()
@@ -93,6 +104,7 @@ def recalibrate(
     if sparse_state(model) is not None:
         raise ValueError("the model is sparsified; give the dense one: was_fx.densify(model) first")
     check_tokens(model, tokens)
+    refuse_sharded(model)
     check_schedule(model, schedule, find_linears(model))
     for done in range(rounds):
         exponents = {name: entry.exponent for name, entry in schedule.linears.items()}
@@ -139,7 +151,7 @@ def measure_thresholds(
     """
     found = find_linears(model)
     linears = {name: found[name] for name in exponents}
-    norms = {name: channel_norms(linear.weight, norm) for name, linear in linears.items()}
+    norms = {name: whole_channel_norms(linear, norm) for name, linear in linears.items()}
     # The exponent differs from Linear to Linear, so it goes into the scale: |x|·g^α is the score of norms g^α.
     scales = {name: channel_scale(norms[name], exponent) for name, exponent in exponents.items()}
     builder = CalibrationBuilder(Score(1.0, norm), {name: linear.shape for name, linear in linears.items()}, scales)
@@ -164,7 +176,7 @@ def _run(
     training = model.training
     model.eval()
     try:
-        device = next(model.parameters()).device
+        device = input_device(model)
         for start in range(0, tokens.shape[0], batch_size):
             # Not the model's own call, which is compiled when it is sparsified and would not see the hooks.
             model.forward(input_ids=tokens[start : start + batch_size].to(device), use_cache=False)

@@ -108,6 +108,9 @@ class CudaGraphs:
 
 
 def graphable(inputs: Sequence[Any]) -> bool:
-    """Whether a step on these inputs can be captured: all tensors on one CUDA device, and no gradients asked for."""
+    """Whether a step on these inputs can be captured: all tensors on one CUDA device, none of them sharded over ranks
+    (a capture would hold their collectives), and no gradients asked for."""
+    if any(hasattr(each, "placements") for each in inputs):
+        return False
     devices = {each.device for each in inputs if isinstance(each, Tensor)}
     return len(devices) == 1 and next(iter(devices)).type == "cuda" and not torch.is_grad_enabled()

@@ -1,5 +1,6 @@
 """`evaluate` and `perplexity`: what a schedule costs in loss, and how sparse the model really was."""
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from was_fx.compilation import compile_call
 from was_fx.linears import LinearModule, check_tokens, find_linears, weight_bytes_per_token
 from was_fx.passes.bindings import Binding, bindings
 from was_fx.passes.context import Prefill
+from was_fx.placement import input_device, sum_over_ranks
 from was_fx.schedules.budget import model_sparsity
 from was_fx.sparsification import sparse_state
 
@@ -70,13 +72,18 @@ def evaluate(
     check_tokens(model, tokens)
     state = sparse_state(model)
     forward: Callable = model.forward
+    observing: contextlib.AbstractContextManager = contextlib.nullcontext()
     if state is not None:
         if prefill == "dense":
             raise ValueError("prefill='dense' would measure the dense model; use 'sparse', 'half' or 'all'")
         options = {"prefill": prefill, "observe": True, "executor": executor or state.options.executor}
-        forward = compile_call(model.forward, options)
+        if state.dropping is None:
+            forward = compile_call(model.forward, options)
+        else:
+            forward, observing = model, state.dropping.observing(prefill)
     reset_counts(model)
-    loss, count = _mean_loss(model, forward, tokens, batch_size, progress)
+    with observing:
+        loss, count = _mean_loss(model, forward, tokens, batch_size, progress)
     found = realised(model)
     return Evaluation(
         loss=loss,
@@ -99,7 +106,7 @@ class Realised:
 
 def reset_counts(model: nn.Module) -> None:
     """Forget what `realised` has counted."""
-    for binding in _bindings(find_linears(model)).values():
+    for binding in _bindings(model, find_linears(model)).values():
         binding.counts.zero_()
 
 
@@ -107,8 +114,8 @@ def realised(model: nn.Module) -> Realised:
     """What a model realised since `reset_counts`, as far as its calls were compiled to observe."""
     linears = find_linears(model)
     shares, saved = {}, 0.0
-    for name, binding in _bindings(linears).items():
-        dropped, seen = binding.counts.tolist()
+    for name, binding in _bindings(model, linears).items():
+        dropped, seen = sum_over_ranks(binding.counts, linears[name]).tolist()
         shares[name] = dropped / seen if seen else 0.0
         saved += shares[name] * linears[name].parameter.numel() * linears[name].parameter.element_size()
     shapes = {name: linears[name].shape for name in shares}
@@ -116,7 +123,10 @@ def realised(model: nn.Module) -> Realised:
     return Realised(sparsity, shares, saved / weight_bytes_per_token(model, linears.values()))
 
 
-def _bindings(linears: Mapping[str, LinearModule]) -> dict[str, Binding]:
+def _bindings(model: nn.Module, linears: Mapping[str, LinearModule]) -> dict[str, Binding]:
+    state = sparse_state(model)
+    if state is not None and state.dropping is not None:
+        return state.dropping.bindings
     found = {name: bindings(linear.parameter).get(name) for name, linear in linears.items()}
     return {name: binding for name, binding in found.items() if binding is not None}
 
@@ -129,7 +139,7 @@ def perplexity(model: nn.Module, tokens: Tensor, **arguments) -> float:
 def _mean_loss(
     model: nn.Module, forward: Callable, tokens: Tensor, batch_size: int, progress: Progress | None
 ) -> tuple[float, int]:
-    device = next(model.parameters()).device
+    device = input_device(model)
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)

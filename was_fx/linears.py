@@ -1,6 +1,6 @@
 """The Linears of a model, seen alike whatever module class holds them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,9 +81,29 @@ def body_linears(model: nn.Module) -> dict[str, LinearModule]:
     return found
 
 
+def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Matrices that are held together as parameters [E, N, K] or [E, K, N], by qualified name: experts, and gates of
+    some recurrent blocks. They are no Linears, are not scheduled, and stay dense."""
+    return {
+        f"{name}.{each}" if name else each: parameter
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for each, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+        and min(parameter.shape) > 1
+        and parameter.shape[0] == getattr(module, "num_experts", parameter.shape[0])
+    }
+
+
+def dense_expert_share(model: nn.Module) -> float:
+    """Share of the weight bytes of a decode step that lies in `expert_parameters`, and so stays dense."""
+    experts = _expert_bytes(model, {id(parameter) for parameter in expert_parameters(model).values()})
+    return experts / weight_bytes_per_token(model) if experts else 0.0
+
+
 def weight_bytes_per_token(model: nn.Module, linears: Iterable[LinearModule] | None = None) -> int:
     """Bytes of weights that one dense decode step reads: every parameter except input embeddings, of which it reads
-    a row only, unless the head shares them.
+    a row only, unless the head shares them, and except the experts that a token is not sent to.
 
     Args:
         model: any model.
@@ -92,7 +112,18 @@ def weight_bytes_per_token(model: nn.Module, linears: Iterable[LinearModule] | N
     linears = list(find_linears(model).values()) if linears is None else list(linears)
     read = {id(linear.parameter) for linear in linears}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - read
-    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in embeddings)
+    experts = {id(parameter) for parameter in expert_parameters(model).values()}
+    others = [p for p in model.parameters() if id(p) not in embeddings | experts]
+    return sum(p.numel() * p.element_size() for p in others) + _expert_bytes(model, experts)
+
+
+def _expert_bytes(model: nn.Module, experts: Collection[int]) -> int:
+    """Bytes that a token reads of the parameters with these ids: those of the experts that it is sent to."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    chosen = getattr(config, "num_experts_per_tok", None)
+    parameters = [parameter for parameter in model.parameters() if id(parameter) in experts]
+    return sum(min(chosen or p.shape[0], p.shape[0]) * p[0].numel() * p.element_size() for p in parameters)
 
 
 def vocabulary(model: nn.Module) -> int | None:

@@ -1,5 +1,6 @@
 """`sparsify` and `densify`: put a schedule on a model in place, and take it off again."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,20 @@ from was_fx.compilation import compile_call
 from was_fx.decoding import restore_generate, use_decode
 from was_fx.kernels.layout import restore, to_input_major, wants_input_major
 from was_fx.linears import LinearModule, body_linears, find_linears
-from was_fx.passes.bindings import Binding, bind, bindings, unbind
+from was_fx.offloading import DroppingHooks
+from was_fx.passes.bindings import Binding, bind, bindings, local, unbind
 from was_fx.passes.context import Prefill
+from was_fx.placement import (
+    is_offloaded,
+    is_sharded,
+    own_channels,
+    rearrange,
+    trace_through_devices,
+    whole_channel_norms,
+)
 from was_fx.quantized_cache import cut_at_quantized_cache
-from was_fx.schedules.fingerprint import fingerprint
+from was_fx.schedules.fingerprint import fingerprint, fingerprint_without_weights
 from was_fx.schedules.schedule import Schedule
-from was_fx.schedules.score import channel_norms
 
 
 @dataclass(eq=False)
@@ -32,12 +41,16 @@ class SparseState:
         options: the backend options the model is compiled with.
         compiled_before: the model's compiled call before `sparsify`.
         requires_grad: the flag of each parameter before `sparsify`.
+        restore_hooks: puts back accelerate's hooks, if the model has any.
+        dropping: the hooks that drop channels where weights are offloaded and nothing can be compiled.
     """
 
     schedule: Schedule
     options: BackendOptions
     compiled_before: Callable[..., Any] | None
     requires_grad: dict[str, bool]
+    restore_hooks: Callable[[], None]
+    dropping: DroppingHooks | None = None
 
 
 def sparsify(
@@ -56,6 +69,9 @@ def sparsify(
     `was_fx.decode` where its arguments don't say otherwise. Its weights are moved one by one into input-major
     storage, and its call is compiled with the backend "was" when it first runs. On a model that is sparsified
     already, only the numbers change; with the same options nothing is compiled again.
+
+    A model that `device_map=` spread over devices, or `tp_plan=` over ranks, may be given as it is; with weights that
+    are offloaded to CPU memory or disk it gives the same results, but nothing is compiled or faster.
 
     Args:
         model: a causal LM of transformers, on its device and in its dtype. Its parameters stop requiring grad.
@@ -85,25 +101,34 @@ def sparsify(
     options = BackendOptions.parse(raw)
     check_schedule(model, schedule, linears, allow_other_model=allow_other_model)
     known = sparse_state(model)
-    if known and (set(schedule.linears) != set(known.schedule.linears) or schedule.norm != known.schedule.norm):
+    if known and (
+        known.dropping or set(schedule.linears) != set(known.schedule.linears) or schedule.norm != known.schedule.norm
+    ):
         densify(model)  # other weights to move, or other channel norms
         known = None
     scheduled = {name: linears[name] for name in schedule.linears}
     if known is None:
         compiled_before = model._compiled_call_impl
         flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        if any(is_offloaded(parameter) for parameter in model.parameters()):
+            hooks = DroppingHooks(model, scheduled, schedule, options.passes)
+            model._was_state = SparseState(schedule, options, compiled_before, flags, lambda: None, hooks)  # type: ignore[assignment]
+            saving.attach(model)
+            return model
         _move(scheduled, schedule)
+        restore_hooks = trace_through_devices(model)
         model.requires_grad_(False)
     else:
-        compiled_before, flags = known.compiled_before, known.requires_grad
+        compiled_before, flags, restore_hooks = known.compiled_before, known.requires_grad, known.restore_hooks
     set_thresholds(scheduled, schedule)
     if known is None or known.options != options:
         as_they_are = on_gpu and prefill == "dense" and executor == "inductor"
         whole = compile_call(model._call_impl, raw, prompts_as_they_are=as_they_are)
         model._compiled_call_impl = cut_at_quantized_cache(whole, model._call_impl, raw)
-    if on_gpu:
+    devices = {parameter.device for parameter in model.parameters()}
+    if on_gpu and len(devices) == 1 and not is_sharded(weight):  # ranks that queue steps must not run apart
         use_decode(model)
-    model._was_state = SparseState(schedule, options, compiled_before, flags)  # type: ignore[assignment]
+    model._was_state = SparseState(schedule, options, compiled_before, flags, restore_hooks)  # type: ignore[assignment]
     saving.attach(model)
     return model
 
@@ -118,7 +143,11 @@ def densify(model: nn.Module) -> nn.Module:
     saving.detach(model)
     for parameter in model.parameters():
         _release(parameter)
-    if known is not None:
+    if known is not None and known.dropping is not None:
+        known.dropping.remove()
+        del model._was_state
+    elif known is not None:
+        known.restore_hooks()
         model._compiled_call_impl = known.compiled_before
         if known.compiled_before is None:
             del model._compiled_call_impl  # the class has the None
@@ -132,9 +161,10 @@ def densify(model: nn.Module) -> nn.Module:
 def sparse_state(model: nn.Module) -> SparseState | None:
     """What `sparsify` left on `model`; None for a dense model (a deep copy of a sparsified model is dense)."""
     known = getattr(model, "_was_state", None)
-    if known is None or not any(bindings(parameter) for parameter in model.parameters()):
+    if known is None:
         return None
-    return known
+    bound = known.dropping is not None or any(bindings(parameter) for parameter in model.parameters())
+    return known if bound else None
 
 
 def check_schedule(
@@ -151,7 +181,10 @@ def check_schedule(
 
 
 def model_fingerprint(model: nn.Module, linears: dict[str, LinearModule]) -> dict:
-    """The fingerprint of a model: architecture, and shapes and a sample of the weights of all its Linears."""
+    """The fingerprint of a model: architecture, and shapes and a sample of the weights of all its Linears. Without the
+    sample where weights are offloaded or sharded."""
+    if any(is_offloaded(linear.parameter) or is_sharded(linear.parameter) for linear in linears.values()):
+        return fingerprint_without_weights(type(model).__name__, {name: each.shape for name, each in linears.items()})
     return fingerprint(type(model).__name__, {name: linear.weight for name, linear in linears.items()})
 
 
@@ -159,7 +192,7 @@ def set_thresholds(linears: dict[str, LinearModule], schedule: Schedule) -> None
     """Write the channel thresholds of `schedule` into the bindings of `linears`, in place."""
     for name, linear in linears.items():
         binding = bindings(linear.parameter)[name]
-        binding.threshold.copy_(schedule.linears[name].channel_thresholds(binding.norms))
+        binding.threshold.copy_(own_channels(schedule.linears[name].channel_thresholds(binding.norms), linear))
 
 
 def _move(linears: dict[str, LinearModule], schedule: Schedule) -> None:
@@ -167,12 +200,12 @@ def _move(linears: dict[str, LinearModule], schedule: Schedule) -> None:
     moved: list[Tensor] = []
     try:
         for name, linear in linears.items():
-            norms = channel_norms(linear.weight, schedule.norm)
+            norms = whole_channel_norms(linear, schedule.norm)
             parameter = linear.parameter
             moved.append(parameter)
-            bind(parameter, Binding(name, norms, torch.empty_like(norms)))
+            bind(parameter, Binding(name, norms, torch.empty_like(own_channels(norms, linear))))
             if not linear.input_major and wants_input_major(parameter):
-                to_input_major(parameter)
+                rearrange(parameter, to_input_major)
     except BaseException:
         for parameter in moved:
             _release(parameter)
@@ -184,9 +217,10 @@ def _release(parameter: Tensor) -> None:
     before = unbind(parameter)
     if before is None:
         return
-    alone = parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
-    if parameter.stride() != before.stride or not alone:
-        restore(parameter, before.stride)
+    part = local(parameter)
+    alone = part.untyped_storage().nbytes() == part.numel() * part.element_size()
+    if part.stride() != before.stride or not alone:
+        rearrange(parameter, functools.partial(restore, stride=before.stride))
 
 
 def _default_executor(weight: Tensor) -> Executor:

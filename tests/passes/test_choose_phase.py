@@ -40,6 +40,7 @@ def flat(x):
         (Net(last=lambda x: x[:, -1:]), (1, 5, 12), "prefill"),
         (Net(last=lambda x: x[:, -1]), (1, 5, 12), "prefill"),
         (Net(last=lambda x: x.unsqueeze(1).expand(-1, 3, -1, -1)), (4, 1, 12), "decode"),  # one row for each head
+        (Net(last=lambda x: x.expand(-1, 5, -1)), (1, 1, 12), "decode"),  # a Linear that reads all cached tokens
     ],
 )
 def test_phase(rewrite, net, size, phase):

@@ -33,14 +33,14 @@ def test_unknown_tensors_are_named():
 
 
 def test_settings_there_and_back():
-    settings = (Score(0.3, 2), SHAPES, 100, "text", {"architecture": "Llama"})
+    settings = (Score(0.3, 2), SHAPES, 100, "text", {"architecture": "Llama"}, ("lm_head",))
     reader = MetadataReader(pack_settings(*settings))
     assert unpack_settings(reader) == settings
     assert reader.problems == []
 
 
 def test_an_impossible_score_is_noted():
-    reader = MetadataReader({**pack_settings(Score(), SHAPES, 1, "text", {}), "exponent": "-1", "norm": "2"})
+    reader = MetadataReader({**pack_settings(Score(), SHAPES, 1, "text", {}, ()), "exponent": "-1", "norm": "2"})
     unpack_settings(reader)
     assert reader.problems == ["a score's exponent must be finite and at least 0, found -1"]
 

@@ -67,8 +67,8 @@ def test_targets_out_of_range_are_refused(target):
 @pytest.mark.parametrize(
     ("exclude", "message"),
     [
-        (["lm_heat"], r"lm_heat was not calibrated \(did you mean lm_head\?\)"),
-        (SHAPES, "no Linear is scheduled"),
+        (["lm_heat"], r"exclude 'lm_heat' matches none of \d+ Linears \(one is lm_head\)"),
+        (SHAPES, "nothing is left"),
     ],
 )
 def test_exclusions_that_cannot_be_are_refused(exclude, message):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import was_fx
+from was_fx.linears import find_linears
 
 
 def inputs_of(model: torch.nn.Module, name: str, tokens: torch.Tensor) -> torch.Tensor:
@@ -138,3 +139,23 @@ def test_calibration_memory_does_not_grow_with_the_text():
     peaks = [measure_memory("calibrate", repeats)[2] for repeats in ("2", "20")]
     activations = 18 * 2 * 64 * 8 * (3 * 1024 + 1024 + 2 * 1024 + 4096) * 4  # what keeping them would have added
     assert peaks[1] - peaks[0] < activations / 4
+
+
+def test_include_and_exclude_choose_linears_and_the_schedule_fits(llama, oracle, tokens):
+    calibration = was_fx.calibrate(llama, tokens, include="*", exclude=["*.k_proj", "re:.*layers[.]0[.]mlp[.].*"])
+    names = list(calibration.shapes)
+    assert "lm_head" in names
+    assert calibration.excluded == tuple(
+        name for name in find_linears(llama) if name.endswith("k_proj") or ".layers.0.mlp." in name
+    )
+    schedule = was_fx.uniform(calibration, 0.5, exclude="model.layers.1.*.o_proj")
+    assert list(schedule.linears) == [name for name in names if name != "model.layers.1.self_attn.o_proj"]
+    expected = oracle(llama, schedule)
+    was_fx.sparsify(llama, schedule, prefill="all", executor="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(llama(tokens).logits, expected(tokens).logits, atol=2e-4, rtol=1e-4)
+
+
+def test_a_pattern_that_matches_no_linear_is_refused(llama, tokens):
+    with pytest.raises(was_fx.ScheduleError, match=r"exclude '\*\.q' matches none of 15 Linears"):
+        was_fx.calibrate(llama, tokens, exclude="*.q")

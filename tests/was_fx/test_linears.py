@@ -6,7 +6,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, LlamaConfig, MixtralConfig
 from transformers.pytorch_utils import Conv1D
 
-from was_fx.linears import body_linears, check_tokens, find_linears, vocabulary, weight_bytes_per_token
+from was_fx.linears import (
+    body_linears,
+    check_tokens,
+    dense_expert_share,
+    expert_parameters,
+    find_linears,
+    vocabulary,
+    weight_bytes_per_token,
+)
 
 TOKENS = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **TOKENS}
@@ -132,6 +140,23 @@ GPT2_BODY = 2 * (12 * 64 * 64 + (3 + 1 + 4 + 1) * 64 + 4 * 64) + 2 * 64
 def test_weight_bytes_of_a_token(models, name, elements):
     assert weight_bytes_per_token(models[name]) == 4 * elements
     assert weight_bytes_per_token(models[name], find_linears(models[name]).values()) == 4 * elements
+
+
+def test_of_experts_a_token_reads_those_it_is_sent_to(models):
+    experts = expert_parameters(models["mixtral"])
+    assert list(experts) == [
+        f"model.layers.{i}.mlp.experts.{each}_proj" for i in range(2) for each in ("gate_up", "down")
+    ]
+    # Two of four experts of 3·96·64; q and o 64·64, k and v 32·64, router 4·64, two norms; the last norm and the head.
+    read = 2 * (2 * 3 * 96 * 64)
+    others = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 4 * 64 + 2 * 64) + 64 + 128 * 64
+    assert weight_bytes_per_token(models["mixtral"]) == 4 * (read + others)
+    assert dense_expert_share(models["mixtral"]) == pytest.approx(read / (read + others))
+
+
+def test_a_model_without_experts_has_none(models):
+    assert expert_parameters(models["llama"]) == {}
+    assert dense_expert_share(models["llama"]) == 0
 
 
 def test_weight_bytes_follow_the_dtype():
