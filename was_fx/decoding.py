@@ -14,6 +14,7 @@ import functools
 import inspect
 from collections import deque
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ from torch import Tensor, nn
 # Steps that may be queued before the first of them has been read: more than Python needs to keep the GPU busy, few
 # enough that little is thrown away after the last token.
 AHEAD = 4
+
+# The static cache of a model's last `generate()`, where that made it itself: the next call of the same size takes it,
+# so that the decode steps captured with it serve again.
+_kept: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 # What `generate()` may hand to a model besides its token ids.
 _KNOWN = {"past_key_values", "position_ids", "attention_mask", "use_cache", "logits_to_keep"}
@@ -34,15 +39,22 @@ def decode(
     generation_config: Any,
     synced_gpus: bool = False,
     streamer: Any = None,
+    keep_cache: bool = False,
     **model_kwargs: Any,
 ) -> Any:
     """Greedy decoding or sampling with a static cache; whatever else is asked for is left to transformers.
 
-    The arguments are those that `generate()` gives to a decoding method.
+    The arguments are those that `generate()` gives to a decoding method, and:
+
+    Args:
+        keep_cache: the cache is nobody else's, and may be kept for the next call.
 
     Returns:
         LongTensor [B, tokens] of prompt and new tokens, or what transformers' method returns.
     """
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and bool(mask.all()):
+        model_kwargs["attention_mask"] = None  # no padding: it says nothing
     if not _serves(generation_config, synced_gpus, model_kwargs):
         method = _own_method(model, generation_config, model_kwargs)
         return method(
@@ -54,8 +66,13 @@ def decode(
             streamer=streamer,
             **model_kwargs,
         )
+    if keep_cache:
+        model_kwargs["past_key_values"] = _reused(model, model_kwargs["past_key_values"], len(input_ids))
     loop = _Loop(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
-    return loop.run()
+    text = loop.run()
+    if keep_cache:
+        _kept[model] = model_kwargs["past_key_values"]
+    return text
 
 
 def use_decode(model: nn.Module) -> None:
@@ -66,6 +83,7 @@ def use_decode(model: nn.Module) -> None:
 def restore_generate(model: nn.Module) -> None:
     """Undo `use_decode`."""
     model.__dict__.pop("generate", None)
+    _kept.pop(model, None)
 
 
 def _generate(model: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -75,10 +93,11 @@ def _generate(model: Any, *arguments: Any, **keywords: Any) -> Any:
     beams = keywords.get("num_beams", config.num_beams)
     if plain and (beams or 1) == 1:
         # generate() itself keeps the streamer from a custom loop.
-        keywords["custom_generate"] = functools.partial(decode, streamer=keywords.get("streamer"))
+        own = keywords.get("past_key_values") is None
+        keywords["custom_generate"] = functools.partial(decode, streamer=keywords.get("streamer"), keep_cache=own)
         chosen = keywords.get("cache_implementation", config.cache_implementation)
         cached = keywords.get("use_cache", config.use_cache) is not False
-        if chosen is None and cached and keywords.get("past_key_values") is None:
+        if chosen is None and cached and own:
             keywords["cache_implementation"] = "static"
     return type(model).generate(model, *arguments, **keywords)
 
@@ -95,6 +114,24 @@ def _serves(config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> boo
         and model_kwargs.get("attention_mask") is None
         and getattr(cache, "is_compileable", False)
     )
+
+
+def _reused(model: Any, cache: Any, batch: int) -> Any:
+    """The kept cache, emptied, if it is like `cache`, which has not been used; else `cache`."""
+    from transformers.cache_utils import StaticLayer
+
+    kept = _kept.pop(model, None)  # nobody else's while it is in use
+    if kept is None or cache.offloading or len(kept.layers) != len(cache.layers):
+        return cache
+    for ours, theirs in zip(kept.layers, cache.layers, strict=True):
+        if type(ours) is not type(theirs) or not isinstance(ours, StaticLayer):
+            return cache
+        if (ours.max_cache_len, ours.batch_size) != (theirs.max_cache_len, batch):
+            return cache
+        if (ours.keys.dtype, ours.keys.device.type) != (model.dtype, model.device.type):
+            return cache
+    kept.reset()
+    return kept
 
 
 def _own_method(model: Any, config: Any, model_kwargs: dict[str, Any]) -> Any:
