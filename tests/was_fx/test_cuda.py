@@ -123,7 +123,8 @@ def test_other_lengths_do_not_compile_again(llama, tokens, contexts):
     compiled = len(contexts)
     for length, new in ((9, 30), (40, 15)):
         generate(model, tokens[:1, :length].cuda(), new)
-    assert len(contexts) == compiled == 2
+    assert len(contexts) == compiled
+    assert compiled <= 2, "one size of cache, then any"
 
 
 @pytest.mark.parametrize("batch", [2, 3, 8, 9])
