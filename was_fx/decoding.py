@@ -128,7 +128,8 @@ def _reused(model: Any, cache: Any, batch: int) -> Any:
             return cache
         if (ours.max_cache_len, ours.batch_size) != (theirs.max_cache_len, batch):
             return cache
-        if (ours.keys.dtype, ours.keys.device.type) != (model.dtype, model.device.type):
+        keys = ours.keys
+        if keys is None or (keys.dtype, keys.device.type) != (model.dtype, model.device.type):
             return cache
     kept.reset()
     return kept

@@ -324,7 +324,10 @@ def test_weights_of_a_merged_call_lie_one_after_the_other(llama):
     ("options", "message"),
     [
         ({"prefil": "all"}, r"""backend "was" has no option 'prefil'; did you mean 'prefill'\?"""),
-        ({"no such option": 1}, r"its own are compile_prompts, cuda_graphs, disable, executor, lists, observe, prefill, schedule"),
+        (
+            {"no such option": 1},
+            r"its own are compile_prompts, cuda_graphs, disable, executor, lists, observe, prefill, schedule",
+        ),
         ({"executor": "aot"}, "executor is 'aot'; it must be 'inductor' or 'eager'"),
         ({"prefill": "some"}, "prefill is 'some'; it must be one of dense, sparse, half, all"),
         ({"disable": ("merge",), "executor": "eager"}, "disable names merge; the passes to choose from are"),
