@@ -27,28 +27,34 @@ from was_fx.schedules.recipes import RECIPES, Recipe
 from was_fx.schedules.score import Score
 
 LENGTH = 512
+SEARCH_SEEDS = 5
 SCORES = {"|x|": Score(0.0, 1), "|x|·‖W‖₁": Score(1.0, 1), "|x|·‖W‖₂": Score(1.0, 2), "|x|·‖W‖₂^½": Score(0.5, 2)}
 
 
 def recipe(name: str, score: str, step: float) -> Recipe:
     """A recipe's allocation with another score, and one step of the greedy descent for all."""
-    inside_over = {"uniform": "uniform", "greedy": "teal"}
-    base = RECIPES[inside_over.get(name, name)]
+    if name == "random":
+        base = dataclasses.replace(RECIPES["was"], name="random", over="random")
+    else:
+        base = RECIPES[{"greedy": "teal"}.get(name, name)]
     chosen = None if score == "searched" else SCORES[score]
     return dataclasses.replace(base, score=chosen, greedy=Greedy(step=step))
 
 
 def plan(seeds: int) -> list[tuple[float, str, str, int]]:
-    """(level, allocation, score, seed), what matters most first."""
+    """(level, allocation, score, seed), what matters most first; a search by Bayes and by chance from 5 seeds last."""
     main = [("uniform", "|x|"), ("greedy", "|x|"), ("exact", "|x|·‖W‖₁"), ("was", "|x|·‖W‖₁")]
     more = [("uniform", score) for score in (*list(SCORES)[1:], "searched")]
     more += [("greedy", "|x|·‖W‖₁"), ("exact", "|x|"), ("greedy", "|x|·‖W‖₂"), ("wisparse", "searched")]
-    rows = [(level, *each, 0) for levels in ((0.6, 0.75), (0.5, 0.4)) for each in main for level in levels]
-    rows += [(level, *each, seed) for seed in range(1, seeds) for each in main[2:] for level in (0.6, 0.75)]
-    rows += [(level, *each, 0) for each in more for level in (0.6, 0.75)]
-    rows += [(level, *each, seed) for seed in range(1, seeds) for each in main[2:] for level in (0.5, 0.4)]
-    rows += [(level, *each, 0) for each in more for level in (0.5, 0.4)]
-    rows += [(level, "wisparse", "searched", seed) for seed in range(1, seeds) for level in (0.6, 0.75, 0.5, 0.4)]
+    high, low = (0.6, 0.75), (0.5, 0.4)
+    rows = [(level, *each, 0) for levels in (high, low) for each in main for level in levels]
+    rows += [(level, *each, seed) for seed in range(1, seeds) for each in main[2:] for level in high]
+    rows += [(level, *each, 0) for each in more for level in high]
+    rows += [(level, *each, seed) for seed in range(1, seeds) for each in main[2:] for level in low]
+    rows += [(level, *each, 0) for each in more for level in low]
+    rows += [(0.75, "random", "|x|·‖W‖₁", seed) for seed in range(SEARCH_SEEDS)]
+    rows += [(0.75, "was", "|x|·‖W‖₁", seed) for seed in range(seeds, SEARCH_SEEDS)]
+    rows += [(level, "wisparse", "searched", seed) for seed in range(1, seeds) for level in (*high, *low)]
     return rows
 
 
@@ -73,7 +79,7 @@ class Bench:
         self.model = embedded.load(torch.float32)[0]
         self.valid = windows(arguments.valid, "validation", arguments.windows)
         self.samples = windows(arguments.valid, "validation", arguments.windows, 0.5)
-        self.test = windows(arguments.test, "test", arguments.test_windows)
+        self.test = windows(arguments.test, "test", arguments.test_windows, 0.5)
         self.step, self.budget = arguments.step, arguments.budget
         self.calibrations: dict[Score | None, was_fx.Calibration] = {}
         self.tables: dict = {}
@@ -113,6 +119,7 @@ class Bench:
             "loss": round(loss, 5),
             "loss_at_equal_bytes": round(equal, 5),
             "perplexity": round(math.exp(equal), 2),
+            "validation": min(history["best"]) if history.get("best") else None,
             "tokens": history["tokens"],
             "optimizer_seconds": round(max(state.optimizer_seconds for state in states), 1),
             "stopped": history.get("stopped", 0),
@@ -142,7 +149,7 @@ class Bench:
         return was_fx.evaluate(self.model, self.test, batch_size=4).perplexity
 
 
-def show(rows: list[dict]) -> None:
+def show(rows: list[dict], seeds: int) -> None:
     """One Markdown table: perplexity at equal realised bytes, mean over seeds ± spread, and the search's tokens."""
     levels = sorted({row["level"] for row in rows if "level" in row})
     print("| allocation | score | " + " | ".join(f"{100 * level:g} %" for level in levels) + " | tokens | seconds |")
@@ -152,14 +159,25 @@ def show(rows: list[dict]) -> None:
         if "level" in row:
             groups.setdefault((row["allocation"], row["score"]), []).append(row)
     for (allocation, score), found in groups.items():
+        if allocation == "random":
+            continue
         cells = []
         for level in levels:
-            values = [row["perplexity"] for row in found if row["level"] == level]
+            values = [row["perplexity"] for row in found if row["level"] == level and row["seed"] < seeds]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "–")
         spent = statistics.median(sum(row["tokens"].values()) for row in found)
         seconds = statistics.median(row["seconds"] for row in found)
         print(f"| {allocation} | {score} | " + " | ".join(cells) + f" | {spent / 1000:,.0f} k | {seconds:.0f} |")
+
+
+def show_searches(rows: list[dict]) -> None:
+    """Search over blocks by Bayes and by chance, of equally many trials: best validation loss and test perplexity."""
+    print("| over blocks, 75 % | seed | best validation loss | perplexity |\n|---|---|---|---|")
+    for row in rows:
+        if row.get("level") == 0.75 and row["allocation"] in ("was", "random"):
+            name = {"was": "Bayesian"}.get(row["allocation"], "random")
+            print(f"| {name} | {row['seed']} | {row['validation']:.4f} | {row['perplexity']:.2f} |")
 
 
 def main() -> None:
@@ -168,7 +186,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path, help="test text, plain or .xz; for the report only")
     parser.add_argument("--out", type=Path, default=Path("schedules.jsonl"))
     parser.add_argument("--windows", type=int, default=16, help="validation windows of 512 tokens per trial")
-    parser.add_argument("--test-windows", type=int, default=16)
+    parser.add_argument("--test-windows", type=int, default=32)
     parser.add_argument("--budget", type=int, default=50, help="trials of a search over blocks")
     parser.add_argument("--step", type=float, default=0.05, help="step of the greedy descent")
     parser.add_argument("--seeds", type=int, default=3)
@@ -187,7 +205,8 @@ def main() -> None:
                     rows.append(bench.row(*each))
                     print(json.dumps(rows[-1], ensure_ascii=False), file=file, flush=True)
     print(json.dumps(rows[0]))
-    show(rows)
+    show(rows, arguments.seeds)
+    show_searches(rows)
 
 
 if __name__ == "__main__":
