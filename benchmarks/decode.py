@@ -16,8 +16,9 @@ from environment import describe
 from rich.console import Console
 from rich.table import Table
 
-from was_fx.gpu_speed import GpuRow, gpu_model, gpu_speed
+from was_fx.gpu_speed import GpuRow, gpu_speed
 from was_fx.shapes import SHAPES, config
+from was_fx.speed import random_model
 
 _COLUMNS = {
     "sparsity": lambda row: f"{row.target:.0%}" if row.target else "dense",
@@ -60,7 +61,7 @@ def main() -> None:
     start = time.perf_counter()
     changes = {"num_hidden_layers": arguments.blocks} if arguments.blocks else {}
     rows = gpu_speed(
-        gpu_model(config(arguments.shape, **changes)),
+        random_model(config(arguments.shape, **changes), device="cuda"),
         arguments.targets,
         prompt=arguments.prompt,
         tokens=arguments.tokens,

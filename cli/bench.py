@@ -74,14 +74,11 @@ def _model(name: str, dtype: options.Dtype, device: str) -> Any:
     if name not in SHAPES:
         with progress(f"Loading {name}"):
             return load_model(name, dtype, device).model
-    from was_fx.gpu_speed import gpu_model
     from was_fx.speed import random_model
 
     number = torch_dtype(options.Dtype.bf16 if dtype is options.Dtype.auto else dtype)
     with progress(f"Making {name} with random weights"):
-        if torch_device(device).type == "cuda":
-            return gpu_model(config(name), dtype=number)
-        return random_model(config(name), dtype=number)
+        return random_model(config(name), dtype=number, device=str(torch_device(device)))
 
 
 def _show(model: str, rows: "list[GpuRow] | list[SpeedRow]") -> None:

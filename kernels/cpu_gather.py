@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from was_fx.kernels.user_cache import user_cache
+
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -104,7 +106,7 @@ def _compiled(compiler: str) -> Path:
 
 def _cache() -> Path:
     """A folder of the user's to keep compiled files in; a temporary one when theirs can't be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "was_fx"
+    folder = user_cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -89,7 +89,6 @@ def _gather_gemv(
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,  # an entry's offset needs 64 bits
     UPCAST: tl.constexpr,
-    UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -124,7 +123,7 @@ def _gather_gemv(
     tokens = tl.arange(0, TOKENS)
     sums = tl.zeros([ROWS if TOKENS == 1 else TOKENS, COLUMNS], tl.float32)
     k, x = _listed(x_ptr, index_ptr, t_ptr, counts, ends, first, last, tokens, M, K, TOKENS, SEGMENT, SEGMENTS, ROWS)
-    for row in tl.range(first, last, ROWS, loop_unroll_factor=UNROLL):
+    for row in tl.range(first, last, ROWS):
         entries = (k.to(tl.int64) if WIDE else k)[:, None] * n + columns[None, :]
         listed = row + tl.arange(0, ROWS) < last
         w = tl.load(
@@ -225,7 +224,6 @@ def gather_gemv(
         ALIGNED=all(n % 16 == 0 for n in sizes) and all(w.data_ptr() % 16 == 0 for w in weights),
         WIDE=max(sizes) * rows.shape[1] >= 2**31,
         UPCAST=interpreted(),
-        UNROLL=config.unroll,
         num_warps=config.warps,
         **launch_options(x),
     )

@@ -44,7 +44,7 @@ def candidates(channels: int, sizes: Sequence[int], multiprocessors: int) -> lis
         for programs in (1, 2, 3, 4):
             splits = max(1, round(programs * multiprocessors / tiles))
             if splits <= 16 and splits * 32 <= max(channels, 32):
-                found.append(GemvConfig(rows, columns, splits, 4, 1))
+                found.append(GemvConfig(rows, columns, splits, 4))
     return list(dict.fromkeys(found))
 
 

@@ -1,15 +1,14 @@
 """How far a block's output is off when its Linears drop channels: what the greedy allocation and the search for
 exponents compare."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from was_fx.linears import find_linears
+from was_fx.linears import find_linears, looking_at_inputs
 from was_fx.schedules.blocks import Block
 from was_fx.schedules.score import channel_norms, channel_scale
 from was_fx.schedules.threshold_table import ThresholdTable
@@ -87,7 +86,13 @@ class BlockError:
             if sparsity > 0
         }
         self.calls += 1
-        with _dropping({name: self._linears[name].module for name in thresholds}, thresholds, self._first):
+
+        def drop(name: str, x: Tensor) -> Tensor:
+            dropped = x.abs() <= thresholds[name]
+            dropped[..., : self._first, :] = False
+            return x.masked_fill(dropped, 0)
+
+        with looking_at_inputs({name: self._linears[name] for name in thresholds}, drop):
             difference = self._inputs.output(self._block) - self._dense
         return float(difference[:, self._first :].float().norm())
 
@@ -116,37 +121,15 @@ def linear_errors(
     linears = {name: linear for name, linear in find_linears(model).items() if name in block.shapes}
     errors: dict[str, dict[float, float]] = {name: {} for name in linears}
 
-    def measure(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def measure(name: str, x: Tensor) -> None:
         weight = linears[name].weight
         norms = channel_norms(weight, norm)
-        x = args[0].reshape(-1, args[0].shape[-1])
+        x = x.reshape(-1, x.shape[-1])
         for exponent in exponents:
             scores = x.abs().float() * channel_scale(norms, exponent)
             cut = scores.flatten().kthvalue(max(1, round(sparsity * scores.numel()))).values
             errors[name][exponent] = float((x.masked_fill(scores > cut, 0) @ weight.t()).float().norm())
 
-    handles = [linear.module.register_forward_pre_hook(partial(measure, name)) for name, linear in linears.items()]
-    try:
+    with looking_at_inputs(linears, measure):
         inputs.output(block)
-    finally:
-        for handle in handles:
-            handle.remove()
     return errors
-
-
-@contextmanager
-def _dropping(modules: Mapping[str, nn.Module], thresholds: Mapping[str, Tensor], first: int) -> Iterator[None]:
-    """Let Linears drop channels, from a token of each sequence on, while the context lasts."""
-
-    def drop(threshold: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, *rest = args
-        dropped = x.abs() <= threshold
-        dropped[..., :first, :] = False
-        return x.masked_fill(dropped, 0), *rest
-
-    handles = [module.register_forward_pre_hook(partial(drop, thresholds[name])) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from was_fx.linears import LinearModule, body_linears, check_tokens, find_linears
+from was_fx.linears import body_linears, check_tokens, find_linears, looking_at_inputs
 from was_fx.placement import input_device, refuse_sharded, whole_channel_norms
 from was_fx.schedules.calibration import Calibration, CalibrationBuilder
 from was_fx.schedules.schedule import Schedule
@@ -64,8 +64,8 @@ def calibrate(
     linears = {name: everything[name] for name in select(everything, include, exclude, default=body)}
     norms = {name: whole_channel_norms(linear, score.norm) for name, linear in linears.items()}
     builder = CalibrationBuilder(score, {name: linear.shape for name, linear in linears.items()}, norms)
-    hooks = {name: partial(_record, builder, name) for name in linears}
-    _run(model, linears, hooks, tokens, batch_size, progress)
+    with looking_at_inputs(linears, builder.add):
+        _run(model, tokens, batch_size, progress)
     excluded = [name for name in body if name not in linears]
     return builder.build(text=text, fingerprint=model_fingerprint(model, everything), excluded=excluded)
 
@@ -158,51 +158,30 @@ def measure_thresholds(
     thresholds = {
         name: None if dropping is None else dropping.linears[name].channel_thresholds(norms[name]) for name in linears
     }
-    hooks = {name: partial(_record_and_drop, builder, name, thresholds[name], signed) for name in linears}
-    _run(model, linears, hooks, tokens, batch_size, progress)
+
+    def record_and_drop(name: str, x: Tensor) -> Tensor | None:
+        builder.add(name, x.clamp(min=0) if signed else x)
+        threshold = thresholds[name]
+        return None if threshold is None else x.masked_fill(x.abs() <= threshold, 0)
+
+    with looking_at_inputs(linears, record_and_drop):
+        _run(model, tokens, batch_size, progress)
     return ThresholdTable(builder.build(text="", fingerprint={}), dict(exponents), norm, signed)
 
 
-def _run(
-    model: nn.Module,
-    linears: Mapping[str, LinearModule],
-    hooks: Mapping[str, Callable],
-    tokens: Tensor,
-    batch_size: int,
-    progress: Progress | None,
-) -> None:
-    """Run the text through the model with a forward-pre-hook on each Linear."""
-    handles = [linear.module.register_forward_pre_hook(hooks[name]) for name, linear in linears.items()]
+def _run(model: nn.Module, tokens: Tensor, batch_size: int, progress: Progress | None) -> None:
+    """Run the text through the model."""
     training = model.training
     model.eval()
     try:
         device = input_device(model)
         for start in range(0, tokens.shape[0], batch_size):
-            # Not the model's own call, which is compiled when it is sparsified and would not see the hooks.
+            # Not the model's own call, which is compiled when it is sparsified.
             model.forward(input_ids=tokens[start : start + batch_size].to(device), use_cache=False)
             if progress is not None:
                 progress(min(start + batch_size, tokens.shape[0]), tokens.shape[0])
     finally:
-        for handle in handles:
-            handle.remove()
         model.train(training)
-
-
-def _record(builder: CalibrationBuilder, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    builder.add(name, args[0])
-
-
-def _record_and_drop(
-    builder: CalibrationBuilder,
-    name: str,
-    threshold: Tensor | None,
-    signed: bool,
-    module: nn.Module,
-    args: tuple[Tensor, ...],
-) -> tuple[Tensor, ...]:
-    x, *rest = args
-    builder.add(name, x.clamp(min=0) if signed else x)
-    return args if threshold is None else (x.masked_fill(x.abs() <= threshold, 0), *rest)
 
 
 def _later_round(progress: Progress, done: int, rounds: int, sequences: int, of: int) -> None:

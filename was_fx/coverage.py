@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.calibration import calibrate
-from was_fx.linears import LinearModule, body_linears, dense_expert_share, expert_parameters, find_linears
+from was_fx.linears import body_linears, dense_expert_share, expert_parameters, find_linears, looking_at_inputs
 from was_fx.passes.context import Context
 from was_fx.passes.pipeline import observers
 from was_fx.schedules.schedule import Schedule
@@ -219,16 +219,14 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 def _dense(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[str]]:
     """Logits of a dense model, and the Linears of its body whose module is not called on the way."""
-    linears: dict[str, LinearModule] = body_linears(model)
+    linears = body_linears(model)
     called: set[str] = set()
 
-    def note(name: str, *_: Any) -> None:
+    def note(name: str, x: Tensor) -> None:
         called.add(name)
 
-    handles = [each.module.register_forward_pre_hook(partial(note, name)) for name, each in linears.items()]
-    logits = _logits(model, tokens)
-    for handle in handles:
-        handle.remove()
+    with looking_at_inputs(linears, note):
+        logits = _logits(model, tokens)
     return logits, [name for name in linears if name not in called]
 
 

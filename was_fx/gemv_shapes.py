@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from was_fx.gpu_speed import gpu_model
 from was_fx.sequential import uniform_while_dropping
 from was_fx.sparsification import sparsify
+from was_fx.speed import random_model
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def gemv_shapes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[tuple[
     text.num_hidden_layers = 2
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:2]
-    model = gpu_model(small, dtype=dtype)
+    model = random_model(small, dtype=dtype, device="cuda")
     ids = torch.randint(text.vocab_size, (1, 16))
     sparsify(model, uniform_while_dropping(model, ids, 0.5), executor="eager")
     before = set(REQUESTED)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from was_fx.backend import raise_recompile_limit
 from was_fx.linears import vocabulary, weight_bytes_per_token
 from was_fx.schedules.schedule import Schedule
 from was_fx.schedules.score import Score
@@ -58,15 +59,6 @@ class GpuRow:
     ratio: float
 
 
-def gpu_model(config: Any, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn.Module:
-    """A causal LM with random weights, made on the GPU."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
 @torch.no_grad()
 def gpu_speed(
     model: nn.Module,
@@ -111,7 +103,7 @@ def gpu_speed(
     if device.type != "cuda":
         raise ValueError(f"the model is on {device}; expected a CUDA device (was_fx.decode_speed times a CPU)")
     say = progress or (lambda text: None)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    raise_recompile_limit()
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary(model) or 2, (4, max(prompt, long_prompt, 256)), generator=generator)
     say("calibrating")
@@ -268,4 +260,4 @@ def _graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-__all__ = ["GpuRow", "gpu_model", "gpu_speed"]
+__all__ = ["GpuRow", "gpu_speed"]

@@ -1,7 +1,9 @@
 """The Linears of a model, seen alike whatever module class holds them."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,6 +126,28 @@ def _expert_bytes(model: nn.Module, experts: Collection[int]) -> int:
     chosen = getattr(config, "num_experts_per_tok", None)
     parameters = [parameter for parameter in model.parameters() if id(parameter) in experts]
     return sum(min(chosen or p.shape[0], p.shape[0]) * p[0].numel() * p.element_size() for p in parameters)
+
+
+@contextmanager
+def looking_at_inputs(
+    linears: Mapping[str, LinearModule], look: Callable[[str, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Call `look(name, x)` with the input x [..., K] of each Linear before it runs, while the context lasts.
+
+    A tensor that it returns takes the place of x. The compiled call of a sparsified model does not see this: use the
+    model's `forward`.
+    """
+
+    def hook(name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        x, *others = arguments
+        replaced = look(name, x)
+        return None if replaced is None else (replaced, *others)
+
+    with ExitStack() as stack:
+        for name, linear in linears.items():
+            handle = linear.module.register_forward_pre_hook(partial(hook, name))
+            stack.callback(handle.remove)
+        yield
 
 
 def vocabulary(model: nn.Module) -> int | None:

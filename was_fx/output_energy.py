@@ -1,13 +1,12 @@
 """The share of each Linear's output energy that is dropped at each sparsity: the shape of its loss curve."""
 
 from collections.abc import Mapping
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from was_fx.linears import find_linears
+from was_fx.linears import find_linears, looking_at_inputs
 from was_fx.schedules.projection import Vector
 from was_fx.schedules.score import channel_norms, channel_scale
 
@@ -37,8 +36,8 @@ def dropped_energy(
     linears = {name: linear for name, linear in find_linears(model).items() if name in exponents}
     curves: dict[str, Vector] = {}
 
-    def measure(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1]).float()
+    def measure(name: str, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1]).float()
         weight = linears[name].weight
         scores = (x.abs() * channel_scale(channel_norms(weight, norm), exponents[name])).flatten()
         energies = (x.square() * channel_norms(weight, 2).square()).flatten()
@@ -48,10 +47,6 @@ def dropped_energy(
         ranks = np.linspace(0, 1, len(total) + 1)
         curves[name] = np.interp(levels, ranks, np.concatenate([[0.0], total]) / max(total[-1], 1e-300))
 
-    handles = [linear.module.register_forward_pre_hook(partial(measure, name)) for name, linear in linears.items()]
-    try:
+    with looking_at_inputs(linears, measure):
         model.forward(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return np.stack([curves[name] for name in exponents])

@@ -4,13 +4,10 @@
 what the Linears before it have left. Works on the module's own hooks: nothing is compiled, one forward is enough.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
-from was_fx.linears import body_linears, check_tokens, weight_bytes_per_token
+from was_fx.linears import body_linears, check_tokens, looking_at_inputs, weight_bytes_per_token
 from was_fx.schedules.linear_schedule import LinearSchedule
 from was_fx.schedules.schedule import Schedule
 from was_fx.schedules.score import Score, channel_norms, channel_scale
@@ -31,16 +28,16 @@ def uniform_while_dropping(model: nn.Module, tokens: Tensor, target: float, scor
     linears = body_linears(model)
     found: dict[str, LinearSchedule] = {}
 
-    def read(name: str, x: Tensor) -> Tensor:
+    def read_and_drop(name: str, x: Tensor) -> Tensor:
+        norms = channel_norms(linears[name].weight, score.norm)
         if name not in found:
-            scale = channel_scale(channel_norms(linears[name].weight, score.norm), score.exponent)
-            scores = (x.float().abs() * scale).flatten()
+            scores = (x.float().abs() * channel_scale(norms, score.exponent)).flatten()
             rank = round(target * scores.numel())
             threshold = float(scores.kthvalue(rank).values) if rank else 0.0
             found[name] = LinearSchedule(target, threshold, score.exponent)
-        return _dropped(found[name], linears[name].weight, score.norm, x)
+        return x.masked_fill(x.abs() <= found[name].channel_thresholds(norms), 0)
 
-    with _inputs(model, read):
+    with looking_at_inputs(linears, read_and_drop):
         model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
     ordered = {name: found[name] for name in linears if name in found}
     return Schedule(ordered, {name: linears[name].shape for name in ordered}, score.norm)
@@ -55,42 +52,19 @@ def realised_sparsity(model: nn.Module, schedule: Schedule, tokens: Tensor) -> t
         schedule: of that model.
         tokens: LongTensor [n, seq].
     """
-    linears = body_linears(model)
+    body = body_linears(model)
+    linears = {name: linear for name, linear in body.items() if name in schedule.linears}
     shares: dict[str, float] = {}
 
-    def read(name: str, x: Tensor) -> Tensor:
-        if name not in schedule.linears:
-            return torch.zeros_like(x, dtype=torch.bool)
-        dropped = _dropped(schedule.linears[name], linears[name].weight, schedule.norm, x)
+    def drop(name: str, x: Tensor) -> Tensor:
+        norms = channel_norms(linears[name].weight, schedule.norm)
+        dropped = x.abs() <= schedule.linears[name].channel_thresholds(norms)
         shares[name] = float(dropped.mean(dtype=torch.float32))
-        return dropped
+        return x.masked_fill(dropped, 0)
 
-    with _inputs(model, read):
+    with looking_at_inputs(linears, drop):
         model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
     sizes = {name: linears[name].weight.numel() for name in shares}
     skipped = sum(share * sizes[name] for name, share in shares.items())
     width = next(iter(linears.values())).weight.element_size()
     return skipped / sum(sizes.values()), round(weight_bytes_per_token(model) - skipped * width)
-
-
-def _dropped(linear: LinearSchedule, weight: Tensor, norm: int, x: Tensor) -> Tensor:
-    """Which entries of x [..., K] the Linear drops, bool."""
-    return x.abs() <= linear.channel_thresholds(channel_norms(weight, norm))
-
-
-@contextmanager
-def _inputs(model: nn.Module, dropped: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """Let every Linear of the body see its input without the channels that `dropped(name, x)` names."""
-    handles = []
-    for name, linear in body_linears(model).items():
-
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> tuple[Tensor, ...]:
-            x, *others = arguments
-            return (x.masked_fill(dropped(name, x), 0), *others)
-
-        handles.append(linear.module.register_forward_pre_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

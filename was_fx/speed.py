@@ -73,13 +73,12 @@ class TokenClock:
 
 
 def random_model(config: Any, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", seed: int = 0) -> nn.Module:
-    """A causal LM with random weights for a configuration of transformers, such as `LlamaConfig(...)`."""
+    """A causal LM with random weights, made on the device, for a configuration such as `LlamaConfig(...)`."""
     from transformers import AutoModelForCausalLM
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.to(device).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def decode_speed(

@@ -8,7 +8,7 @@ import torch
 from was_fx.kernels import gemv_config
 from was_fx.kernels.gemv_config import GemvConfig, heuristic, shape_key, tuned
 
-ENTRY = {"rows": 16, "columns": 64, "splits": 3, "warps": 8, "unroll": 2}
+ENTRY = {"rows": 16, "columns": 64, "splits": 3, "warps": 8}
 OTHER = {**ENTRY, "splits": 5}
 KEY = "64,32+16,float32"
 

@@ -14,7 +14,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    config = GemvConfig(rows=32, columns=64, splits=2, warps=4, unroll=1)
+    config = GemvConfig(rows=32, columns=64, splits=2, warps=4)
     monkeypatch.setattr("was_fx.kernels.gpu_gather.gemv_config", lambda *_: config)
     monkeypatch.setattr("was_fx.kernels.gather_gemv.gemv_config", lambda *_: config)
 
