@@ -1,28 +1,34 @@
 """`search`: the sparsity of every Linear, by a recipe."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from was_fx import exact_allocation
 from was_fx.backend import Executor as GraphExecutor
+from was_fx.block_allocation import BlockAllocation
+from was_fx.block_level_search import history, search_blocks
 from was_fx.linears import check_tokens, find_linears
-from was_fx.schedules.block_search import Progress
+from was_fx.schedules.block_search import Progress, ramps
 from was_fx.schedules.calibration import Calibration
 from was_fx.schedules.errors import ScheduleError
 from was_fx.schedules.fingerprint import differences
 from was_fx.schedules.latency import LatencyTable
 from was_fx.schedules.level_table import LevelTable
+from was_fx.schedules.projection import check_budget
 from was_fx.schedules.recipes import Recipe, find_recipe
-from was_fx.schedules.schedule import Schedule
+from was_fx.schedules.schedule import Schedule, ScheduleMetadata
 from was_fx.schedules.schedule_metadata import tool_version
 from was_fx.schedules.trial_log import TrialLog
-from was_fx.search_steps import SearchSteps
+from was_fx.search_context import SearchContext
+from was_fx.search_trials import running
 from was_fx.sparsification import model_fingerprint, sparse_state
 
 
@@ -111,7 +117,7 @@ def search(
         "was_fx": tool_version(),
     }
     record = TrialLog(log, settings, resume=resume)
-    steps = SearchSteps(
+    context = SearchContext(
         model=model,
         calibration=calibration,
         recipe=chosen,
@@ -131,7 +137,43 @@ def search(
         executor=executor,
         progress=progress,
     )
-    return steps.run({key: settings[key] for key in ("trials", "batch", "cost", "tokens")} | {"text": text})
+    return _run(context, {key: settings[key] for key in ("trials", "batch", "cost", "tokens")} | {"text": text})
+
+
+def _run(context: SearchContext, settings: Mapping[str, Any]) -> Schedule:
+    """Thresholds, allocation inside blocks and over them, final thresholds; `settings` go into the metadata."""
+    recipe, target, blocks = context.recipe, context.target, context.blocks
+    margin, limit = recipe.margin if recipe.searches else 1.0, recipe.greedy.limit
+    bounds = max(target - margin, 0.0), min(target + margin, limit)
+    check_budget(target, [float(block.size) for block in blocks], *bounds)
+    inside = BlockAllocation(context)
+    table = context.dense_table(inside.exponents() if recipe.score is None else None)
+    found: dict[str, Any] = {}
+    uniform = np.full(len(blocks), target)
+    if recipe.over == "exact":
+        with running(context, table) as runner:
+            table, sparsities, found = exact_allocation.allocate(context, table, runner)
+    elif recipe.searches:
+        expand = inside.expansion(table)
+        table = context.table_at(table, expand(uniform))
+        with running(context, table) as runner:
+            result = search_blocks(context, table, expand, runner, ramps)
+        sparsities, found = dict(expand(result.levels)), history(result)
+    else:
+        sparsities = dict(inside.expansion(table)(uniform))
+    calibration = context.calibration
+    metadata = ScheduleMetadata(
+        recipe=recipe.name,
+        target=target,
+        seed=context.seed,
+        search=dict(settings),
+        excluded=tuple(name for name in calibration.shapes if name not in sparsities),
+        calibration_text=calibration.text,
+        calibration_tokens=calibration.tokens,
+        fingerprint=calibration.fingerprint,
+    )
+    schedule = context.final(table.schedule(sparsities, metadata))
+    return schedule.replace({}, history={**found, "tokens": dict(context.spent)})
 
 
 def _check(

@@ -1,0 +1,84 @@
+"""The step of the recipe `exact`: sparsities of all Linears at once, by measured sensitivities."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from was_fx.block_level_search import history, search_blocks
+from was_fx.output_energy import dropped_energy
+from was_fx.schedules.blocks import block_levels
+from was_fx.schedules.exact import Problem, combine, sensitivities
+from was_fx.schedules.latency import byte_savings
+from was_fx.schedules.projection import Vector
+from was_fx.schedules.threshold_table import ThresholdTable
+from was_fx.schedules.trial_runner import TrialRunner
+from was_fx.search_context import SearchContext, some
+from was_fx.search_trials import divergences
+
+# Windows that the last points are compared on.
+_CHECKS = 3
+_LEVELS = np.linspace(0.0, 1.0, 101)
+
+
+def allocate(
+    context: SearchContext, table: ThresholdTable, runner: TrialRunner
+) -> tuple[ThresholdTable, dict[str, float], dict[str, Any]]:
+    """Sweeps, each at the best point by those before; the last points compared; then trials over blocks, if any.
+
+    Returns:
+        Thresholds measured at the answer, its sparsities by qualified name, and the history of the trials.
+    """
+    settings, names = context.recipe.exact, tuple(context.shapes)
+    sample = some(context.samples, 2 * context.tokens.shape[1])
+    context.spent["curves"] += sample.numel()
+    energies = dropped_energy(context.model, table.exponents, sample, norm=table.norm, levels=_LEVELS)
+    savings = byte_savings if context.latency is None else context.latency.savings
+    problem = Problem(names, energies, _LEVELS, savings(context.shapes, _LEVELS))
+    windows = np.random.default_rng(context.seed).permutation(len(context.tokens))
+    at, sweeps, weights = np.full(len(names), context.target), [], np.ones(len(names))
+    visited = [at]
+    for sweep in range(settings.sweeps):
+        context.report(f"sensitivities of {len(names)} Linears", sweep, settings.sweeps)
+        table = context.table_at(table, _named(names, at))
+        window = int(windows[sweep % len(windows)])
+        measure = divergences(context, table, runner, f"sweep {sweep}", window)
+        sweeps.append(sensitivities(problem, at, measure, settings))
+        weights = combine(names, sweeps, settings)
+        at = problem.allocate(weights, context.target, settings)
+        visited.append(at)
+    table = context.table_at(table, _named(names, at))
+    # One noisy sweep can lead astray: of the last two points and the uniform one, the best on windows of their own.
+    candidates = [_named(names, point) for point in (*visited[:-3:-1], visited[0])]
+    scores = np.zeros(len(candidates))
+    for check in range(_CHECKS):
+        window = int(windows[(settings.sweeps + check) % len(windows)])
+        scores += divergences(context, table, runner, f"check {check}", window)(candidates)
+    sparsities = candidates[int(np.argmin(scores))]
+    if not context.trials:
+        return table, sparsities, {}
+    expand = _inside_blocks(context, problem, weights)
+    center = block_levels(context.blocks, sparsities)
+    result = search_blocks(context, table, expand, runner, lambda space: [space.center], center)
+    return table, expand(result.levels), history(result)
+
+
+def _inside_blocks(context: SearchContext, problem: Problem, weights: Vector) -> Callable[[Vector], dict[str, float]]:
+    """From block levels to sparsities: each block's own exact allocation at its level."""
+    settings = context.recipe.exact
+    index = {name: at for at, name in enumerate(problem.names)}
+
+    def expand(levels: Vector) -> dict[str, float]:
+        result: dict[str, float] = {}
+        for block, level in zip(context.blocks, levels, strict=True):
+            rows = [index[name] for name in block.shapes]
+            names = tuple(block.shapes)
+            part = Problem(names, problem.energies[rows], problem.levels, byte_savings(block.shapes, _LEVELS))
+            result |= _named(names, part.allocate(weights[rows], float(level), settings))
+        return {name: result[name] for name in problem.names}
+
+    return expand
+
+
+def _named(names: Sequence[str], values: Vector) -> dict[str, float]:
+    return dict(zip(names, values.tolist(), strict=True))
