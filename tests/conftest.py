@@ -4,6 +4,9 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: workers share the cores
+
 import pytest
 import torch
 
