@@ -4,8 +4,9 @@ How much the loss rises with the sparsity of Linear i is modelled as cᵢ · e�
 that is dropped at sparsity s (one pass over a text gives all of them), cᵢ its sensitivity. A sweep measures every cᵢ
 where the search stands, by raising one Linear at a time on one window of tokens. So interactions count: each is
 measured with all others as sparse as they are at that point. The solver then moves to the best allocation by these
-curves, and the next sweep measures there. The sensitivities of all sweeps are averaged, and drawn towards the product
-of a factor per block and a factor per projection, since one window is a noisy measure.
+curves, and the next sweep measures there. cᵢ is fitted to all sweeps by least squares, so that a step which drops
+little energy, and rises by little but noise, counts for little; and drawn towards the product of a factor per block and
+a factor per projection.
 
 What is measured is the divergence from the dense model's predictions. Its noise is far below that of the loss, which
 also has the noise of the text itself, so a few hundred tokens do.
@@ -45,9 +46,9 @@ class ExactSettings:
     """
 
     sweeps: int = 4
-    probe: float = 0.15
+    probe: float = 0.3
     tokens: int = 512
-    reach: float = 0.25
+    reach: float = 0.35
     limit: float = 0.95
     shrink: float = 0.4
     floor: float = 0.15
@@ -60,6 +61,19 @@ class ExactSettings:
         for name in ("probe", "reach", "limit", "shrink", "floor"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"exact needs {name} above 0 and below 1, found {getattr(self, name)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """What one sweep measured.
+
+    Attributes:
+        rises: of the divergence with each Linear raised alone, nats per token, [D].
+        drops: share of output energy dropped more by it, [D], above 0.
+    """
+
+    rises: Vector
+    drops: Vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +106,8 @@ class Problem:
         return solve(curves, curves.saved(np.full(count, target)), lower, upper)
 
 
-def sensitivities(problem: Problem, at: Vector, divergences: Divergences, settings: ExactSettings) -> Vector:
-    """One sweep: how much the divergence rises per share of energy dropped, [D], scaled to sum up to 1.
+def sweep(problem: Problem, at: Vector, divergences: Divergences, settings: ExactSettings) -> Sweep:
+    """How much the divergence rises when one Linear at a time drops more.
 
     Args:
         problem: the Linears.
@@ -107,17 +121,17 @@ def sensitivities(problem: Problem, at: Vector, divergences: Divergences, settin
         raised[index] = min(at[index] + settings.probe, 0.5 * (1 + at[index]))
         points.append(raised)
     start, *raised_to = divergences([_named(problem.names, point) for point in points])
-    rises = np.array(raised_to) - start
-    dropped = np.diagonal(np.stack([problem.energy(point) for point in points[1:]])) - problem.energy(at)
-    measured = rises / np.maximum(dropped, 1e-6)
-    return measured / max(float(np.abs(measured).sum()), 1e-12)
+    drops = np.diagonal(np.stack([problem.energy(point) for point in points[1:]])) - problem.energy(at)
+    return Sweep(np.array(raised_to) - start, np.maximum(drops, 1e-6))
 
 
-def combine(names: Sequence[str], sweeps: Sequence[Vector], settings: ExactSettings) -> Vector:
-    """The mean of the sweeps, drawn towards a product of block and projection factors; positive, [D]."""
-    mean = np.mean(sweeps, axis=0)
-    product = _product(names, mean)
-    return np.maximum((1 - settings.shrink) * mean + settings.shrink * product, settings.floor * product)
+def sensitivities(names: Sequence[str], sweeps: Sequence[Sweep], settings: ExactSettings) -> Vector:
+    """cᵢ with the least squared error Σ (rise − cᵢ · drop)² over the sweeps, drawn towards a product of block and
+    projection factors; positive, [D]."""
+    rises, drops = np.stack([each.rises for each in sweeps]), np.stack([each.drops for each in sweeps])
+    fitted = (rises * drops).sum(0) / (drops**2).sum(0)
+    product = _product(names, fitted)
+    return np.maximum((1 - settings.shrink) * fitted + settings.shrink * product, settings.floor * product)
 
 
 def _product(names: Sequence[str], values: Vector) -> Vector:

@@ -8,7 +8,7 @@ import numpy as np
 from was_fx.block_level_search import history, search_blocks
 from was_fx.output_energy import dropped_energy
 from was_fx.schedules.blocks import block_levels
-from was_fx.schedules.exact import Problem, combine, sensitivities
+from was_fx.schedules.exact import Problem, Sweep, sensitivities, sweep
 from was_fx.schedules.latency import byte_savings
 from was_fx.schedules.projection import Vector
 from was_fx.schedules.threshold_table import ThresholdTable
@@ -36,15 +36,16 @@ def allocate(
     savings = byte_savings if context.latency is None else context.latency.savings
     problem = Problem(names, energies, _LEVELS, savings(context.shapes, _LEVELS))
     windows = np.random.default_rng(context.seed).permutation(len(context.tokens))
-    at, sweeps, weights = np.full(len(names), context.target), [], np.ones(len(names))
+    at, weights = np.full(len(names), context.target), np.ones(len(names))
+    sweeps: list[Sweep] = []
     visited = [at]
-    for sweep in range(settings.sweeps):
-        context.report(f"sensitivities of {len(names)} Linears", sweep, settings.sweeps)
+    for number in range(settings.sweeps):
+        context.report(f"sensitivities of {len(names)} Linears", number, settings.sweeps)
         table = context.table_at(table, _named(names, at))
-        window = int(windows[sweep % len(windows)])
-        measure = divergences(context, table, runner, f"sweep {sweep}", window)
-        sweeps.append(sensitivities(problem, at, measure, settings))
-        weights = combine(names, sweeps, settings)
+        window = int(windows[number % len(windows)])
+        measure = divergences(context, table, runner, f"sweep {number}", window)
+        sweeps.append(sweep(problem, at, measure, settings))
+        weights = sensitivities(names, sweeps, settings)
         at = problem.allocate(weights, context.target, settings)
         visited.append(at)
     table = context.table_at(table, _named(names, at))
