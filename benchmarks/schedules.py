@@ -50,10 +50,10 @@ def plan(seeds: int) -> list[tuple[float, str, str, int]]:
     rows = [(level, *each, 0) for levels in (high, low) for each in main for level in levels]
     rows += [(level, *each, seed) for seed in range(1, seeds) for each in main[2:] for level in high]
     rows += [(level, *each, 0) for each in more for level in high]
-    rows += [(level, *each, seed) for seed in range(1, seeds) for each in main[2:] for level in low]
-    rows += [(level, *each, 0) for each in more for level in low]
     rows += [(0.75, "random", "|x|·‖W‖₁", seed) for seed in range(SEARCH_SEEDS)]
     rows += [(0.75, "was", "|x|·‖W‖₁", seed) for seed in range(seeds, SEARCH_SEEDS)]
+    rows += [(level, *each, 0) for each in more for level in low]
+    rows += [(level, *each, seed) for seed in range(1, seeds) for each in main[2:] for level in low]
     rows += [(level, "wisparse", "searched", seed) for seed in range(1, seeds) for level in (*high, *low)]
     return rows
 
