@@ -81,9 +81,11 @@ def test_exact_is_better_than_uniform_on_text_it_has_not_seen(embedded_model):
     validation, test = (embedded.tokens(split, 256, 8) for split in ("validation", "test"))
     calibration = was_fx.calibrate(embedded_model, validation, batch_size=4)
     losses = []
-    for name in ("uniform", "exact"):
+    exact = quick("exact")
+    exact = dataclasses.replace(exact, exact=dataclasses.replace(exact.exact, tokens=256))
+    for recipe in (quick("uniform"), exact):
         schedule = was_fx.search(
-            embedded_model, calibration, tokens=validation, target=0.7, recipe=quick(name), batch_size=4
+            embedded_model, calibration, tokens=validation, target=0.7, recipe=recipe, batch_size=4
         )
         was_fx.sparsify(embedded_model, schedule, executor="eager")
         losses.append(was_fx.evaluate(embedded_model, test, batch_size=4).loss)
