@@ -26,10 +26,7 @@ EXAMPLES = options.examples(
 
 def evaluate(
     model: options.Model,
-    schedule: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="A schedule to measure; may be given several times.", show_default=False),
-    ] = None,
+    schedule: options.Schedules = None,
     task: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="A task of lm-eval by name; may be given several times.", show_default=False),

@@ -1,6 +1,7 @@
 """Options and arguments that several sub-commands share."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -58,6 +59,10 @@ Model = Annotated[
         help="Directory or Hub name of a causal LM, or [bold]embedded[/] for the small model inside was-fx.",
         show_default=False,
     ),
+]
+Schedules = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="A schedule to measure; may be given several times.", show_default=False),
 ]
 Text = Annotated[
     str | None,

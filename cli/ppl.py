@@ -22,10 +22,7 @@ EXAMPLES = options.examples(
 
 def ppl(
     model: options.Model,
-    schedule: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="A schedule to measure; may be given several times.", show_default=False),
-    ] = None,
+    schedule: options.Schedules = None,
     text: options.Text = None,
     prefill: Annotated[
         options.Prefill,

@@ -1,8 +1,9 @@
 """Trials of a search: in this process or on workers, and the divergence from the dense model at given sparsities."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from was_fx.schedules.exact import Divergences
 from was_fx.schedules.schedule import ScheduleMetadata
 from was_fx.schedules.threshold_table import ThresholdTable
 from was_fx.schedules.trial_runner import Evaluate, Task, TrialRunner
@@ -10,8 +11,6 @@ from was_fx.search_context import SearchContext
 from was_fx.sparsification import densify, sparsify
 from was_fx.trial_evaluation import TrialEvaluator
 from was_fx.workers import RemoteEvaluator, checkpoint_of
-
-Divergences = Callable[[Sequence[Mapping[str, float]]], list[float]]
 
 
 @contextmanager
