@@ -28,7 +28,9 @@ from was_fx.placement import input_device
 from was_fx.speed import TokenClock
 
 EMBEDDED = Path(was_fx.__file__).parent / "embedded"
+# Of the largest logit. In bf16 a channel near its threshold can fall on either side.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+SPARSE_BF16 = 0.2
 PROMPT = 64
 
 
@@ -50,19 +52,21 @@ def main() -> int:
     calibration = was_fx.calibrate(one, ids)
     with tempfile.TemporaryDirectory() as folder:
         placed = _load(arguments, **_placement(arguments, one, folder))
-        differences = []
+        too_large = False
         for target in arguments.targets:
             schedule = was_fx.uniform(calibration, target)
             expected, before = _decode(was_fx.sparsify(one, schedule, executor=arguments.executor), ids[:1])
             found, after = _decode(was_fx.sparsify(placed, schedule, executor=arguments.executor), ids[:1])
-            differences.append(float((found - expected).abs().max() / expected.abs().max()))
+            difference = float((found - expected).abs().max() / expected.abs().max())
+            rounds = target > 0 and arguments.dtype == "bfloat16"
+            too_large |= difference > (SPARSE_BF16 if rounds else TOLERANCE[arguments.dtype])
             row = {
                 **describe("cuda" if device != "cpu" else "cpu"),
                 "placement": "two ranks" if arguments.ranks else " + ".join(arguments.devices),
                 "model": arguments.model,
                 "dtype": arguments.dtype,
                 "nominal": target,
-                "difference": differences[-1],
+                "difference": difference,
                 "ms_per_token_one": round(before, 3),
                 "ms_per_token_placed": round(after, 3),
             }
@@ -70,7 +74,7 @@ def main() -> int:
                 sys.stdout.write(json.dumps(row) + "\n")
     if arguments.ranks:
         torch.distributed.destroy_process_group()
-    return int(max(differences) > TOLERANCE[arguments.dtype])
+    return int(too_large)
 
 
 def _start() -> int:
@@ -95,7 +99,8 @@ def _placement(arguments: argparse.Namespace, one: nn.Module, folder: str) -> di
     blocks = len(one.model.layers)  # type: ignore[arg-type,union-attr]
     execution = second if second not in ("cpu", "disk") else first
     places = {f"model.layers.{i}": first if i < blocks // 2 else second for i in range(blocks)}
-    places |= {"model.embed_tokens": first, "model.rotary_emb": first, "model.norm": execution, "lm_head": execution}
+    head = first if one.config.tie_word_embeddings else execution  # tied to the embedding: one tensor, one place
+    places |= {"model.embed_tokens": first, "model.rotary_emb": first, "model.norm": execution, "lm_head": head}
     return {"device_map": places, "offload_folder": folder}
 
 

@@ -54,7 +54,8 @@ def plan(seeds: int) -> list[tuple[float, str, str, int]]:
     rows += [(0.75, "was", "|x|·‖W‖₁", seed) for seed in range(seeds, SEARCH_SEEDS)]
     rows += [(level, *each, 0) for each in more for level in low]
     rows += [(level, *each, seed) for seed in range(1, seeds) for each in main[2:] for level in low]
-    rows += [(level, "wisparse", "searched", seed) for seed in range(1, seeds) for level in (*high, *low)]
+    rest = [("wisparse", "searched"), ("exact", "|x|")]
+    rows += [(level, *each, seed) for each in rest for seed in range(1, seeds) for level in (*high, *low)]
     return rows
 
 

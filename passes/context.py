@@ -199,8 +199,7 @@ def weight_view(graph: Graph, site: LinearSite) -> Node:
     """W [N, K] of a Linear at the graph's insertion point: its graph input, or a new view or shard of it."""
     node = site.weight
     if site.shard is not None:
-        node = graph.call_method("to_local", (node,))
-        node.meta["example_value"] = value(site.shard)
+        node = graph.node_copy(site.shard)
     if site.input_major:
         before, node = node, graph.call_method("t", (node,))
         node.meta["example_value"] = value(before).t()

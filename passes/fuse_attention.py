@@ -49,7 +49,7 @@ def match(node: Node) -> Attention | str:
     if value(q).dim() != 4 or not statically_known_true(value(q).shape[2] == 1):
         return "more than one query"
     k, v = _unrepeated(k), _unrepeated(v)
-    width = value(q).shape[-1]
+    width = int(value(q).shape[-1])  # a guard, where it was not known
     if value(k).shape[-1] != width or value(v).shape[-1] != width or value(k).shape[1] != value(v).shape[1]:
         return "keys and values of different width"
     if width > MAX_WIDTH:

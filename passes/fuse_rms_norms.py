@@ -11,6 +11,7 @@ The product with the weight may also come before the cast, or be (1 + weight). W
 and there is no partial.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,7 @@ def fuse_rms_norms(context: Context) -> None:
         if isinstance(norm, str):
             context.declined.append((listed.name, norm))
             continue
-        _rewrite(context, listed, norm)
+        _rewrite(context, listed, norm, written)
         context.counts["fused norms"] += 1
 
 
@@ -125,7 +126,7 @@ def _last(mean: Node) -> bool:
     return len(shape) == value(mean.args[0]).dim() and shape[-1] == 1 and mean.args[1:2] in ((-1,), ([-1],))
 
 
-def _rewrite(context: Context, listed: Node, norm: RMSNorm) -> None:
+def _rewrite(context: Context, listed: Node, norm: RMSNorm, written: Collection[int]) -> None:
     graph = context.module.graph
     x, thresholds = arguments_of(listed)
     partial: Node | None = None
@@ -135,6 +136,8 @@ def _rewrite(context: Context, listed: Node, norm: RMSNorm) -> None:
             found = context.parts.get(part)
             if found is None or found.size != value(found.partial).shape[-1]:
                 continue
+            if storage(part) in written:
+                continue  # the sum is of what was written, such as the sum over ranks of tensor parallelism
             if dtype_of(other) == dtype_of(part) and value(other).shape == value(norm.h).shape:
                 residual, partial, bias, first = other, found.partial, found.bias, norm.h
                 break

@@ -54,13 +54,14 @@ def dtype_of(node: object) -> torch.dtype | None:
 
 
 def flattening_of(x: Node, kinds: set[str]) -> Node | None:
-    """The node of one of `kinds` whose elements `x` holds in the same order, through views only; None without one."""
+    """The node of one of `kinds` whose elements `x` holds in the same order, through views only; None without one, and
+    where sizes are not known."""
     chain: list[Node] = []
     node: Any = x
     while kind(node) in _VIEWS:
         chain.append(node)
         node = node.args[0]
-    if kind(node) not in kinds:
+    if kind(node) not in kinds or not all(isinstance(size, int) for size in value(node).shape):
         return None
     numbers = torch.arange(value(node).numel()).view(value(node).shape)
     moved = numbers

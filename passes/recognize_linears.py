@@ -47,9 +47,14 @@ def _matmul(node: Node) -> Match | None:
 
 def _whole(weight: object) -> tuple[Any, Node | None]:
     """(DTensor, its local part), when `weight` is the local part of one; (weight, None) otherwise."""
-    if isinstance(weight, Node) and weight.target == "to_local" and not weight.args[1:] and not weight.kwargs:
+    if isinstance(weight, Node) and _is_to_local(weight) and not weight.args[1:] and not weight.kwargs:
         return weight.args[0], weight
     return weight, None
+
+
+def _is_to_local(node: Node) -> bool:
+    # Up to torch 2.12 Dynamo puts a function of its own in place of the method; it is made anew for every call.
+    return node.target == "to_local" or "method_to_local." in getattr(node.target, "__qualname__", "")
 
 
 def _arguments(node: Node, *names: str) -> list[Any]:

@@ -89,7 +89,8 @@ def restore_generate(model: nn.Module) -> None:
 def _generate(model: Any, *arguments: Any, **keywords: Any) -> Any:
     config = keywords.get("generation_config") or model.generation_config
     others = ("custom_generate", "assistant_model", "prompt_lookup_num_tokens", "synced_gpus")
-    plain = not any(keywords.get(name) for name in others)
+    # Guesses of a draft that are turned down are taken out of its cache, which a static one can't do.
+    plain = not any(keywords.get(name) for name in others) and not config.is_assistant
     beams = keywords.get("num_beams", config.num_beams)
     if plain and (beams or 1) == 1:
         # generate() itself keeps the streamer from a custom loop.
@@ -108,11 +109,11 @@ def _serves(config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> boo
         not synced_gpus
         and not config.return_dict_in_generate
         and (config.num_beams or 1) == 1
-        and not config.is_assistant
         and config.prefill_chunk_size is None
         and set(model_kwargs) <= _KNOWN
         and model_kwargs.get("attention_mask") is None
         and getattr(cache, "is_compileable", False)
+        and not cache.offloading
     )
 
 
@@ -121,7 +122,7 @@ def _reused(model: Any, cache: Any, batch: int) -> Any:
     from transformers.cache_utils import StaticLayer
 
     kept = _kept.pop(model, None)  # nobody else's while it is in use
-    if kept is None or cache.offloading or len(kept.layers) != len(cache.layers):
+    if kept is None or len(kept.layers) != len(cache.layers):
         return cache
     for ours, theirs in zip(kept.layers, cache.layers, strict=True):
         if type(ours) is not type(theirs) or not isinstance(ours, StaticLayer):

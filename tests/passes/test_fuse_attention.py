@@ -149,3 +149,20 @@ def test_without_listed_channels_attention_stays(rewrite):
 def test_pass_can_be_left_out(listed):
     module = listed(Attention(SDPA), SCHEDULE, *inputs(), disable=("fuse_attention",))
     assert (module.targets[SDPA], module.targets[compact_op]) == (1, 2)
+
+
+def test_attention_of_sizes_that_are_not_known_is_listed_by_itself(listed):
+    """As behind a cut in the graph, where a cache is updated that Dynamo can't trace."""
+
+    class Rest(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.o = nn.Linear(4 * D, 12)
+
+        def forward(self, q, k, v):
+            return self.o(SDPA(q, k, v).transpose(1, 2).reshape(1, 1, -1))
+
+    q, k, v = torch.randn(1, 4, 1, D), torch.randn(1, 4, L, D), torch.randn(1, 4, L, D)
+    module = listed(Rest(), {"o": 0.02}, q, k, v, dynamic=True)
+    assert module.context.counts["decode attention"] == 1
+    assert module.context.counts["fused attention lists"] == 0

@@ -161,6 +161,13 @@ def written_norm(m, r, x):
     return m.a(n), m.b(n)
 
 
+def written_part(m, r, x):
+    o = m.o(x)
+    o.mul_(2)
+    n = m.norm(r + o)
+    return m.a(n), m.b(n)
+
+
 WRITTEN = "it is written in place"
 ROUNDS = "the norm rounds in another place"
 PARAMETER = "the norm's weight is not a parameter [K]"
@@ -177,6 +184,7 @@ NO_NORM = "its input is not an RMSNorm"
         (half_of_a_linear, 1, 1, None),
         (first_norm, 1, 0, None),
         (two_norms, 2, 1, None),
+        (written_part, 1, 0, None),
         (written_h, 0, 0, WRITTEN),
         (written_norm, 0, 0, WRITTEN),
     ],

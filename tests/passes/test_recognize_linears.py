@@ -116,6 +116,24 @@ def test_any_other_use_of_an_unscheduled_weight_is_left_alone(rewrite, compute, 
     assert module.context.counts["linears"] == 0
 
 
+def method_to_local():
+    """The part of a DTensor as Dynamo of torch 2.11 writes it: by a function made for that call."""
+
+    @torch.compiler.allow_in_graph
+    def local(weight):
+        return weight.view_as(weight)
+
+    return local
+
+
+def test_local_part_of_a_sharded_weight_is_recognised_as_a_function(rewrite):
+    local = method_to_local()
+    module = rewrite(One(lambda x, w, b: F.linear(x, local(w), b)), {"a": 0.5}, prefill="all")
+    x = torch.randn(1, 3, 12)
+    torch.testing.assert_close(module(x), module.linear("a", x))
+    assert module.targets[sparse_linear] == 1
+
+
 def test_output_buffer_is_not_recognised(rewrite):
     module = rewrite(One(lambda x, w, b: torch.matmul(x, w.t(), out=torch.empty(1, 3, 10))), {"a": 0.5}, prefill="all")
     with pytest.raises(BackendCompilerFailed, match="a: its weight is used by t"):

@@ -83,6 +83,12 @@ def test_other_modes_are_left_to_transformers(llama, ours, tokens, loops, argume
     assert not loops
 
 
+def test_a_draft_keeps_a_cache_that_guesses_can_be_taken_out_of(llama, ours, tokens, loops):
+    expected = llama.generate(tokens[:1, :9], **NEW)
+    assert llama.generate(tokens[:1, :9], assistant_model=ours, **NEW).equal(expected)
+    assert not loops
+
+
 def test_a_streamer_gets_the_prompt_and_each_token_once(ours, tokens, loops):
     class Kept(BaseStreamer):
         def __init__(self):

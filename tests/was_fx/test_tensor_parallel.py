@@ -12,7 +12,7 @@ from was_fx.tiny_models import tiny_model
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 TOLERANCE = 1e-5
-PAIRS = ["was", "wina", "overridden"]
+PAIRS = ["was", "wina", "listed", "overridden"]
 
 
 @pytest.fixture(scope="module")

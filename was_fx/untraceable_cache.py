@@ -1,7 +1,8 @@
-"""Decoding with a KV cache that Dynamo can't trace: transformers' quantised caches of quanto and HQQ.
+"""Decoding with a KV cache that Dynamo can't trace: quantised by quanto or HQQ, or offloaded to CPU memory.
 
-A sparsified model runs as one graph. The update of such a cache calls code that has no graph, so with one the model
-runs as several graphs, cut at every update, with all its Linears sparse as ever. Caches in FP8 need none of this.
+A sparsified model runs as one graph. The update of such a cache calls code that has no graph (foreign kernels, CUDA
+streams), so with one the model runs as several graphs, cut at every update, with all its Linears sparse as ever. Caches
+in FP8 need none of this.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from was_fx.backend import was
 _OPAQUE = {"QuantoQuantizedLayer", "HQQQuantizedLayer"}
 
 
-def cut_at_quantized_cache(
+def cut_at_untraceable_cache(
     whole: Callable[..., Any], function: Callable[..., Any], options: Mapping[str, Any]
 ) -> Callable[..., Any]:
     """`whole`, the compiled call of a model, or `function` compiled in parts when the cache can't be traced.
@@ -48,7 +49,8 @@ def cut_at_quantized_cache(
 
 def _hide_updates(cache: Any) -> bool:
     """Whether the updates of this cache must stay out of graphs; from now on they do."""
-    if not any(type(layer).__name__ in _OPAQUE for layer in getattr(cache, "layers", ())):
+    opaque = any(type(layer).__name__ in _OPAQUE for layer in getattr(cache, "layers", ()))
+    if not opaque and not getattr(cache, "offloading", False):
         return False
     if not hasattr(cache, "_was_fx_hidden"):
         cache.__class__ = _hidden(type(cache))  # type: ignore[arg-type]  # a class is hashable
