@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from was_fx.backend import raise_recompile_limit, was
+from was_fx.untraceable_cache import hide_updates
 
 
 def compile_call(
     function: Callable[..., Any], options: Mapping[str, Any], *, prompts_as_they_are: bool = False
 ) -> Callable[..., Any]:
-    """Compile `function`, a model's call or forward, with the backend "was".
+    """Compile `function`, a model's call or forward, with the backend "was": as one graph, or in parts, cut where a
+    cache is updated that can't be traced.
 
     Args:
         function: a bound method of a model.
@@ -32,12 +34,22 @@ def compile_call(
     # fullgraph: a graph break or an exhausted recompile limit must raise, not silently run dense.
     # dynamic: one graph for every prompt length, one for every cache length.
     compiled = torch.compile(function, backend=was, dynamic=True, fullgraph=True, options=dict(options))
+    in_parts = torch.compile(function, backend=was, dynamic=True, options=dict(options))
     # Otherwise dynamic=True makes an input of every float, and Inductor turns it down after a first compilation.
     settings = torch._dynamo.config.patch(specialize_float=True)
+    settings_in_parts = torch._dynamo.config.patch(
+        specialize_float=True,
+        fail_on_recompile_limit_hit=True,
+        recompile_limit=1024,  # some graphs are made for each block
+        accumulated_recompile_limit=8192,
+    )
 
     def run(*arguments: Any, **keywords: Any) -> Any:
         if prompts_as_they_are and _tokens(arguments, keywords) > 1:
             return function(*arguments, **keywords)
+        if hide_updates(keywords.get("past_key_values")):
+            with settings_in_parts:
+                return in_parts(*arguments, **keywords)
         with settings:
             return compiled(*arguments, **keywords)
 

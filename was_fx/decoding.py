@@ -113,7 +113,7 @@ def _serves(config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> boo
         and set(model_kwargs) <= _KNOWN
         and model_kwargs.get("attention_mask") is None
         and getattr(cache, "is_compileable", False)
-        and not cache.offloading
+        and not getattr(cache, "offloading", False)
     )
 
 

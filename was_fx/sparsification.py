@@ -27,7 +27,6 @@ from was_fx.placement import (
     trace_through_devices,
     whole_channel_norms,
 )
-from was_fx.untraceable_cache import cut_at_untraceable_cache
 from was_fx.schedules.fingerprint import fingerprint, fingerprint_without_weights
 from was_fx.schedules.schedule import Schedule
 
@@ -123,8 +122,7 @@ def sparsify(
     set_thresholds(scheduled, schedule)
     if known is None or known.options != options:
         as_they_are = on_gpu and prefill == "dense" and executor == "inductor"
-        whole = compile_call(model._call_impl, raw, prompts_as_they_are=as_they_are)
-        model._compiled_call_impl = cut_at_untraceable_cache(whole, model._call_impl, raw)
+        model._compiled_call_impl = compile_call(model._call_impl, raw, prompts_as_they_are=as_they_are)
     devices = {parameter.device for parameter in model.parameters()}
     if on_gpu and len(devices) == 1 and not is_sharded(weight):  # ranks that queue steps must not run apart
         use_decode(model)
