@@ -48,6 +48,7 @@ def graphs():
 
 
 QUANTO = {"backend": "quanto", "nbits": 4, "q_group_size": 16, "residual_length": 4}
+HQQ = {**QUANTO, "backend": "hqq", "axis_key": 1, "axis_value": 1}
 
 
 @pytest.mark.parametrize(
@@ -55,8 +56,9 @@ QUANTO = {"backend": "quanto", "nbits": 4, "q_group_size": 16, "residual_length"
     [
         {"num_beams": 3, "num_return_sequences": 2},
         {"cache_implementation": "quantized", "cache_config": QUANTO},
+        {"cache_implementation": "quantized", "cache_config": HQQ},
     ],
-    ids=["beams", "quantised cache"],
+    ids=["beams", "quanto", "HQQ"],
 )
 def test_modes_equal_the_oracle(llama, schedule, oracle, tokens, arguments):
     expected, dense = oracle(llama, schedule), copy.deepcopy(llama)
