@@ -46,13 +46,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="At most so many documents per task.", show_default=False)
     ] = None,
-    prefill: Annotated[
-        options.Prefill,
-        typer.Option(
-            help="Which tokens of a text that is scored are sparse. sparse: all but the first 1 % (as in WAS). half: "
-            "the last half (as in TEAL). all: every one."
-        ),
-    ] = options.Prefill.sparse,
+    prefill: options.PrefillOption = options.Prefill.sparse,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Texts per forward pass.")] = 16,
     executor: options.ExecutorOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,

@@ -86,6 +86,13 @@ Length = Annotated[
 BatchSize = Annotated[
     int, typer.Option(min=1, metavar="N", help="Windows per forward pass. More is faster and takes more memory.")
 ]
+PrefillOption = Annotated[
+    Prefill,
+    typer.Option(
+        help="Which tokens of a scored text are sparse. sparse: all but the first 1 % (as in WAS). half: the last half "
+        "(as in TEAL). all: every one."
+    ),
+]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(help="Dtype to load the model in. auto: as the checkpoint is stored (the embedded model: fp32)."),

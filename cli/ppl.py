@@ -24,13 +24,7 @@ def ppl(
     model: options.Model,
     schedule: options.Schedules = None,
     text: options.Text = None,
-    prefill: Annotated[
-        options.Prefill,
-        typer.Option(
-            help="Which tokens of a window are sparse. sparse: all but the first 1 % (as in WAS). half: the last half "
-            "(as in TEAL). all: every one."
-        ),
-    ] = options.Prefill.sparse,
+    prefill: options.PrefillOption = options.Prefill.sparse,
     length: options.Length = None,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Score at most so many windows.", show_default=False)

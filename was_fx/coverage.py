@@ -6,12 +6,10 @@ channels set to zero by forward hooks.
 """
 
 import contextlib
-import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -153,7 +151,7 @@ def _compare(model: nn.Module, found: dict[str, Any]) -> None:
     refused: dict[str, str] = {}
     for _ in range(3):  # a graph's error names only the Linears of that graph
         schedule = uniform(calibration, _TARGET, exclude=refused)
-        expected = _logits(zero_weak_channels(copy.deepcopy(model), schedule), tokens[:1])
+        expected = _oracle(model, schedule, tokens[:1])
         found["effect"] = _difference(expected, dense)
         sparsify(model, schedule, prefill="all", executor="eager")
         contexts: list[Context] = []
@@ -180,18 +178,19 @@ def _compare(model: nn.Module, found: dict[str, Any]) -> None:
     found |= {"rewritten": len(rewritten), "prompt_graphs": len(contexts) - decode, "decode_graphs": decode}
 
 
-def zero_weak_channels(model: nn.Module, schedule: Schedule) -> nn.Module:
-    """Make a dense model drop channels by forward hooks, in place: the oracle that a sparsified model must equal."""
-    linears = find_linears(model)
-    for name, entry in schedule.linears.items():
-        threshold = entry.channel_thresholds(channel_norms(linears[name].weight, schedule.norm))
-        linears[name].module.register_forward_pre_hook(partial(_zero, threshold))
-    return model
+def _oracle(model: nn.Module, schedule: Schedule, tokens: Tensor) -> Tensor:
+    """Logits of a dense model whose weak channels are zeroed as they come in: what the sparsified one must equal."""
+    linears = {name: each for name, each in find_linears(model).items() if name in schedule.linears}
+    thresholds = {
+        name: schedule.linears[name].channel_thresholds(channel_norms(each.weight, schedule.norm))
+        for name, each in linears.items()
+    }
 
+    def drop(name: str, x: Tensor) -> Tensor:
+        return x.masked_fill(x.abs() <= thresholds[name], 0)
 
-def _zero(threshold: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    x, *rest = args
-    return x.masked_fill(x.abs() <= threshold, 0), *rest
+    with looking_at_inputs(linears, drop):
+        return _logits(model, tokens)
 
 
 @torch.no_grad()
@@ -265,4 +264,4 @@ def _first_line(error: object) -> str:
     return prefix + text.splitlines()[0][:300]
 
 
-__all__ = ["TOLERANCE", "Coverage", "candidates", "cover", "zero_weak_channels"]
+__all__ = ["TOLERANCE", "Coverage", "candidates", "cover"]
