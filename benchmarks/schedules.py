@@ -32,11 +32,12 @@ SCORES = {"|x|": Score(0.0, 1), "|x|·‖W‖₁": Score(1.0, 1), "|x|·‖W‖�
 
 
 def recipe(name: str, score: str, step: float) -> Recipe:
-    """A recipe's allocation with another score, and one step of the greedy descent for all."""
+    """A recipe's allocation with another score, and one step of the greedy descent for all; "refined" is `exact` with
+    trials over blocks after it."""
     if name == "random":
         base = dataclasses.replace(RECIPES["was"], name="random", over="random")
     else:
-        base = RECIPES[{"greedy": "teal"}.get(name, name)]
+        base = RECIPES[{"greedy": "teal", "refined": "exact"}.get(name, name)]
     chosen = None if score == "searched" else SCORES[score]
     return dataclasses.replace(base, score=chosen, greedy=Greedy(step=step))
 
@@ -56,6 +57,7 @@ def plan(seeds: int) -> list[tuple[float, str, str, int]]:
     rows += [(level, *each, seed) for seed in range(1, seeds) for each in main[2:] for level in low]
     rest = [("wisparse", "searched"), ("exact", "|x|")]
     rows += [(level, *each, seed) for each in rest for seed in range(1, seeds) for level in (*high, *low)]
+    rows += [(level, "refined", "|x|·‖W‖₁", seed) for seed in range(seeds) for level in high]
     return rows
 
 
@@ -100,7 +102,7 @@ class Bench:
             tokens=self.valid,
             target=level,
             recipe=chosen,
-            budget=self.budget if chosen.searches else None,
+            budget=self.budget if chosen.searches or name == "refined" else None,
             seed=seed,
             calibration_tokens=self.samples,
             batch_size=4,
