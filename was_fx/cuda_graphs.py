@@ -9,9 +9,11 @@ addresses and of the sizes it was captured with. All other inputs (the token, it
 the graph reads them.
 """
 
+import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,29 @@ class _Captured:
     aliases: list[bool]  # outputs that are an input's memory
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a compiled step: what it was given, and what it returned."""
+
+    step: "CudaGraphs"
+    inputs: Sequence[Any]
+    outputs: Sequence[Any]
+
+
+_calls: ContextVar[list[Call] | None] = ContextVar("calls of compiled steps", default=None)
+
+
+@contextlib.contextmanager
+def noting_calls() -> Iterator[list[Call]]:
+    """The calls of compiled steps made in this thread while the context lasts."""
+    calls: list[Call] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
 class CudaGraphs:
     """`compiled`, captured and replayed.
 
@@ -47,12 +72,20 @@ class CudaGraphs:
             in_place: positions of the inputs that keep their address, or that the step writes to.
         """
         self._compiled = compiled
-        self._in_place = frozenset(in_place)
+        self._in_place = tuple(sorted(in_place))
+        self._others: tuple[int, ...] | None = None  # positions of all other inputs
         self._graphs: OrderedDict[tuple[Any, ...], _Captured | None] = OrderedDict()
         self._pool: Any = None
         self.captures = 0
 
     def __call__(self, *inputs: Any) -> Any:
+        outputs = self._run(inputs)
+        calls = _calls.get()
+        if calls is not None:
+            calls.append(Call(self, inputs, outputs))
+        return outputs
+
+    def _run(self, inputs: Sequence[Any]) -> Any:
         key, moving = self._key(inputs)
         if not all(each.is_contiguous() for each in moving):
             return self._compiled(*inputs)  # a copy has other strides than those it was compiled for
@@ -75,25 +108,21 @@ class CudaGraphs:
 
     def _key(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor]]:
         """What a graph depends on, and the inputs that it doesn't read where they are."""
-        key: list[Any] = []
-        moving: list[Tensor] = []
-        for position, each in enumerate(inputs):
-            if not isinstance(each, Tensor):
-                key.append(each)
-            elif position in self._in_place:
-                key.append(each.data_ptr())
-            else:
-                key.append(each.shape)
-                moving.append(each)
-        return tuple(key), moving
+        if self._others is None:
+            self._others = tuple(sorted(set(range(len(inputs))) - set(self._in_place)))
+        others = [inputs[position] for position in self._others]
+        moving = [each for each in others if isinstance(each, Tensor)]
+        plain = [each.shape if isinstance(each, Tensor) else each for each in others]
+        # Hundreds of weights at every token: map, which loops in C.
+        return (*map(Tensor.data_ptr, map(inputs.__getitem__, self._in_place)), *plain), moving
 
     def _capture(self, inputs: Sequence[Any], moving: list[Tensor]) -> _Captured:
         copied = [each.clone() for each in moving]
         places = iter(copied)
-        fixed = [
-            next(places) if isinstance(each, Tensor) and position not in self._in_place else each
-            for position, each in enumerate(inputs)
-        ]
+        fixed = list(inputs)
+        for position in self._others or ():
+            if isinstance(inputs[position], Tensor):
+                fixed[position] = next(places)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()

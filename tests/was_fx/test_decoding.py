@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import MistralConfig, MistralForCausalLM, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 import was_fx
-from was_fx import decoding
+from was_fx import backend, decoding
+from was_fx.cuda_graphs import CudaGraphs
 
 NEW = {"max_new_tokens": 12, "do_sample": False}
 
@@ -144,3 +145,67 @@ def test_a_call_that_fails_leaves_no_cache_behind(ours, tokens, loops):
 def test_sparsify_leaves_generate_alone_on_a_cpu(llama, calibration):
     was_fx.sparsify(llama, was_fx.uniform(calibration, 0.5), executor="eager")
     assert "generate" not in vars(llama)
+
+
+@pytest.fixture
+def shortcuts(monkeypatch):
+    """Steps that went past the model, where a decode step is taken for one that CUDA graphs replay."""
+
+    class Steps(CudaGraphs):
+        def _run(self, inputs):
+            return list(self._compiled(*inputs))
+
+    found, logits = [], decoding._Shortcut.logits
+
+    def noted(self, changing):
+        result = logits(self, changing)
+        if result is not None:
+            found.append(result.shape)
+        return result
+
+    monkeypatch.setattr(backend, "CudaGraphs", Steps)
+    monkeypatch.setattr(backend, "graphable", lambda inputs: True)
+    monkeypatch.setattr(decoding._Shortcut, "logits", noted)
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_from_the_third_step_on_the_graph_is_called_directly(llama, calibration, tokens, shortcuts, batch):
+    model = was_fx.sparsify(copy.deepcopy(llama), was_fx.uniform(calibration, 0.5), executor="eager")
+    twin = was_fx.sparsify(llama, was_fx.uniform(calibration, 0.5), executor="eager")
+    decoding.use_decode(model)
+    for prompt in (tokens[:batch, :9], tokens[:batch, 5:17]):
+        assert equals_theirs(model, twin, prompt)
+    steps = NEW["max_new_tokens"] - 1
+    assert shortcuts == [(batch, 1, llama.config.vocab_size)] * (2 * (steps - 2))
+
+
+def test_new_thresholds_reach_the_next_generation(llama, calibration, tokens, shortcuts):
+    model = was_fx.sparsify(llama, was_fx.uniform(calibration, 0.0), executor="eager")
+    decoding.use_decode(model)
+    dense = model.generate(tokens[:1, :9], **NEW)
+    was_fx.sparsify(model, was_fx.uniform(calibration, 0.7), executor="eager")
+    decoding.use_decode(model)
+    assert not model.generate(tokens[:1, :9], **NEW).equal(dense)
+    assert shortcuts
+
+
+def test_a_model_with_hooks_is_called_at_every_step(llama, calibration, tokens, shortcuts):
+    llama.model.norm.register_forward_hook(lambda module, inputs, output: output * 2)
+    twin = was_fx.sparsify(copy.deepcopy(llama), was_fx.uniform(calibration, 0.5), executor="eager")
+    model = was_fx.sparsify(llama, was_fx.uniform(calibration, 0.5), executor="eager")
+    decoding.use_decode(model)
+    assert equals_theirs(model, twin, tokens[:1, :9])
+    assert not shortcuts
+
+
+def test_a_cache_that_counts_in_python_is_kept_up(tokens, shortcuts):
+    torch.manual_seed(0)
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "vocab_size": 128, "initializer_range": 0.1, "sliding_window": 8}
+    model = MistralForCausalLM(MistralConfig(**small)).eval()
+    schedule = was_fx.uniform(was_fx.calibrate(model, tokens[:, :32]), 0.5)
+    twin = was_fx.sparsify(copy.deepcopy(model), schedule, executor="eager")
+    decoding.use_decode(was_fx.sparsify(model, schedule, executor="eager"))
+    assert equals_theirs(model, twin, tokens[:1, :5])
+    assert equals_theirs(model, twin, tokens[:1, :20])
