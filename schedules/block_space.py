@@ -68,12 +68,12 @@ def block_space(
     order: Sequence[int] | None = None,
     center: Vector | None = None,
 ) -> BlockSpace:
-    """The space of levels within `margin` of the target.
+    """The space of levels within `margin` of the center.
 
     Args:
         weights: number of weights of each of D blocks.
         target: model sparsity.
-        margin: half the width of the box around the target.
+        margin: half the width of the box around the center.
         limit: highest level of any block.
         dimension: number of coordinates; by default one per block.
         order: levels must not fall along it; see `BlockSpace`.
@@ -84,17 +84,18 @@ def block_space(
     """
     count = len(weights)
     if not 0 < margin < 1:
-        raise ValueError(f"the margin around the target must be above 0 and below 1, found {margin!r}")
+        raise ValueError(f"the margin must be above 0 and below 1, found {margin!r}")
     if order is not None and sorted(order) != list(range(count)):
         raise ValueError(f"the order must name each of the {count} blocks once, found {list(order)}")
     full = dimension is None or dimension >= count
+    middle = np.full(count, target) if center is None else np.asarray(center, dtype=np.float64)
     return BlockSpace(
         weights=np.asarray(weights, dtype=np.float64),
         target=target,
-        lower=np.full(count, max(target - margin, 0.0)),
-        upper=np.full(count, min(target + margin, limit)),
+        lower=np.maximum(middle - margin, 0.0),
+        upper=np.minimum(middle + margin, limit),
         basis=np.eye(count) if full else _profiles(count, int(dimension or 1)),
-        center=np.full(count, target) if center is None else np.asarray(center, dtype=np.float64),
+        center=middle,
         order=None if order is None else tuple(order),
     )
 

@@ -29,7 +29,7 @@ class Recipe:
         inside: allocation inside a block.
         over: allocation over blocks; "exact" allocates over all Linears at once and ignores `inside`.
         trials: evaluations of a search over blocks.
-        margin: how far a block may go from the target.
+        margin: how far a block may go from the target, or from the answer that is refined.
         order: levels must not fall along the depth, or along the blocks from the most sensitive to the least; or free.
         greedy: settings of the descent inside a block.
         scored: last share of each sequence's tokens that a block's output error is taken over.

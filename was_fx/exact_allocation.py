@@ -10,7 +10,7 @@ from was_fx.output_energy import dropped_energy
 from was_fx.schedules.blocks import block_levels
 from was_fx.schedules.exact import Problem, Sweep, sensitivities, sweep
 from was_fx.schedules.latency import byte_savings
-from was_fx.schedules.projection import Vector
+from was_fx.schedules.projection import Vector, project
 from was_fx.schedules.threshold_table import ThresholdTable
 from was_fx.schedules.trial_runner import TrialRunner
 from was_fx.search_context import SearchContext, some
@@ -58,25 +58,22 @@ def allocate(
     sparsities = candidates[int(np.argmin(scores))]
     if not context.trials:
         return table, sparsities, {}
-    expand = _inside_blocks(context, problem, weights)
+    expand = _around(context, sparsities)
     center = block_levels(context.blocks, sparsities)
     result = search_blocks(context, table, expand, runner, lambda space: [space.center], center)
     return table, expand(result.levels), history(result)
 
 
-def _inside_blocks(context: SearchContext, problem: Problem, weights: Vector) -> Callable[[Vector], dict[str, float]]:
-    """From block levels to sparsities: each block's own exact allocation at its level."""
-    settings = context.recipe.exact
-    index = {name: at for at, name in enumerate(problem.names)}
+def _around(context: SearchContext, sparsities: dict[str, float]) -> Callable[[Vector], dict[str, float]]:
+    """From block levels to sparsities: those given, with all Linears of a block moved alike, within bounds."""
 
     def expand(levels: Vector) -> dict[str, float]:
-        result: dict[str, float] = {}
+        moved: dict[str, float] = {}
         for block, level in zip(context.blocks, levels, strict=True):
-            rows = [index[name] for name in block.shapes]
-            names = tuple(block.shapes)
-            part = Problem(names, problem.energies[rows], problem.levels, byte_savings(block.shapes, _LEVELS))
-            result |= _named(names, part.allocate(weights[rows], float(level), settings))
-        return {name: result[name] for name in problem.names}
+            own = [sparsities[name] for name in block.shapes]
+            sizes = [outputs * inputs for outputs, inputs in block.shapes.values()]
+            moved |= _named(list(block.shapes), project(own, sizes, float(level), 0.0, context.recipe.exact.limit))
+        return {name: moved[name] for name in sparsities}
 
     return expand
 

@@ -115,7 +115,7 @@ class _NoLog(TrialLog):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"margin": 0.0}, "margin around the target"),
+        ({"margin": 0.0}, "margin must be"),
         ({"margin": 0.1, "order": [0, 0, 1]}, "each of the 3 blocks once"),
         ({"margin": 0.1, "target": 0.97}, "bounds"),
         ({"margin": 0.1, "target": 1.5}, "above 0 and below 1"),

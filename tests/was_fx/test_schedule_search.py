@@ -46,6 +46,12 @@ def test_a_recipe_meets_the_budget_and_leaves_the_model_dense(llama, tokens, nam
         assert {entry.exponent for entry in schedule.linears.values()} <= set(quick(name).exponents)
 
 
+def test_refining_starts_at_the_exact_answer(llama, tokens):
+    answer, refined = find(llama, tokens, "exact"), find(llama, tokens, "exact", budget=1)
+    for name, entry in answer.linears.items():
+        assert refined.linears[name].sparsity == pytest.approx(entry.sparsity, abs=1e-9)
+
+
 def test_what_is_nominal_is_realised(llama, tokens):
     schedule = find(llama, tokens, "exact")
     was_fx.sparsify(llama, schedule, executor="eager")
