@@ -53,7 +53,7 @@ def _whole(weight: object) -> tuple[Any, Node | None]:
 
 
 def _is_to_local(node: Node) -> bool:
-    # Up to torch 2.12 Dynamo puts a function of its own in place of the method; it is made anew for every call.
+    # torch 2.11's Dynamo puts a function of its own in place of the method, made anew for every call.
     return node.target == "to_local" or "method_to_local." in getattr(node.target, "__qualname__", "")
 
 

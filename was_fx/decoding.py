@@ -280,13 +280,8 @@ class _Pattern:
 
     def repeats(self, other: "_Pattern") -> bool:
         """Whether the other step differed in nothing but its token and position."""
-        same = (self.step, self.places, self.output, self.state) == (
-            other.step,
-            other.places,
-            other.output,
-            other.state,
-        )
-        return same and len(self.inputs) == len(other.inputs) and all(map(_same, self.inputs, other.inputs))
+        ours, theirs = ((each.step, each.places, each.output, each.state) for each in (self, other))
+        return ours == theirs and all(map(_same, self.inputs, other.inputs))
 
 
 class _Shortcut:
