@@ -37,6 +37,7 @@ def compile_call(
     in_parts = torch.compile(function, backend=was, dynamic=True, options=dict(options))
     # Otherwise dynamic=True makes an input of every float, and Inductor turns it down after a first compilation.
     settings = torch._dynamo.config.patch(specialize_float=True)
+    # Past the limit of recompilations parts would run dense; Dynamo must raise instead.
     settings_in_parts = torch._dynamo.config.patch(
         specialize_float=True,
         fail_on_recompile_limit_hit=True,

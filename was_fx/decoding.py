@@ -202,14 +202,14 @@ class _Loop:
         return torch.full((self.text.shape[0], 1), self.start, device=self.text.device)
 
     def _step(self, token: Tensor, position: Tensor) -> Tensor:
-        names = ("past_key_values", "use_cache", "logits_to_keep")
-        arguments = {name: self.kwargs[name] for name in names if name in self.kwargs}
-        if self.takes_positions:
-            arguments["position_ids"] = position
         changing = [token[:, None], position]
         found = self.shortcut.logits(changing)
         if found is not None:
             return found
+        names = ("past_key_values", "use_cache", "logits_to_keep")
+        arguments = {name: self.kwargs[name] for name in names if name in self.kwargs}
+        if self.takes_positions:
+            arguments["position_ids"] = position
         with noting_calls() as calls:
             logits = self.model(input_ids=changing[0], **arguments).logits
         self.shortcut.learn(calls, changing, logits)
