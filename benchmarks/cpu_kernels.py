@@ -18,8 +18,8 @@ import torch
 from environment import describe
 from torch import Tensor
 
-from was_fx.kernels import cpu_embedding_bag, cpu_gather
-from was_fx.kernels.sparse_linear import reference
+from was_fx.kernels.linear import cpu_embedding_bag, cpu_gather
+from was_fx.kernels.linear.sparse_linear import reference
 
 SHAPES = ((2048, 2048), (2048, 8192), (8192, 2048))  # K, N
 ROTATED_BYTES = 256 << 20

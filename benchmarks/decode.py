@@ -16,9 +16,9 @@ from environment import describe
 from rich.console import Console
 from rich.table import Table
 
-from was_fx.gpu_speed import GpuRow, gpu_speed
-from was_fx.shapes import SHAPES, config
-from was_fx.speed import random_model
+from was_fx.measure.gpu_speed import GpuRow, gpu_speed
+from was_fx.measure.shapes import SHAPES, config
+from was_fx.measure.speed import random_model
 
 _COLUMNS = {
     "sparsity": lambda row: f"{row.target:.0%}" if row.target else "dense",

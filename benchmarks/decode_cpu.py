@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import LlamaConfig
 
-from was_fx.speed import SpeedRow, decode_speed
+from was_fx.measure.speed import SpeedRow, decode_speed
 
 
 def shapes(blocks: int, vocabulary: int) -> LlamaConfig:

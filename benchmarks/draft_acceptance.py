@@ -8,7 +8,7 @@ from environment import describe
 
 import was_fx
 from was_fx import embedded
-from was_fx.drafting import acceptance
+from was_fx.sparse.drafting import acceptance
 
 TARGETS = (0.25, 0.4, 0.5, 0.6, 0.75)
 GUESSES = (3, 5, 8)

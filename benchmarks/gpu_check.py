@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from was_fx.shapes import SHAPES
+from was_fx.measure.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("tests/kernels", "tests/passes", "tests/was_fx/test_cuda.py")

@@ -18,11 +18,11 @@ from environment import describe
 from rich.console import Console
 from rich.table import Table
 
-from was_fx.kernels import decode_attention, gated_product_compact, rms_norm_compact
-from was_fx.kernels.gemv_config import gemv_config
-from was_fx.kernels.graph_timing import capture, microseconds
-from was_fx.kernels.tuning import ROTATED_BYTES, measure
-from was_fx.shapes import SHAPES, config
+from was_fx.kernels.ops import decode_attention, gated_product_compact, rms_norm_compact
+from was_fx.kernels.parts.gemv_config import gemv_config
+from was_fx.kernels.tune.graph_timing import capture, microseconds
+from was_fx.kernels.tune.tuning import ROTATED_BYTES, measure
+from was_fx.measure.shapes import SHAPES, config
 
 SPARSITIES = (0.0, 0.4, 0.5, 0.6, 0.75)
 CALLS = 20

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import nevergrad as ng
 import numpy as np
 
-from was_fx.schedules.block_space import block_space
+from was_fx.schedules.search.block_space import block_space
 
 TARGET, MARGIN, TRIALS, SEEDS = 0.6, 0.15, 50, 5
 BAYESIAN = {"initialization": "LHS", "init_budget": 8, "utility_kind": "ei", "utility_xi": 0.0}

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import was_fx
-from was_fx.placement import input_device
-from was_fx.speed import TokenClock
+from was_fx.measure.speed import TokenClock
+from was_fx.sparse.placement import input_device
 
 EMBEDDED = Path(was_fx.__file__).parent / "embedded"
 TOLERANCE = 1e-4  # of the largest logit, in fp32

@@ -22,9 +22,9 @@ from environment import describe
 
 import was_fx
 from was_fx import embedded
-from was_fx.schedules.greedy import Greedy
-from was_fx.schedules.recipes import RECIPES, Recipe
 from was_fx.schedules.score import Score
+from was_fx.schedules.search.greedy import Greedy
+from was_fx.schedules.search.recipes import RECIPES, Recipe
 
 LENGTH = 512
 SEARCH_SEEDS = 5

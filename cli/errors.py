@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from was_fx.cli.console import stderr
+from was_fx.cli.render.console import stderr
 
 INTERRUPTED = 130
 _OURS = Path(__file__).resolve().parent.parent
@@ -47,7 +47,7 @@ def expected(error: BaseException) -> BaseException | None:
     if isinstance(error, BrokenPipeError):
         return None  # `was … | head`: Click ends quietly
     kinds: list[type[BaseException]] = [ValueError, TypeError, OSError]
-    for module, name in (("was_fx.passes.errors", "RewriteError"), ("torch", "OutOfMemoryError")):
+    for module, name in (("was_fx.passes.graph.errors", "RewriteError"), ("torch", "OutOfMemoryError")):
         if module in sys.modules:
             kinds.append(getattr(sys.modules[module], name))
     return error if isinstance(error, tuple(kinds)) else None

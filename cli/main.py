@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from was_fx.cli import (
+from was_fx.cli.commands import (
     bench,
     calibrate,
     compare,
@@ -25,7 +25,7 @@ from was_fx.cli import (
     tune,
 )
 from was_fx.cli.errors import INTERRUPTED, Commands, report_interrupt
-from was_fx.cli.options import examples
+from was_fx.cli.input.options import examples
 
 HELP = """Decode faster by not reading the weight columns whose input is negligible.
 

@@ -11,9 +11,9 @@ from collections import defaultdict
 
 from torch.fx import Node
 
-from was_fx.kernels.advance import advance_op
-from was_fx.passes.context import Context, value
-from was_fx.passes.matching import arguments_of, kind, storage
+from was_fx.kernels.ops.advance import advance_op
+from was_fx.passes.graph.context import Context, value
+from was_fx.passes.graph.matching import arguments_of, kind, storage
 
 
 def declined(context: Context, node: Node) -> str | None:

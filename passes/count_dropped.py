@@ -7,8 +7,8 @@
 Runs only with the option `observe`.
 """
 
-from was_fx.kernels.count_dropped import count_dropped as count_dropped_op
-from was_fx.passes.context import Context
+from was_fx.kernels.ops.count_dropped import count_dropped as count_dropped_op
+from was_fx.passes.graph.context import Context
 
 
 def count_dropped(context: Context) -> None:

@@ -20,7 +20,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import Graph, GraphModule, Node
 
 from was_fx.passes.bindings import bindings, resolve
-from was_fx.passes.errors import RewriteError
+from was_fx.passes.graph.errors import RewriteError
 
 
 @dataclass(frozen=True)

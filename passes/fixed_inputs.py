@@ -2,8 +2,8 @@
 
 import torch
 
-from was_fx.passes.context import Context
-from was_fx.passes.matching import storage, written_storages
+from was_fx.passes.graph.context import Context
+from was_fx.passes.graph.matching import storage, written_storages
 
 
 def fixed_inputs(context: Context) -> list[int]:

@@ -16,10 +16,10 @@ import torch
 from torch.fx import Node, map_arg
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from was_fx.kernels.compact import compact_op
-from was_fx.kernels.decode_attention import decode_attention_op, fake
-from was_fx.passes.context import Context, value
-from was_fx.passes.matching import arguments_of, flattening_of, kind, storage, written_storages
+from was_fx.kernels.ops.compact import compact_op
+from was_fx.kernels.ops.decode_attention import decode_attention_op, fake
+from was_fx.passes.graph.context import Context, value
+from was_fx.passes.graph.matching import arguments_of, flattening_of, kind, storage, written_storages
 
 _SDPA = "scaled_dot_product_attention"
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")

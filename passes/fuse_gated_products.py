@@ -13,10 +13,10 @@ from typing import Any
 
 from torch.fx import Node, map_arg
 
-from was_fx.kernels.compact import compact_op
-from was_fx.kernels.gated_product_compact import fake, gated_product_compact_op
-from was_fx.passes.context import Context, Part, value
-from was_fx.passes.matching import arguments_of, either_order, kind, storage, written_storages
+from was_fx.kernels.ops.compact import compact_op
+from was_fx.kernels.ops.gated_product_compact import fake, gated_product_compact_op
+from was_fx.passes.graph.context import Context, Part, value
+from was_fx.passes.graph.matching import arguments_of, either_order, kind, storage, written_storages
 
 _ACTIVATIONS = {"silu", "gelu", "relu", "sigmoid"}
 

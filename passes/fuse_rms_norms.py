@@ -18,10 +18,18 @@ from typing import Any
 import torch
 from torch.fx import Node, map_arg
 
-from was_fx.kernels.compact import compact_op
-from was_fx.kernels.rms_norm_compact import fake, rms_norm_compact_op
-from was_fx.passes.context import Context, value
-from was_fx.passes.matching import arguments_of, dtype_of, either_order, kind, storage, without_casts, written_storages
+from was_fx.kernels.ops.compact import compact_op
+from was_fx.kernels.ops.rms_norm_compact import fake, rms_norm_compact_op
+from was_fx.passes.graph.context import Context, value
+from was_fx.passes.graph.matching import (
+    arguments_of,
+    dtype_of,
+    either_order,
+    kind,
+    storage,
+    without_casts,
+    written_storages,
+)
 
 
 @dataclass(frozen=True)

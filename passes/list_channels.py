@@ -16,12 +16,12 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from was_fx.kernels.compact import compact_op, empty_list
-from was_fx.kernels.gather_gemv import gather_gemv_op
-from was_fx.kernels.gemv_config import gemv_config
-from was_fx.kernels.triton_parts import DTYPES, MAX_SIBLINGS
-from was_fx.passes.context import Context, LinearSite, Part, value
-from was_fx.passes.matching import arguments_of
+from was_fx.kernels.linear.gather_gemv import gather_gemv_op
+from was_fx.kernels.ops.compact import compact_op, empty_list
+from was_fx.kernels.parts.gemv_config import gemv_config
+from was_fx.kernels.parts.triton_parts import DTYPES, MAX_SIBLINGS
+from was_fx.passes.graph.context import Context, LinearSite, Part, value
+from was_fx.passes.graph.matching import arguments_of
 
 
 def declined(context: Context, node: Node) -> str | None:

@@ -15,9 +15,9 @@ from collections.abc import Collection
 
 import torch
 
-from was_fx.kernels.sparse_linear import sparse_linear
-from was_fx.passes.context import Context, LinearSite, SparseCall, value, weight_view
-from was_fx.passes.matching import storage, written_storages
+from was_fx.kernels.linear.sparse_linear import sparse_linear
+from was_fx.passes.graph.context import Context, LinearSite, SparseCall, value, weight_view
+from was_fx.passes.graph.matching import storage, written_storages
 
 Sibling = tuple[LinearSite, SparseCall]
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from was_fx.passes.choose_phase import choose_phase
-from was_fx.passes.context import Context, Options
 from was_fx.passes.count_dropped import count_dropped
-from was_fx.passes.errors import RewriteError
 from was_fx.passes.extra_inputs import own_copy
+from was_fx.passes.graph.choose_phase import choose_phase
+from was_fx.passes.graph.context import Context, Options
+from was_fx.passes.graph.errors import RewriteError
+from was_fx.passes.graph.recognize_linears import recognize_linears
 from was_fx.passes.merge_siblings import merge_siblings
-from was_fx.passes.recognize_linears import recognize_linears
 from was_fx.passes.sparsify_linears import sparsify_linears
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from typing import Any
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from was_fx.kernels.sparse_linear import sparse_linear
-from was_fx.passes.choose_phase import sequence_source
-from was_fx.passes.context import Context, LinearSite, SparseCall, value, weight_view
-from was_fx.passes.errors import RewriteError
+from was_fx.kernels.linear.sparse_linear import sparse_linear
+from was_fx.passes.graph.choose_phase import sequence_source
+from was_fx.passes.graph.context import Context, LinearSite, SparseCall, value, weight_view
+from was_fx.passes.graph.errors import RewriteError
 
 
 def declined(context: Context, site: LinearSite) -> str | None:

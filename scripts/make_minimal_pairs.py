@@ -1,4 +1,4 @@
-"""Write was_fx/tasks/minimal_pairs.jsonl: 200 pairs of English sentences that differ in one point of grammar.
+"""Write was_fx/plugins/tasks/minimal_pairs.jsonl: 200 pairs of English sentences that differ in one point of grammar.
 
     python scripts/make_minimal_pairs.py
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from was_fx.schedules.fingerprint import fingerprint_without_weights
-from was_fx.schedules.release_import import released_schedule
-from was_fx.schedules.released_lookup import LookupTable
-from was_fx.schedules.schedule import Schedule
+from was_fx.schedules.files.fingerprint import fingerprint_without_weights
+from was_fx.schedules.files.schedule import Schedule
+from was_fx.schedules.released.importer import released_schedule
+from was_fx.schedules.released.lookup import LookupTable
 
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "schedules" / "published"
 

@@ -18,26 +18,26 @@ __version__ = "0.1.0"
 
 # Imported when first used: `import was_fx` stays light.
 _HOMES = {
-    "Calibration": "was_fx.schedules.calibration",
-    "Evaluation": "was_fx.evaluation",
-    "LinearSchedule": "was_fx.schedules.schedule",
-    "RewriteError": "was_fx.passes.errors",
-    "Schedule": "was_fx.schedules.schedule",
+    "Calibration": "was_fx.schedules.files.calibration",
+    "Evaluation": "was_fx.measure.evaluate",
+    "LinearSchedule": "was_fx.schedules.files.schedule",
+    "RewriteError": "was_fx.passes.graph.errors",
+    "Schedule": "was_fx.schedules.files.schedule",
     "ScheduleError": "was_fx.schedules.errors",
     "Score": "was_fx.schedules.score",
-    "WasConfig": "was_fx.quantizer",
-    "calibrate": "was_fx.calibration",
-    "decode": "was_fx.decoding",
-    "densify": "was_fx.sparsification",
-    "draft": "was_fx.drafting",
-    "evaluate": "was_fx.evaluation",
-    "import_release": "was_fx.schedules.release_import",
-    "load_published": "was_fx.schedules.published_schedules",
-    "perplexity": "was_fx.evaluation",
-    "recalibrate": "was_fx.calibration",
-    "search": "was_fx.schedule_search",
-    "sparsify": "was_fx.sparsification",
-    "uniform": "was_fx.schedules.uniform",
+    "WasConfig": "was_fx.plugins.quantizer",
+    "calibrate": "was_fx.measure.calibrate",
+    "decode": "was_fx.generate.decode_loop",
+    "densify": "was_fx.sparse.sparsify",
+    "draft": "was_fx.sparse.drafting",
+    "evaluate": "was_fx.measure.evaluate",
+    "import_release": "was_fx.schedules.released.importer",
+    "load_published": "was_fx.schedules.released.published",
+    "perplexity": "was_fx.measure.evaluate",
+    "recalibrate": "was_fx.measure.calibrate",
+    "search": "was_fx.searching.schedule_search",
+    "sparsify": "was_fx.sparse.sparsify",
+    "uniform": "was_fx.schedules.search.uniform",
 }
 
 __all__ = [
@@ -65,21 +65,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from was_fx.calibration import calibrate, recalibrate
-    from was_fx.decoding import decode
-    from was_fx.drafting import draft
-    from was_fx.evaluation import Evaluation, evaluate, perplexity
-    from was_fx.passes.errors import RewriteError
-    from was_fx.quantizer import WasConfig
-    from was_fx.schedule_search import search
-    from was_fx.schedules.calibration import Calibration
+    from was_fx.generate.decode_loop import decode
+    from was_fx.measure.calibrate import calibrate, recalibrate
+    from was_fx.measure.evaluate import Evaluation, evaluate, perplexity
+    from was_fx.passes.graph.errors import RewriteError
+    from was_fx.plugins.quantizer import WasConfig
     from was_fx.schedules.errors import ScheduleError
-    from was_fx.schedules.published_schedules import load_published
-    from was_fx.schedules.release_import import import_release
-    from was_fx.schedules.schedule import LinearSchedule, Schedule
+    from was_fx.schedules.files.calibration import Calibration
+    from was_fx.schedules.files.schedule import LinearSchedule, Schedule
+    from was_fx.schedules.released.importer import import_release
+    from was_fx.schedules.released.published import load_published
     from was_fx.schedules.score import Score
-    from was_fx.schedules.uniform import uniform
-    from was_fx.sparsification import densify, sparsify
+    from was_fx.schedules.search.uniform import uniform
+    from was_fx.searching.schedule_search import search
+    from was_fx.sparse.drafting import draft
+    from was_fx.sparse.sparsify import densify, sparsify
 
 
 def __getattr__(name: str) -> Any:
@@ -92,4 +92,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
 
 
-import_module("was_fx.plug_ins").announce()
+import_module("was_fx.plugins.announce").announce()

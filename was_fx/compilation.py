@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from was_fx.backend import raise_recompile_limit, was
+from was_fx.compile.backend import raise_recompile_limit, was
 from was_fx.untraceable_cache import hide_updates
 
 

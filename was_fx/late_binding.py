@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from was_fx.kernels.layout import to_input_major, wants_input_major
+from was_fx.kernels.linear.layout import to_input_major, wants_input_major
 from was_fx.passes.bindings import Binding, bind, bindings
-from was_fx.passes.context import Context, LinearSite, Options
-from was_fx.passes.recognize_linears import recognize_linears
+from was_fx.passes.graph.context import Context, LinearSite, Options
+from was_fx.passes.graph.recognize_linears import recognize_linears
 from was_fx.schedules.errors import ScheduleError
-from was_fx.schedules.schedule import Schedule
+from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.score import channel_norms
 
 

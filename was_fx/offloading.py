@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from was_fx.kernels.sparse_linear import dropped_channels
-from was_fx.linears import LinearModule
+from was_fx.kernels.linear.sparse_linear import dropped_channels
+from was_fx.modules.linears import LinearModule
 from was_fx.passes.bindings import Binding
-from was_fx.passes.context import Options, Prefill
-from was_fx.placement import own_channels, whole_channel_norms
-from was_fx.schedules.schedule import Schedule
+from was_fx.passes.graph.context import Options, Prefill
+from was_fx.schedules.files.schedule import Schedule
+from was_fx.sparse.placement import own_channels, whole_channel_norms
 
 
 class DroppingHooks:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from was_fx.kernels.advance import advance_op
-from was_fx.kernels.count_dropped import count_dropped
-from was_fx.kernels.layout import to_input_major
-from was_fx.kernels.sparse_linear import sparse_linear
+from was_fx.kernels.linear.layout import to_input_major
+from was_fx.kernels.linear.sparse_linear import sparse_linear
+from was_fx.kernels.ops.advance import advance_op
+from was_fx.kernels.ops.count_dropped import count_dropped
 from was_fx.passes.bindings import Binding, bind
-from was_fx.passes.context import Context, Options
 from was_fx.passes.extra_inputs import with_extra_inputs
+from was_fx.passes.graph.context import Context, Options
 from was_fx.passes.pipeline import run
 
 
@@ -179,7 +179,9 @@ def rewrite():
 @pytest.fixture
 def listed(monkeypatch):
     """Rewrites a decode step with channels listed, as for a GPU, and checks it against the same without lists."""
-    monkeypatch.setattr("was_fx.kernels.triton_parts.interpreted", lambda: False)  # the ops' meaning, which is quicker
+    monkeypatch.setattr(
+        "was_fx.kernels.parts.triton_parts.interpreted", lambda: False
+    )  # the ops' meaning, which is quicker
 
     def make(module: nn.Module, schedule: dict[str, float | Tensor], *inputs, dynamic: bool | None = None, **options):
         plain = Rewritten(copy.deepcopy(module), schedule, dynamic)

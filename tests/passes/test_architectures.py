@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 import was_fx
-import was_fx.backend
+import was_fx.compile.backend
 
 TOLERANCE = {"logits": 1e-5}
 PROMPT, NEW = 12, 8
@@ -79,8 +79,8 @@ def test_generation_equals_the_model_with_weak_channels_zeroed(name, monkeypatch
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     tokens, prompt = torch.randint(2, 128, (2, 16)), torch.randint(2, 128, (1, PROMPT))
     contexts = []
-    inner = was_fx.backend.run
-    monkeypatch.setattr(was_fx.backend, "run", lambda *a: contexts.append(inner(*a)) or contexts[-1])
+    inner = was_fx.compile.backend.run
+    monkeypatch.setattr(was_fx.compile.backend, "run", lambda *a: contexts.append(inner(*a)) or contexts[-1])
 
     calibration = was_fx.calibrate(model, tokens)
     schedule = was_fx.uniform(calibration, 0.5)
@@ -124,14 +124,14 @@ def test_decoding_with_listed_channels_is_the_same(name, cache, monkeypatch):
     schedule = was_fx.uniform(was_fx.calibrate(model, torch.randint(2, 128, (2, 16))), 0.5)
     expected = generate(oracle(model, schedule), prompt)
     contexts = []
-    inner = was_fx.backend.run
+    inner = was_fx.compile.backend.run
 
     def listed(module, inputs, options):
         contexts.append(inner(module, inputs, dataclasses.replace(options, lists=True)))
         return contexts[-1]
 
-    monkeypatch.setattr(was_fx.backend, "run", listed)
-    monkeypatch.setattr("was_fx.kernels.triton_parts.interpreted", lambda: False)
+    monkeypatch.setattr(was_fx.compile.backend, "run", listed)
+    monkeypatch.setattr("was_fx.kernels.parts.triton_parts.interpreted", lambda: False)
     was_fx.sparsify(model, schedule, prefill="all", executor="eager")
     assert_alike(generate(model, prompt, cache_implementation=cache), expected)
     decode = contexts[-1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from was_fx.kernels.advance import advance_op
+from was_fx.kernels.ops.advance import advance_op
 
 
 class Cache(nn.Module):

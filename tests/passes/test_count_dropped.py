@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from was_fx.kernels.count_dropped import count_dropped
-from was_fx.kernels.sparse_linear import sparse_linear
+from was_fx.kernels.linear.sparse_linear import sparse_linear
+from was_fx.kernels.ops.count_dropped import count_dropped
 from was_fx.passes.bindings import bindings
 
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from was_fx.kernels.compact import compact_op
-from was_fx.kernels.gated_product_compact import gated_product_compact_op
+from was_fx.kernels.ops.compact import compact_op
+from was_fx.kernels.ops.gated_product_compact import gated_product_compact_op
 
 K = 10
 SCHEDULE = {"gate": 0.3, "up": 0.5, "down": 0.05}

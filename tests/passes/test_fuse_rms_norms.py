@@ -7,8 +7,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from was_fx.kernels.compact import compact_op
-from was_fx.kernels.rms_norm_compact import rms_norm_compact_op
+from was_fx.kernels.ops.compact import compact_op
+from was_fx.kernels.ops.rms_norm_compact import rms_norm_compact_op
 
 K = 12
 

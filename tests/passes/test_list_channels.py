@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from was_fx.kernels.compact import compact_op
-from was_fx.kernels.gather_gemv import gather_gemv_op
-from was_fx.kernels.sparse_linear import sparse_linear
+from was_fx.kernels.linear.gather_gemv import gather_gemv_op
+from was_fx.kernels.linear.sparse_linear import sparse_linear
+from was_fx.kernels.ops.compact import compact_op
 
 
 class Fan(nn.Module):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from was_fx.kernels.sparse_linear import sparse_linear
+from was_fx.kernels.linear.sparse_linear import sparse_linear
 
 
 class Attention(nn.Module):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from was_fx.kernels.sparse_linear import sparse_linear
-from was_fx.passes.errors import RewriteError
+from was_fx.kernels.linear.sparse_linear import sparse_linear
+from was_fx.passes.graph.errors import RewriteError
 
 LINEAR = torch._C._nn.linear
 DENSE_TOKENS = {"sparse": lambda s: math.ceil(s / 100), "half": lambda s: math.ceil(s / 2), "all": lambda s: 0}

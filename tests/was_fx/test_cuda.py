@@ -7,8 +7,8 @@ import torch
 from transformers import StaticCache
 
 import was_fx
-import was_fx.backend
-from was_fx.cuda_graphs import CudaGraphs
+import was_fx.compile.backend
+from was_fx.compile.cuda_graphs import CudaGraphs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,15 +43,15 @@ def steps(monkeypatch):
             super().__init__(*arguments)
             made.append(self)
 
-    monkeypatch.setattr(was_fx.backend, "CudaGraphs", Recorded)
+    monkeypatch.setattr(was_fx.compile.backend, "CudaGraphs", Recorded)
     return made
 
 
 @pytest.fixture
 def contexts(monkeypatch):
     """What the passes did to each graph that was compiled."""
-    found, inner = [], was_fx.backend.run
-    monkeypatch.setattr(was_fx.backend, "run", lambda *each: found.append(inner(*each)) or found[-1])
+    found, inner = [], was_fx.compile.backend.run
+    monkeypatch.setattr(was_fx.compile.backend, "run", lambda *each: found.append(inner(*each)) or found[-1])
     return found
 
 
@@ -88,7 +88,7 @@ def test_steps_with_a_static_cache_are_replayed(llama, tokens, steps, contexts, 
     assert (decode.phase, decode.counts["listed"]) == ("decode", 14)
     assert (decode.counts["fused norms"], decode.counts["decode attention"]) == (4, 2)
     torch.compiler.reset()
-    monkeypatch.setattr(was_fx.backend, "graphable", lambda inputs: False)
+    monkeypatch.setattr(was_fx.compile.backend, "graphable", lambda inputs: False)
     assert generate(model, ids).equal(tokens_with)
     assert len(steps) == 1
 

@@ -18,7 +18,7 @@ from transformers import (
 
 import was_fx
 from was_fx import embedded
-from was_fx.drafting import acceptance
+from was_fx.sparse.drafting import acceptance
 
 pytestmark = [
     pytest.mark.gpu,

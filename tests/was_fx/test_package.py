@@ -29,10 +29,10 @@ def test_the_wheel_installs_one_import_package_with_its_five_parts(wheel):
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"was_fx"}
     for part in (
         "passes/pipeline.py",
-        "kernels/sparse_linear.py",
+        "kernels/linear/sparse_linear.py",
         "kernels/cpu_gather.cpp",
         "kernels/tuned/nvidia_h200.json",
-        "schedules/schedule.py",
+        "schedules/files/schedule.py",
         "cli/main.py",
         "py.typed",
     ):
@@ -62,14 +62,14 @@ def test_the_wheel_holds_the_published_schedules(wheel):
 
 
 def test_the_wheel_holds_the_task(wheel):
-    assert "was_fx/tasks/minimal_pairs.jsonl" in wheel.namelist()
+    assert "was_fx/plugins/tasks/minimal_pairs.jsonl" in wheel.namelist()
 
 
 def test_the_wheel_declares_the_command_and_the_backend(wheel):
     (entry_points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     text = wheel.read(entry_points).decode()
     assert "was = was_fx.cli.main:main" in text
-    assert "[torch_dynamo_backends]\nwas = was_fx.backend:was" in text
+    assert "[torch_dynamo_backends]\nwas = was_fx.compile.backend:was" in text
 
 
 IMPORT = """

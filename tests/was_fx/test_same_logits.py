@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import was_fx
-from was_fx.sparsification import sparse_state
+from was_fx.sparse.sparsify import sparse_state
 
 EAGER = {"executor": "eager", "prefill": "all"}
 TOLERANCE = {torch.float32: {"atol": 2e-4, "rtol": 1e-4}, torch.bfloat16: {"atol": 0.25, "rtol": 0.05}}

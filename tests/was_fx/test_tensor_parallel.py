@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from was_fx.tiny_models import tiny_model
+from was_fx.coverage.tiny_models import tiny_model
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 TOLERANCE = 1e-5

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import was_fx
-from was_fx.backend import BackendOptions
-from was_fx.passes.context import Options
+from was_fx.compile.backend import BackendOptions
+from was_fx.passes.graph.context import Options
 
 OWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"  # sharded by outputs, by inputs
 

@@ -1,0 +1,100 @@
+"""`was bench`: how fast a model decodes, dense and sparse, on this machine."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from was_fx.cli.input import options
+from was_fx.cli.render.console import print_json, progress, stderr, stdout
+
+if TYPE_CHECKING:
+    from was_fx.measure.gpu_speed import GpuRow
+    from was_fx.measure.speed import SpeedRow
+
+EXAMPLES = options.examples(
+    "was bench embedded",
+    "was bench ./llama --target 50% --target 75%  [dim]a checkpoint[/]",
+    "was bench llama-3-8b  [dim]shapes with random weights: llama-3-8b, llama-3.2-1b, llama-2-13b, mistral-7b, "
+    "qwen2.5-7b[/]",
+)
+
+
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Directory or Hub name of a causal LM, [bold]embedded[/], or the name of a shape with random weights.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SHARE", help="Model sparsity, such as 50% (default: 50% and 75%).", show_default=False),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=25, metavar="N", help="New tokens per repetition.")] = 32,
+    repetitions: Annotated[int, typer.Option(min=1, metavar="N", help="How often each is timed.")] = 5,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    json: options.Json = False,
+) -> None:
+    """Time greedy decoding of one sequence, dense and at uniform sparsities, in turns.
+
+    The text is random, and thresholds are read off the model's own activations: this is about speed, not quality. On a
+    GPU the cache is static and decode steps are CUDA graphs; on a CPU the cache is dynamic.
+    """
+    targets = [options.parse_share(each) for each in target or ["50%", "75%"]]
+    loaded = _model(model, dtype, device)
+    if next(loaded.parameters()).is_cuda:
+        from was_fx.measure.gpu_speed import gpu_speed
+
+        rows: Any = gpu_speed(
+            loaded,
+            targets,
+            tokens=tokens,
+            repetitions=repetitions,
+            progress=lambda text: stderr().print(f"{text} …", style="dim"),
+        )
+    else:
+        from was_fx.measure.speed import decode_speed
+
+        with progress("Timing") as advance:
+            rows = decode_speed(loaded, targets, tokens=tokens, repetitions=repetitions, progress=advance)
+    if json:
+        print_json({"model": model, "rows": [asdict(row) for row in rows]})
+        return
+    _show(model, rows)
+
+
+def _model(name: str, dtype: options.Dtype, device: str) -> Any:
+    from was_fx.cli.input.models import load_model, torch_device, torch_dtype
+    from was_fx.measure.shapes import SHAPES, config
+
+    if name not in SHAPES:
+        with progress(f"Loading {name}"):
+            return load_model(name, dtype, device).model
+    from was_fx.measure.speed import random_model
+
+    number = torch_dtype(options.Dtype.bf16 if dtype is options.Dtype.auto else dtype)
+    with progress(f"Making {name} with random weights"):
+        return random_model(config(name), dtype=number, device=str(torch_device(device)))
+
+
+def _show(model: str, rows: "list[GpuRow] | list[SpeedRow]") -> None:
+    from was_fx.cli.render.tables import new_table, percent
+
+    table = new_table("target", "realised", "ms/token", "speed-up", "GB read/token", "GB/s")
+    for row in rows:
+        ms: float = getattr(row, "step_ms", None) or row.ms_per_token  # type: ignore[union-attr]
+        table.add_row(
+            percent(row.target) if row.target else "dense",
+            percent(row.realised) if row.target else "–",
+            f"{ms:.2f}",
+            f"{row.ratio:.2f}×",
+            f"{row.bytes_per_token / 1e9:.2f}",
+            f"{row.bytes_per_token / ms / 1e6:.0f}",
+        )
+    console = stdout()
+    console.print(f"{model}, decode, batch 1", style="bold", markup=False)
+    console.print(table)

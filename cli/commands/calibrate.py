@@ -1,0 +1,133 @@
+"""`was calibrate`: measure a model's activations on a text."""
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from was_fx.cli.input import options
+from was_fx.cli.input.files import check_output
+from was_fx.cli.render.console import print_json, progress, stdout
+
+if TYPE_CHECKING:
+    from was_fx import Score
+
+EXAMPLES = options.examples(
+    "was calibrate embedded  [dim]the model inside was-fx, on its own text[/]",
+    "was calibrate ./llama --text book.txt --out llama.calibration.safetensors",
+    "was calibrate ./llama --text book.txt --score teal --tokens 100000",
+    "was calibrate ./llama --text book.txt --include '*' --exclude '*.k_proj'  [dim]the head too, k not[/]",
+    "was calibrate ./llama --text book.txt --exponent 0.5 --norm 2",
+)
+
+
+class ScoreName(StrEnum):
+    """The scores of published methods."""
+
+    was = "was"
+    teal = "teal"
+    wina = "wina"
+
+
+def calibrate(
+    model: options.Model,
+    text: options.Text = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the calibration.")] = Path(
+        "calibration.safetensors"
+    ),
+    score: Annotated[
+        ScoreName | None,
+        typer.Option(
+            help="What decides whether channel j counts. was: |x_j| times the 1-norm of its weights. teal: |x_j|. "
+            "wina: |x_j| times their 2-norm. By default was.",
+            show_default=False,
+        ),
+    ] = None,
+    exponent: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="A", help="Your own score instead: |x_j| · ‖W_j‖^A.", show_default=False),
+    ] = None,
+    norm: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=2, metavar="P", help="Which norm of the weights --exponent uses, 1 or 2.", show_default=False
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=2, metavar="N", help="Measure at most about so many tokens (whole windows); by default the whole text."
+        ),
+    ] = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    length: options.Length = None,
+    batch_size: options.BatchSize = 4,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    """Measure the activations of a model on a text: once per model and score.
+
+    The result holds, for each Linear, the threshold of each sparsity. [bold]was make[/] turns it into schedules.
+    """
+    from was_fx.cli.input.texts import read_text, text_name, windows
+
+    chosen = _score(score, exponent, norm)
+    name = text_name(text, model, "calibration")
+    check_output(out, force)
+    content = read_text(name)
+
+    import was_fx
+    from was_fx.cli.input.models import load_model
+    from was_fx.modules.linears import dense_expert_share, expert_parameters
+
+    with progress(f"Loading {model}"):
+        loaded = load_model(model, dtype, device)
+    ids = windows(loaded, content, name, length=length, tokens=tokens)
+    with progress(f"Calibrating on {ids.numel():,} tokens") as advance:
+        result = was_fx.calibrate(
+            loaded.model,
+            ids,
+            score=chosen,
+            text=name,
+            include=include or None,
+            exclude=exclude or (),
+            batch_size=batch_size,
+            progress=advance,
+        )
+    result.save(out)
+    if json:
+        score_used = {"exponent": chosen.exponent, "norm": chosen.norm}
+        linears = len(result.thresholds)
+        print_json({"path": str(out), "linears": linears, "tokens": result.tokens, "text": name, "score": score_used})
+        return
+    console = stdout()
+    console.print(
+        f"Wrote {out}: {len(result.thresholds)} Linears, {result.tokens:,} tokens of {name}, score {chosen}",
+        markup=False,
+        soft_wrap=True,
+    )
+    experts = expert_parameters(loaded.model)
+    if experts:
+        share = 100 * dense_expert_share(loaded.model)
+        console.print(
+            f"Weights held as 3-D parameters (experts) stay dense: {len(experts)}, such as {next(iter(experts))}, "
+            f"{share:.0f} % of the bytes of a token",
+            markup=False,
+            soft_wrap=True,
+        )
+    console.print(f"Next: was make {shlex.quote(str(out))} --target 50%", markup=False, soft_wrap=True)
+
+
+def _score(name: ScoreName | None, exponent: float | None, norm: int | None) -> "Score":
+    if name is not None and (exponent is not None or norm is not None):
+        raise typer.BadParameter("give either a name, or --exponent and --norm", param_hint="'--score'")
+    from was_fx import Score
+
+    if exponent is None and norm is None:
+        return Score.named((name or ScoreName.was).value)
+    return Score(1.0 if exponent is None else exponent, norm or 1)

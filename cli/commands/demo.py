@@ -1,0 +1,178 @@
+"""`was demo`: the whole of was-fx in one run, offline."""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from was_fx.cli.input import options
+from was_fx.cli.input.models import Loaded
+from was_fx.cli.render.console import print_json, progress, stdout
+
+if TYPE_CHECKING:
+    from was_fx import Evaluation, Schedule
+    from was_fx.measure.speed import SpeedRow
+
+EXAMPLES = options.examples(
+    "was demo  [dim]two to three minutes on two CPU cores[/]",
+    "was demo --fast  [dim]less text, no compiled speed test[/]",
+    "was demo --json > demo.json",
+)
+SCORES = ("was", "teal")
+PROMPT = "It was a cold evening, and the old man"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything the demo does.
+
+    Attributes:
+        calibration: windows of the calibration text, each of 512 tokens.
+        recalibration: how many of them `recalibrate` reads, twice for each schedule.
+        stride: every how many-th window of the test text is scored.
+        limit: at most so many of them.
+        levels: model sparsities.
+        blocks: blocks of the speed test's model; 0 leaves the test out.
+        speed_levels: sparsities of the speed test.
+    """
+
+    calibration: int
+    recalibration: int
+    stride: int
+    limit: int
+    levels: tuple[float, ...]
+    blocks: int
+    speed_levels: tuple[float, ...] = (0.5, 0.75)
+
+
+FULL = Size(calibration=32, recalibration=16, stride=2, limit=56, levels=(0.25, 0.4, 0.5, 0.6, 0.75), blocks=2)
+FAST = Size(calibration=8, recalibration=4, stride=14, limit=8, levels=(0.25, 0.5, 0.75), blocks=0)
+
+
+def demo(
+    fast: Annotated[bool, typer.Option("--fast", help="Less text, and no speed test (which compiles).")] = False,
+    json: options.Json = False,
+) -> None:
+    """Calibrate, compare, generate and time: everything at once, without a network.
+
+    Quality is shown on the language model inside was-fx (5.8 M parameters), speed on a stack of random weights with
+    the shapes of Llama-3.2-1B.
+    """
+    from was_fx.cli.input.models import load_model
+    from was_fx.cli.render import demo_screens as screens
+
+    size = FAST if fast else FULL
+    console = stdout()
+    if not json:
+        screens.opening(console)
+    with progress("Loading the embedded model"):
+        loaded = load_model(options.EMBEDDED, device="cpu")
+    schedules = calibrated(loaded, size)
+    quality = measured(loaded, schedules, size)
+    if not json:
+        screens.quality(console, quality, SCORES)
+    texts = samples(loaded, schedules["was"][0.5])
+    if not json:
+        screens.samples(console, PROMPT, texts)
+    rows = timed(size) if size.blocks else []
+    if json:
+        print_json(_as_json(quality, texts, rows))
+        return
+    if rows:
+        screens.speed(console, rows, size.blocks)
+    screens.closing(console)
+
+
+def calibrated(loaded: Loaded, size: Size) -> "dict[str, dict[float, Schedule]]":
+    """Uniform schedules by score and level, with thresholds from the model as it runs sparsely."""
+    import was_fx
+    from was_fx import embedded
+
+    ids = embedded.tokens("calibration", 512, size.calibration)
+    found: dict[str, dict[float, Schedule]] = {}
+    for name in SCORES:
+        with progress(f"Calibrating with the {name.upper()} score") as advance:
+            calibration = was_fx.calibrate(
+                loaded.model,
+                ids,
+                score=was_fx.Score.named(name),
+                text="embedded:calibration",
+                batch_size=4,
+                progress=advance,
+            )
+        found[name] = {}
+        for level in size.levels:
+            schedule = was_fx.uniform(calibration, level)
+            with progress(f"Recalibrating it at {100 * level:.0f} %") as advance:
+                found[name][level] = was_fx.recalibrate(
+                    loaded.model, schedule, ids[: size.recalibration], batch_size=4, progress=advance
+                )
+    return found
+
+
+def measured(
+    loaded: Loaded, schedules: "dict[str, dict[float, Schedule]]", size: Size
+) -> "dict[tuple[str, float], Evaluation]":
+    """Evaluations on the test text by (score, level); the dense one is ("dense", 0.0).
+
+    The graph runs node by node: for so small a model that takes less time than compiling it.
+    """
+    import was_fx
+    from was_fx import embedded
+
+    ids = embedded.tokens("test", 512)[:: size.stride][: size.limit]
+    found: dict[tuple[str, float], Evaluation] = {}
+    with progress("Scoring the test text, dense") as advance:
+        found["dense", 0.0] = was_fx.evaluate(loaded.model, ids, batch_size=4, progress=advance)
+    for level in size.levels:
+        for name in SCORES:
+            was_fx.sparsify(loaded.model, schedules[name][level], executor="eager")
+            with progress(f"Scoring the test text, {name.upper()} at {100 * level:.0f} %") as advance:
+                found[name, level] = was_fx.evaluate(loaded.model, ids, batch_size=4, progress=advance)
+    was_fx.densify(loaded.model)
+    return found
+
+
+def samples(loaded: Loaded, schedule: "Schedule") -> dict[str, str]:
+    """The same prompt continued by the dense model and by the sparse one, with the same random numbers."""
+    import was_fx
+    from was_fx.cli.commands.generate import continuation
+
+    texts = {}
+    with progress("Writing with the dense model"):
+        texts["dense"] = continuation(loaded, PROMPT, max_new_tokens=60, seed=1, temperature=0.6)["text"]
+    was_fx.sparsify(loaded.model, schedule, executor="eager")
+    with progress("Writing with the sparse model"):
+        texts["sparse"] = continuation(loaded, PROMPT, max_new_tokens=60, seed=1, temperature=0.6)["text"]
+    was_fx.densify(loaded.model)
+    return texts
+
+
+def timed(size: Size) -> "list[SpeedRow]":
+    """Decode speed of a few blocks with the shapes of Llama-3.2-1B, random bf16 weights and a small vocabulary."""
+    from transformers import LlamaConfig
+
+    from was_fx.measure.speed import decode_speed
+
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        num_hidden_layers=size.blocks,
+        vocab_size=4096,
+        tie_word_embeddings=True,
+    )
+    with progress("Compiling, then timing dense and sparse in turn") as advance:
+        return decode_speed(config, size.speed_levels, tokens=17, repetitions=5, progress=advance)
+
+
+def _as_json(
+    quality: "dict[tuple[str, float], Evaluation]", texts: dict[str, str], rows: "list[SpeedRow]"
+) -> dict[str, Any]:
+    evaluations = [
+        {"score": score, "target": level, "perplexity": result.perplexity, **asdict(result)}
+        for (score, level), result in quality.items()
+    ]
+    return {"quality": evaluations, "samples": {"prompt": PROMPT, **texts}, "speed": [asdict(row) for row in rows]}

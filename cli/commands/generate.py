@@ -1,0 +1,150 @@
+"""`was generate`: text from a model, dense or with a schedule."""
+
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from was_fx.cli.input import options
+from was_fx.cli.input.files import load_schedule
+from was_fx.cli.input.models import Loaded
+from was_fx.cli.render.console import print_json, progress, stderr, stdout
+
+EXAMPLES = options.examples(
+    'was generate embedded --prompt "It was a dark night"  [dim]dense[/]',
+    'was generate embedded --schedule s.was.safetensors --prompt "It was" --sample --temperature 0.8 --seed 3',
+    'was generate ./llama --schedule s.was.safetensors --prompt "Hello" --dense-too',
+)
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.", show_default=False)],
+    schedule: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A schedule; without one, the model is dense.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Stop after so many tokens.")] = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw each token instead of taking the likeliest.")] = False,
+    temperature: Annotated[
+        float, typer.Option(min=0.01, metavar="T", help="With --sample: lower is more predictable.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="With --sample: the same seed gives the same text.")] = 0,
+    dense_too: Annotated[bool, typer.Option("--dense-too", help="The dense model's text first, to compare.")] = False,
+    executor: options.ExecutorOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    allow_other_model: options.OtherModel = False,
+    json: options.Json = False,
+) -> None:
+    """Generate text, token by token, on stdout.
+
+    The prompt is read densely; each new token is sparse. The first ones wait for the compiler.
+    """
+    found = load_schedule(schedule) if schedule else None
+    if not prompt:
+        raise typer.BadParameter("the prompt is empty", param_hint="'--prompt'")
+
+    import was_fx
+    from was_fx.cli.input.models import load_model
+
+    with progress(f"Loading {model}"):
+        loaded = load_model(model, dtype, device)
+    encode(loaded, prompt, max_new_tokens)  # says what is wrong before anything is printed
+    how = {"max_new_tokens": max_new_tokens, "seed": seed, "temperature": temperature if sample else None}
+    runs: dict[str, dict[str, Any]] = {}
+    headings = dense_too and found is not None and not json
+    if dense_too or found is None:
+        runs["dense"] = _stream(loaded, prompt, how, heading="dense" if headings else None, quiet=json)
+    if found is not None:
+        was_fx.sparsify(
+            loaded.model,
+            found,
+            executor=executor.value if executor else None,
+            allow_other_model=allow_other_model,
+        )
+        heading = f"sparse, {100 * found.sparsity:.0f} % nominal" if headings else None
+        runs["sparse"] = _stream(loaded, prompt, how, heading=heading, quiet=json)
+    if json:
+        main = runs["dense" if found is None else "sparse"]
+        other = {"dense": runs["dense"]} if dense_too and found is not None else {}
+        print_json({"prompt": prompt, "schedule": str(schedule) if schedule else None, **main, **other})
+
+
+def _stream(loaded: Loaded, prompt: str, how: dict[str, Any], *, heading: str | None, quiet: bool) -> dict[str, Any]:
+    """Generate, and print text as it comes unless `quiet`; text, number of tokens and median ms per token."""
+    from transformers import TextStreamer
+
+    console = stdout()
+    if heading:
+        console.rule(heading, align="left")
+    if not quiet:
+        console.print(prompt, style="bold", end="", markup=False, soft_wrap=True)
+    printer = None if quiet else TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    result = continuation(loaded, prompt, printer=printer, **how)
+    if not quiet:
+        took = result["ms_per_token"]
+        speed = f", {took:.1f} ms per token (median)" if took is not None else ""
+        stderr().print(f"{result['tokens']} tokens{speed}", style="dim", markup=False)
+    return result
+
+
+def encode(loaded: Loaded, prompt: str, max_new_tokens: int) -> Any:
+    """The tokens of a prompt, on the model's device.
+
+    Raises:
+        ValueError: there are none, or too many for the model with so many new ones.
+    """
+    inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
+    given = inputs["input_ids"].shape[1]
+    if given == 0:
+        raise ValueError("the prompt has no tokens; give some text")
+    if loaded.positions is not None and given + max_new_tokens > loaded.positions:
+        raise ValueError(
+            f"the prompt has {given} tokens, with --max-new-tokens {max_new_tokens} more than the "
+            f"{loaded.positions} that {loaded.name} takes; give a shorter prompt or fewer new tokens"
+        )
+    return inputs
+
+
+def continuation(
+    loaded: Loaded,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    temperature: float | None = None,
+    printer: Any = None,
+) -> dict[str, Any]:
+    """Continue a prompt; greedily without a temperature. `printer` is a streamer of transformers.
+
+    Returns:
+        text (without the prompt), tokens, and ms_per_token: the median step after the first new token.
+    """
+    import torch
+
+    from was_fx.measure.speed import TokenClock
+
+    inputs = encode(loaded, prompt, max_new_tokens)
+    given = inputs["input_ids"].shape[1]
+    sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
+    settings = loaded.model.generation_config
+    padding = settings.pad_token_id if settings.pad_token_id is not None else loaded.tokenizer.eos_token_id
+    clock = TokenClock(printer)
+    torch.manual_seed(seed)
+    ids = loaded.model.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        pad_token_id=padding,
+        streamer=clock,
+        **sampling,
+    )
+    new = ids[0, given:]
+    # The first step of a decode compiles.
+    steps = clock.steps()[1:]
+    return {
+        "text": loaded.tokenizer.decode(new, skip_special_tokens=True),
+        "tokens": len(new),
+        "ms_per_token": statistics.median(steps) if steps else None,
+    }

@@ -1,0 +1,53 @@
+"""`was make`, also `was sparsify`: a schedule from a calibration."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from was_fx.cli.input import options
+from was_fx.cli.input.files import check_output, load_calibration
+from was_fx.cli.render.console import print_json, stdout
+
+EXAMPLES = options.examples(
+    "was make calibration.safetensors --target 0.5",
+    "was make calibration.safetensors --target 0.5 --exclude '*.v_proj' --exclude 're:.*layers[.][01][.].*'",
+    "was make calibration.safetensors --target 60% --out llama-60.was.safetensors",
+)
+
+
+def make(
+    calibration: Annotated[
+        Path, typer.Argument(metavar="CALIBRATION", help="A file that `was calibrate` wrote.", show_default=False)
+    ],
+    target: Annotated[
+        float,
+        typer.Option(
+            parser=options.parse_share,
+            metavar="SHARE",
+            help="Share of the scheduled weights that a token shall not read, such as 0.5 or 50%.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the schedule.")] = Path(
+        "schedule.was.safetensors"
+    ),
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    """Make a schedule with the same sparsity for every Linear that was calibrated. Needs no model and takes no time."""
+    check_output(out, force)
+    found = load_calibration(calibration)
+
+    import was_fx
+
+    schedule = was_fx.uniform(found, target, include=include or None, exclude=exclude or ())
+    schedule.save(out)
+    if json:
+        print_json({"path": str(out), "target": target, "nominal": schedule.sparsity, "linears": len(schedule.linears)})
+        return
+    summary = f"Wrote {out}: {len(schedule.linears)} Linears at {100 * target:g} %, score {found.score}"
+    stdout().print(summary, markup=False, soft_wrap=True)
+    stdout().print(f"Next: was inspect {shlex.quote(str(out))}", markup=False, soft_wrap=True)

@@ -1,0 +1,90 @@
+"""`was ppl`: what schedules cost in perplexity."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from was_fx.cli.input import options
+from was_fx.cli.input.files import load_schedule
+from was_fx.cli.render.console import print_json, progress, stdout
+
+if TYPE_CHECKING:
+    from was_fx import Evaluation
+
+EXAMPLES = options.examples(
+    "was ppl embedded  [dim]the dense model on its test text[/]",
+    "was ppl embedded --schedule s50.was.safetensors --schedule s75.was.safetensors",
+    "was ppl ./llama --schedule s.was.safetensors --text test.txt --prefill half  [dim]as TEAL measures[/]",
+)
+
+
+def ppl(
+    model: options.Model,
+    schedule: options.Schedules = None,
+    text: options.Text = None,
+    prefill: options.PrefillOption = options.Prefill.sparse,
+    length: options.Length = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Score at most so many windows.", show_default=False)
+    ] = None,
+    batch_size: options.BatchSize = 4,
+    executor: options.ExecutorOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    allow_other_model: options.OtherModel = False,
+    json: options.Json = False,
+) -> None:
+    """Compare the perplexity of a model, dense and with schedules, on a text.
+
+    Use a text that the calibration has not seen. Nominal sparsity is what the schedule promises, realised what this
+    text gave; the bytes are a share of all weights that a token reads, the head's included.
+    """
+    from was_fx.cli.input.texts import read_text, text_name, windows
+
+    paths = schedule or []
+    name = text_name(text, model, "test")
+    content = read_text(name)
+    schedules = [load_schedule(path) for path in paths]
+
+    import was_fx
+    from was_fx.cli.input.models import load_model
+
+    with progress(f"Loading {model}"):
+        loaded = load_model(model, dtype, device)
+    ids = windows(loaded, content, name, length=length, limit=limit)
+    arguments: dict[str, Any] = {"prefill": prefill.value, "batch_size": batch_size}
+    runner: Any = executor.value if executor else None
+    results: list[tuple[Path | None, Evaluation]] = []
+    for path, each in zip([None, *paths], [None, *schedules], strict=True):
+        label = "dense" if path is None else str(path)
+        if each is not None:
+            was_fx.sparsify(loaded.model, each, executor=runner, allow_other_model=allow_other_model)
+        with progress(f"Scoring {label}") as advance:
+            results.append((path, was_fx.evaluate(loaded.model, ids, progress=advance, **arguments)))
+    if json:
+        rows = [{"schedule": str(path) if path else None, **_row(result)} for path, result in results]
+        print_json({"model": model, "text": name, "prefill": prefill.value, "length": ids.shape[1], "results": rows})
+        return
+    scored = f"{results[0][1].tokens:,} tokens in windows of {ids.shape[1]}"
+    _show(results, f"{model} on {name}: {scored}, prefill {prefill.value}")
+
+
+def _row(result: "Evaluation") -> dict[str, Any]:
+    return {**asdict(result), "perplexity": result.perplexity}
+
+
+def _show(results: "list[tuple[Path | None, Evaluation]]", title: str) -> None:
+    from rich.markup import escape
+
+    from was_fx.cli.render.tables import new_table, percent
+
+    table = new_table("schedule", "perplexity", "nominal", "realised", "bytes saved")
+    table.columns[0].overflow = "fold"
+    for path, result in results:
+        shares = [percent(s) if path else "–" for s in (result.nominal, result.realised, result.bytes_saved)]
+        table.add_row(escape(str(path or "dense")), f"{result.perplexity:.2f}", *shares)
+    console = stdout()
+    console.print(title, style="bold", markup=False)
+    console.print(table)

@@ -1,0 +1,248 @@
+"""`was search`: a schedule by a published recipe or by ours."""
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from was_fx.cli.input import options
+from was_fx.cli.input.files import check_output, load_schedule
+from was_fx.cli.render.console import print_json, progress, stdout
+from was_fx.cli.render.search_progress import SearchDisplay
+
+if TYPE_CHECKING:
+    from was_fx import Calibration, Schedule
+    from was_fx.cli.input.models import Loaded
+    from was_fx.schedules.search.recipes import Recipe
+
+EXAMPLES = options.examples(
+    "was search embedded --target 60%  [dim]our own recipe, on the model inside was-fx[/]",
+    "was search ./llama --target 50% --recipe was --text valid.txt --calibration-text train.txt",
+    "was search ./llama --target 50% --recipe was --text valid.txt --log was50.jsonl --resume  [dim]after a kill[/]",
+    "was search ./llama --target 50% --text valid.txt --cost latency --latency kernels.jsonl",
+)
+
+
+class RecipeName(StrEnum):
+    """What a schedule is searched by."""
+
+    exact = "exact"
+    was = "was"
+    teal = "teal"
+    wina = "wina"
+    wisparse = "wisparse"
+    uniform = "uniform"
+
+
+class Cost(StrEnum):
+    """What a schedule is to save."""
+
+    bytes = "bytes"
+    latency = "latency"
+
+
+def search(
+    model: options.Model,
+    target: Annotated[
+        float,
+        typer.Option(
+            parser=options.parse_share,
+            metavar="SHARE",
+            help="Share of the scheduled weights that a token shall not read, such as 0.5 or 50%. It is met exactly.",
+        ),
+    ],
+    recipe: Annotated[
+        RecipeName,
+        typer.Option(
+            help="exact (ours): all Linears at once, by measured sensitivities. was: greedy inside blocks, Bayesian "
+            "search over them. teal, wina: greedy inside blocks. wisparse: greedy and evolutionary, with an exponent "
+            "per Linear. uniform: the same for all."
+        ),
+    ] = RecipeName.exact,
+    text: options.Text = None,
+    calibration_text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text for thresholds and for errors of blocks; by default as --text, for the embedded model its "
+            "calibration text.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the schedule.")] = Path(
+        "schedule.was.safetensors"
+    ),
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Trials over blocks; by default the recipe's. For exact: trials that refine its answer, by default "
+            "none.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int,
+        typer.Option(min=2, metavar="N", help="Validation tokens of a trial (whole windows), at most about so many."),
+    ] = 8192,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same schedule.")] = 0,
+    log: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write each trial as a JSON line here.", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the search whose --log this is.")] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Run so many trials at once, each in a process of its own.")
+    ] = 1,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Run trials on a Dask cluster, tcp://host:8786; --workers says how many at once.",
+            show_default=False,
+        ),
+    ] = None,
+    cost: Annotated[
+        Cost,
+        typer.Option(
+            help="What exact saves for the least loss: bytes read, or time by --latency: as much of it as the same "
+            "sparsity everywhere would save."
+        ),
+    ] = Cost.bytes,
+    latency: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measured curves: JSON lines with n, k, sparsity and us for each shape of the model, as "
+            "benchmarks/kernels.py prints them.",
+            show_default=False,
+        ),
+    ] = None,
+    head: Annotated[
+        bool, typer.Option("--head", help="Schedule the output head too (exact and uniform only).")
+    ] = False,
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A schedule whose block levels are tried first.", show_default=False),
+    ] = None,
+    paper_exact: Annotated[
+        bool,
+        typer.Option(
+            "--paper-exact",
+            help="teal, wina and was as their released code does it: thresholds by signed quantiles, the nearest row "
+            "of the greedy table, and WAS's bounds and its count of k and v. The target is then met only nearly.",
+        ),
+    ] = False,
+    length: options.Length = None,
+    batch_size: options.BatchSize = 4,
+    executor: Annotated[
+        options.Executor, typer.Option(help="What runs the trials. inductor starts slowly; it pays on a GPU.")
+    ] = options.Executor.eager,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    """Find how sparse each Linear should be, so that the model is as sparse as you ask and loses least.
+
+    Candidates are judged by their loss on a validation text; give one that you will not report on. Thresholds are
+    measured while the model runs sparsely, so it drops what the schedule says.
+    """
+    from was_fx.cli.input.texts import read_text, text_name, windows
+    from was_fx.schedules.search.recipes import find_recipe
+
+    if (cost is Cost.latency) != (latency is not None):
+        raise typer.BadParameter("--cost latency and --latency FILE go together", param_hint="'--cost'")
+    if resume and log is None:
+        raise typer.BadParameter("give the log to resume from with --log", param_hint="'--resume'")
+    name = text_name(text, model, "validation")
+    sample_name = calibration_text or (name if text else text_name(None, model, "calibration"))
+    check_output(out, force)
+    chosen = find_recipe(recipe.value, paper_exact=paper_exact)
+    contents = read_text(name), read_text(sample_name)
+    arguments: dict[str, Any] = {"start": load_schedule(start) if start else None, "latency": _latency(latency)}
+    arguments["workers"] = _workers(workers, dask)
+
+    import was_fx
+    from was_fx.cli.input.models import load_model
+
+    with progress(f"Loading {model}"):
+        loaded = load_model(model, dtype, device)
+    ids = windows(loaded, contents[0], name, length=length, tokens=tokens)
+    samples = windows(loaded, contents[1], sample_name, length=length, tokens=chosen.calibration_tokens)
+    calibration = _calibrate(loaded, chosen, samples, sample_name, batch_size)
+    with SearchDisplay() as display:
+        found = was_fx.search(
+            loaded.model,
+            calibration,
+            tokens=ids,
+            target=target,
+            recipe=chosen,
+            budget=budget,
+            seed=seed,
+            calibration_tokens=samples,
+            include_head=head,
+            log=log,
+            resume=resume,
+            batch=workers,
+            batch_size=batch_size,
+            executor=executor.value,
+            text=name,
+            progress=display.update,
+            **arguments,
+        )
+    found.save(out)
+    _show(found, out, model, json, display.seconds)
+
+
+def _latency(path: Path | None) -> Any:
+    if path is None:
+        return None
+    from was_fx.schedules.search.latency import LatencyTable
+
+    return LatencyTable.load(path)
+
+
+def _workers(count: int, address: str | None) -> Any:
+    if address is None and count == 1:
+        return None
+    from was_fx.searching.workers import dask_cluster, local_processes
+
+    return local_processes(count) if address is None else dask_cluster(address)
+
+
+def _calibrate(loaded: "Loaded", recipe: "Recipe", samples: Any, name: str, batch_size: int) -> "Calibration":
+    import was_fx
+
+    with progress(f"Calibrating on {samples.numel():,} tokens") as advance:
+        return was_fx.calibrate(
+            loaded.model, samples, score=recipe.score, text=name, batch_size=batch_size, progress=advance
+        )
+
+
+def _show(schedule: "Schedule", out: Path, model: str, json: bool, seconds: tuple[float, float]) -> None:
+    history = dict(schedule.metadata.history)
+    losses = history.get("best", [])
+    if json:
+        found: dict[str, Any] = {
+            "path": str(out),
+            "recipe": schedule.metadata.recipe,
+            "target": schedule.metadata.target,
+        }
+        found |= {"nominal": schedule.sparsity, "loss": losses[-1] if losses else None, "history": history}
+        print_json({**found, "trial_seconds": round(seconds[0], 2), "optimizer_seconds": round(seconds[1], 2)})
+        return
+    console = stdout()
+    line = (
+        f"Wrote {out}: {len(schedule.linears)} Linears at {100 * schedule.sparsity:.2f} %, {schedule.metadata.recipe}"
+    )
+    console.print(line, markup=False, soft_wrap=True)
+    if losses:
+        console.print(f"Validation loss {losses[0]:.4f} in the first trial, {losses[-1]:.4f} in the best", markup=False)
+        console.print(f"Trials took {seconds[0]:.0f} s, the optimiser {seconds[1]:.0f} s", markup=False)
+    console.print(f"Forward-pass tokens spent: {sum(history['tokens'].values()):,}", markup=False)
+    next_command = f"Next: was ppl {shlex.quote(model)} --schedule {shlex.quote(str(out))}"
+    console.print(next_command, markup=False, soft_wrap=True)

@@ -1,0 +1,76 @@
+"""`was tune`: measure the GPU kernels' tile sizes for a model's shapes on this GPU."""
+
+from typing import Annotated
+
+import typer
+
+from was_fx.cli.input import options
+from was_fx.cli.render.console import print_json, progress, stdout
+
+EXAMPLES = options.examples(
+    "was tune ./llama",
+    "was tune llama-3-8b qwen2.5-7b  [dim]named shapes, without their weights[/]",
+    "was tune ./llama --again  [dim]measure anew what is known[/]",
+)
+
+
+def tune(
+    model: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Directories or Hub names of causal LMs (only their configuration is read), or names of shapes such "
+            "as llama-3-8b.",
+            show_default=False,
+        ),
+    ],
+    dtype: options.DtypeOption = options.Dtype.auto,
+    again: Annotated[bool, typer.Option("--again", help="Measure shapes anew that are known.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Find the fastest tile sizes of the sparse product for every shape of a model, on this GPU.
+
+    A few seconds per shape. The results are kept in a file in your cache folder that was-fx reads from then on, before
+    the ones it ships for some GPUs. An interrupted run goes on where it stopped.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("torch finds no CUDA device here; tile sizes are tuned on the GPU that will use them")
+    from was_fx.cli.input.models import torch_dtype
+    from was_fx.kernels.parts.gemv_config import shape_key, tuned
+    from was_fx.kernels.tune.tuning import tune as measure
+    from was_fx.measure.gemv_shapes import gemv_shapes
+
+    number = torch_dtype(options.Dtype.bf16 if dtype is options.Dtype.auto else dtype)
+    shapes = []
+    with progress("Finding shapes"):
+        for name in model:
+            shapes += [shape for shape in gemv_shapes(_config(name), number) if shape not in shapes]
+    with progress("Tuning") as advance:
+        path = measure(shapes, again=again, progress=advance)
+    found = tuned(path.name)
+    chosen = {shape_key(*shape): vars(found[shape_key(*shape)]) for shape in shapes}
+    if json:
+        print_json({"file": str(path), "configurations": chosen})
+        return
+    from was_fx.cli.render.tables import new_table
+
+    table = new_table("K, N, dtype", "rows", "columns", "splits", "warps")
+    for key, config in chosen.items():
+        table.add_row(key, *(str(config[name]) for name in ("rows", "columns", "splits", "warps")))
+    stdout().print(table)
+    stdout().print(f"kept in {path}", style="dim", markup=False)
+
+
+def _config(name: str) -> object:
+    from was_fx.measure.shapes import SHAPES, config
+
+    if name in SHAPES:
+        return config(name)
+    from transformers import AutoConfig
+
+    from was_fx.cli.input.models import check_name
+
+    check_name(name)
+    return AutoConfig.from_pretrained(name)

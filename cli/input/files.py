@@ -1,0 +1,88 @@
+"""Reading schedules and calibrations by what they are, and checking an output path before the work starts."""
+
+import errno
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from was_fx import Calibration, Schedule
+
+_HEADER_LIMIT = 100 << 20
+
+
+def load_any(path: Path) -> "Schedule | Calibration":
+    """The schedule or calibration in a file."""
+    from was_fx import Calibration, Schedule
+    from was_fx.schedules.files.storage import CALIBRATION
+
+    return Calibration.load(path) if _kind(path) == CALIBRATION else Schedule.load(path)
+
+
+def load_schedule(path: Path) -> "Schedule":
+    """The schedule in a file; a calibration is refused with the command that makes a schedule of it."""
+    from was_fx import Schedule
+    from was_fx.schedules.files.storage import CALIBRATION
+
+    if _kind(path) == CALIBRATION:
+        raise ValueError(
+            f"{path} is a calibration, not a schedule; make one of it: was make {shlex.quote(str(path))} --target 0.5"
+        )
+    return Schedule.load(path)
+
+
+def load_calibration(path: Path) -> "Calibration":
+    """The calibration in a file; a schedule is refused."""
+    from was_fx import Calibration
+    from was_fx.schedules.files.storage import SCHEDULE
+
+    if _kind(path) == SCHEDULE:
+        raise ValueError(f"{path} is a schedule already; look at it with: was inspect {shlex.quote(str(path))}")
+    return Calibration.load(path)
+
+
+def read_levels(path: Path) -> list[float]:
+    """Shares from 0 to below 1 in a JSON list.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: it can't be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); expected a list of levels such as [0.55, 0.6]") from error
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{path} holds {str(found)[:40]!r}; expected a JSON list of levels, one for each block")
+    wrong = [value for value in found if type(value) not in (int, float) or not 0 <= value < 1]
+    if wrong:
+        raise ValueError(f"{path}: {str(wrong[0])[:40]!r} is no level; expected shares from 0 to below 1")
+    return [float(value) for value in found]
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Refuse an output path that cannot or must not be written.
+
+    Raises:
+        OSError: with a remedy.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a directory; give the path of a file", str(path))
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OSError(errno.EACCES, "cannot be written; choose an existing directory that is writable", str(path))
+    if path.exists() and not force:
+        raise FileExistsError(errno.EEXIST, "exists already; give another --out, or --force to replace it", str(path))
+
+
+def _kind(path: Path) -> str | None:
+    """The format that a safetensors file's metadata names; None if it can't be told."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= _HEADER_LIMIT else {}
+        return header.get("__metadata__", {}).get("format")
+    except (OSError, ValueError, AttributeError):
+        return None  # the loader says what is wrong

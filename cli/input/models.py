@@ -1,0 +1,135 @@
+"""Loading a model with its tokenizer, by directory, Hub name or `embedded`."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from was_fx.cli.input.options import EMBEDDED, Dtype
+from was_fx.cli.render.console import stderr
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model, its tokenizer and what the user called it."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens the model takes, if its configuration says so."""
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def load_model(name: str, dtype: Dtype = Dtype.auto, device: str = "auto") -> Loaded:
+    """Load a causal LM in eval mode.
+
+    Raises:
+        ValueError, OSError: there is no such model or device, or it is none that can be loaded.
+    """
+    where = torch_device(device)
+    check_name(name)
+    _quiet()
+    if name == EMBEDDED:
+        from was_fx import embedded
+
+        # fp32 is several times faster than bf16 for batches on most CPUs, and the model is tiny.
+        model, tokenizer = embedded.load(torch_dtype(Dtype.fp32 if dtype is Dtype.auto else dtype))
+    else:
+        model, tokenizer = _from_pretrained(name, dtype)
+    return Loaded(name, _dense(name, model).to(where).eval(), tokenizer)
+
+
+def load_skeleton(name: str) -> Any:
+    """A causal LM without its weights, on the meta device: only its configuration is read.
+
+    Raises:
+        ValueError: there is no such model, or it is none that can be loaded.
+    """
+    import torch
+
+    check_name(name)
+    _quiet()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from was_fx import embedded
+
+    try:
+        config = AutoConfig.from_pretrained(embedded.path() if name == EMBEDDED else name)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the configuration of {name} could not be loaded: {reason}") from error
+
+
+def _from_pretrained(name: str, dtype: Dtype) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    part = "model"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype))
+        part = "tokenizer"
+        return model, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the {part} of {name} could not be loaded: {reason}") from error
+
+
+def _dense(name: str, model: Any) -> Any:
+    """A checkpoint that a sparsified model was saved as comes back sparsified; here schedules are given by option."""
+    from was_fx.plugins.quantizer import SCHEDULE_FILE
+    from was_fx.sparse.sparsify import densify, sparse_state
+
+    if sparse_state(model) is not None:
+        note = f"{name} was saved with a schedule, which counts here only if given: --schedule {name}/{SCHEDULE_FILE}"
+        stderr().print(note, style="dim", markup=False, soft_wrap=True)
+    return densify(model)
+
+
+def check_name(name: str) -> None:
+    """Say at once that a path does not exist, where transformers would ask the Hub for it."""
+    if name == EMBEDDED or Path(name).is_dir():
+        return
+    remedy = f"give a directory with a model, a Hub name such as owner/name, or {EMBEDDED!r}"
+    if Path(name).exists():
+        raise ValueError(f"{name} is a file, not a model; {remedy}")
+    near = difflib.get_close_matches(name, [EMBEDDED], n=1)
+    if near:
+        raise ValueError(f"there is no model {name!r}; did you mean {near[0]!r}? Otherwise {remedy}")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(f"there is no model directory {name!r}; {remedy}")
+
+
+def torch_device(name: str) -> Any:
+    """The device of a name, `auto` for a GPU where there is one."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; expected cpu, cuda, cuda:1, … or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch finds no CUDA device here; use --device cpu")
+    return device
+
+
+def torch_dtype(dtype: Dtype) -> Any:
+    """torch's dtype of an option."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": "auto"}[dtype.value]
+
+
+def _quiet() -> None:
+    """Keep transformers' own bars and notes away from ours."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,106 @@
+"""The picture of `was compare`: a panel for each thing that there is to see."""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from was_fx.cli.input.compare_inputs import Results, Trials
+
+if TYPE_CHECKING:
+    from was_fx.cli.commands.compare import Compared
+
+_MARKERS = "os^Dv<>PX*"
+
+
+def draw(path: Path, compared: "Sequence[Compared]", results: Results | None, searches: Sequence[Trials]) -> None:
+    """Draw into a file whose ending says the format. The same input gives the same picture.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+        OSError: the file can't be written.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ValueError("--plot needs matplotlib; install it with: pip install 'was-fx[plot]'") from error
+    from was_fx.schedules.files.storage import write_atomically
+
+    panels: list[Callable[[Any], None]] = []
+    if compared:
+        panels.append(lambda axes: _shares(axes, "block", [each.blocks for each in compared]))
+        panels.append(lambda axes: _shares(axes, "projection", [each.projections for each in compared]))
+    if results is not None and any(each.measured for each in compared):
+        panels.append(lambda axes: _perplexities(axes, compared, results))
+    if searches:
+        panels.append(lambda axes: _searches(axes, searches))
+    rows = math.ceil(len(panels) / 2)
+    columns = min(len(panels), 2)
+    buffer = io.BytesIO()
+    # A fixed salt and no date: SVG identifiers and metadata are the same each time.
+    with matplotlib.rc_context({"svg.hashsalt": "was-fx", "axes.grid": True, "grid.alpha": 0.3}):
+        figure = Figure(figsize=(6.4 * columns, 4.4 * rows + 0.25 * len(compared)), layout="constrained", dpi=150)
+        for position, panel in enumerate(panels, start=1):
+            panel(figure.add_subplot(rows, columns, position))
+        if compared:
+            handles = figure.axes[0].get_lines()
+            figure.legend(handles, [_label(*pair) for pair in enumerate(compared, 1)], loc="outside lower center")
+        date = {"CreationDate" if path.suffix.lower() == ".pdf" else "Date": None}
+        figure.savefig(buffer, format=path.suffix[1:].lower(), metadata=None if path.suffix.lower() == ".png" else date)
+    write_atomically(path, buffer.getvalue())
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"color": f"C{number % 10}", "marker": _MARKERS[number // 10 % len(_MARKERS)], "markersize": 4}
+
+
+def _label(number: int, each: "Compared") -> str:
+    nominal = f"{100 * each.schedule.sparsity:.1f} %"
+    return f"#{number}  {each.name}, {each.schedule.metadata.recipe}, {nominal}".replace("$", r"\$")
+
+
+def _shares(axes: Any, what: str, shares: Sequence[Mapping[str, float]]) -> None:
+    from was_fx.cli.render.grid import block_labels, short_names
+
+    keys = list(dict.fromkeys(key for each in shares for key in each))
+    labels = short_names(keys) if what == "projection" else block_labels(keys)
+    for number, each in enumerate(shares):
+        values = [100 * each.get(key, math.nan) for key in keys]
+        axes.plot(range(len(keys)), values, linewidth=1.2 if what == "block" else 0.6, **_style(number))
+    step = max(1, len(keys) // 16)
+    axes.set_xticks(range(0, len(keys), step), [labels[key] for key in keys[::step]])
+    axes.set_xlabel(what)
+    axes.set_ylabel("sparsity in %, weighted by N·K")
+    axes.set_title(f"Sparsity by {what}")
+
+
+def _perplexities(axes: Any, compared: "Sequence[Compared]", results: Results) -> None:
+    dense_style = {"color": "0.3", "marker": "*", "markersize": 7}
+    points = [("dense", results.dense, dense_style)]
+    points += [(f"#{number}", each.measured, _style(number - 1)) for number, each in enumerate(compared, start=1)]
+    for label, row, style in points:
+        if row is not None:
+            place = (100 * row.bytes_saved, row.perplexity)
+            axes.plot(*place, linestyle="", **style)
+            axes.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("bytes saved, % of all weights that a token reads")
+    axes.set_ylabel("perplexity")
+    axes.set_title("Perplexity against bytes saved")
+
+
+def _searches(axes: Any, searches: Sequence[Trials]) -> None:
+    for number, each in enumerate(searches):
+        best, so_far = math.inf, []
+        for loss in each.losses:
+            best = min(best, loss) if math.isfinite(loss) else best
+            so_far.append(best if math.isfinite(best) else math.nan)
+        color = f"C{number % 10}"
+        axes.plot(each.indices, each.losses, linestyle="", marker=".", markersize=4, color=color, alpha=0.5)
+        label = f"#{number + 1}  {each.path.name}".replace("$", r"\$")
+        axes.step(each.indices, so_far, where="post", color=color, linewidth=1.4, label=label)
+    axes.set_xlabel("trial")
+    axes.set_ylabel("loss in nats per token")
+    axes.set_title("Search: every trial, and the best so far")
+    axes.legend(fontsize=8)

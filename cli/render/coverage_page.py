@@ -1,0 +1,116 @@
+"""The tables of `was coverage` as text: cells that the console and the page share, and the page in Markdown."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from was_fx.coverage.cover import Coverage
+
+COLUMNS = (
+    "model type",
+    "complete",
+    "Linears",
+    "rewritten",
+    "declined",
+    "prompt graphs",
+    "decode graphs",
+    "breaks",
+    "at 0 %",
+    "at 50 %",
+)
+
+
+def cells(row: "Coverage") -> list[str]:
+    """The cells of `COLUMNS`."""
+    return [
+        row.model_type,
+        "yes" if row.complete else "no",
+        str(row.linears or "–"),
+        str(row.rewritten or "–"),
+        str(len(row.declined)),
+        str(row.prompt_graphs or "–"),
+        str(row.decode_graphs or "–"),
+        str(len(row.graph_breaks)),
+        _error(row.exact),
+        _error(row.oracle),
+    ]
+
+
+def notes(row: "Coverage") -> str:
+    """What a row's numbers don't say: reasons, and the share of bytes in experts that stay dense."""
+    found = [row.error] if row.error else []
+    found += [f"graph break: {reason}" for reason in row.graph_breaks]
+    declined = sorted(row.declined.items(), key=lambda item: item[1])
+    for reason, items in groupby(declined, key=lambda item: item[1]):
+        found.append(f"{_short([name for name, _ in items])}: {reason}")
+    if row.prompt_graphs and not row.decode_graphs:
+        found.append("has no cache: each step is a prompt")
+    if row.experts_dense:
+        found.append(f"{_short(row.experts)} stay dense: {100 * row.experts_dense:.0f} % of the bytes")
+    return "; ".join(found)
+
+
+def page(rows: "Sequence[Coverage]", left_out: Mapping[str, str], versions: Mapping[str, str]) -> str:
+    """The page docs/coverage.md."""
+    complete = sum(row.complete for row in rows)
+    header = "| " + " | ".join([*COLUMNS, "notes"]) + " |"
+    rule = "|---|---|" + "---:|" * (len(COLUMNS) - 2) + "---|"
+    table = ["| " + " | ".join(_cell(each) for each in [*cells(row), notes(row)]) + " |" for row in rows]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        reasons.setdefault("the same class as another type" if reason.startswith("the same") else reason, []).append(
+            f"{name} ({reason.removeprefix('the same class as ')})" if reason.startswith("the same") else name
+        )
+    others = [f"| {reason} | {', '.join(names)} |" for reason, names in sorted(reasons.items())]
+    return "\n".join(
+        [
+            "# Coverage",
+            "",
+            f"{complete} of {len(rows)} decoder-only causal LM classes of transformers are complete "
+            f"({100 * complete / max(len(rows), 1):.0f} %).",
+            "",
+            "Made by `was coverage --markdown docs/coverage.md --force`, "
+            + ", ".join(f"{name} {version}" for name, version in versions.items())
+            + ", on a CPU.",
+            "",
+            *_EXPLANATION,
+            "",
+            header,
+            rule,
+            *table,
+            "",
+            *(["## Left out", "", "| reason | model types |", "|---|---|", *others, ""] if others else []),
+        ]
+    )
+
+
+_EXPLANATION = """
+Each class is built from its configuration with two layers, or one of each kind it mixes, and random weights, in fp32 on
+a CPU. A prompt and the steps after it are decoded with the model's own cache, every token sparse.
+
+- `Linears` counts all of them, the head among them; `rewritten` those that are sparse in the graphs of prompt and
+  decode step both. The head stays dense by default. Notes name what is declined, and why.
+- `at 0 %` is the largest difference of logits from the dense model's, relative to the largest logit.
+- `at 50 %` is the same from the dense model with weak channels zeroed by forward hooks.
+- A sliding window that fills up takes a second graph of the decode step. `breaks` are breaks inside a graph.
+- Weights that transformers holds together as one 3-D parameter, above all experts, are no Linears and stay dense; notes
+  name them with their share of the weight bytes of a decode step.
+
+A class is complete when every Linear but the head is rewritten, without a graph break, both differences are at most
+1e-4, and dropping half of the channels moves the logits by at least a hundred times that.
+""".strip().splitlines()
+
+
+def _error(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0e}"
+
+
+def _short(names: Sequence[str]) -> str:
+    """`layers.*.mixer.dt_proj` for the same Linear of several layers."""
+    general = dict.fromkeys(".".join("*" if part.isdecimal() else part for part in name.split(".")) for name in names)
+    return ", ".join(general)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

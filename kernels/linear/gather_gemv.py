@@ -1,0 +1,253 @@
+"""Multiply by the listed rows of Wᵀ only: `torch.ops.was.gather_gemv`.
+
+    partial[s, m, n] = Σ over the s-th part of the kept channels k of  x̃[m, k] · W[n, k]          y = Σ_s partial[s]
+
+x̃ is x without the channels that the token m drops; with one token that is every listed channel. The kept channels of
+each Linear are cut into S parts of equal size, whichever segments they lie in, so every program reads as much as any
+other. Whoever reads y adds the parts, in order: no atomics, and no launch of its own where the reader is fused.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from was_fx.kernels.parts.gemv_config import GemvConfig, gemv_config
+from was_fx.kernels.parts.triton_parts import MAX_SIBLINGS, begin, interpreted, launch_options, serves, slots
+
+# Most tokens that share one read of the weights.
+MAX_TOKENS = 8
+
+
+@triton.jit
+def _listed(
+    x_ptr,
+    index_ptr,
+    t_ptr,
+    counts,  # [SEGMENTS]
+    ends,  # [SEGMENTS]: kept channels up to the end of each segment
+    row,
+    last,
+    tokens,  # [TOKENS]
+    M,
+    K,
+    TOKENS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The kept channels of the ranks row, …, row + ROWS - 1, as far as `last`, and x̃ there in fp32."""
+    rank = row + tl.arange(0, ROWS)
+    listed = rank < last
+    if SEGMENTS == 1:
+        place = rank
+    else:
+        before = ends[:, None] <= rank[None, :]
+        segment = tl.sum(before.to(tl.int32), axis=0)
+        place = segment * SEGMENT + rank - tl.sum(tl.where(before, counts[:, None], 0), axis=0)
+    k = tl.load(index_ptr + place, mask=listed, other=0)
+    if TOKENS == 1:
+        x = tl.load(x_ptr + k, mask=listed, other=0.0).to(tl.float32)
+    else:
+        inside = (tokens < M)[:, None] & listed[None, :]
+        x = tl.load(x_ptr + tokens[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        threshold = tl.load(t_ptr + k, mask=listed, other=0.0)
+        x = tl.where(tl.abs(x) <= threshold[None, :], 0.0, x)
+    return k, x
+
+
+@triton.jit
+def _gather_gemv(
+    x_ptr,  # [M, K]
+    index_ptr,  # [G, T, SEGMENT]
+    count_ptr,  # [G, T]
+    w0,  # [K, N_g] each: Wᵀ, row-contiguous
+    w1,
+    w2,
+    w3,
+    t0,  # [K] fp32 each
+    t1,
+    t2,
+    t3,
+    partial_ptr,  # [S, M, ΣN]
+    M,
+    K,
+    T,
+    N0,
+    N1,
+    N2,
+    N3,
+    G: tl.constexpr,
+    TOKENS: tl.constexpr,  # 1, or the next power of two from 16
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,  # T, as a power of two
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,  # an entry's offset needs 64 bits
+    UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    tile = tl.program_id(0)
+    g, start = 0, 0
+    n, w_ptr, t_ptr = N0, w0, t0
+    if G > 1:
+        tiles = tl.cdiv(N0, COLUMNS)
+        if tile >= tiles:
+            g, start, n, w_ptr, t_ptr, tile = 1, N0, N1, w1, t1, tile - tiles
+            if G > 2:
+                tiles = tl.cdiv(N1, COLUMNS)
+                if tile >= tiles:
+                    g, start, n, w_ptr, t_ptr, tile = 2, N0 + N1, N2, w2, t2, tile - tiles
+                    if G > 3:
+                        tiles = tl.cdiv(N2, COLUMNS)
+                        if tile >= tiles:
+                            g, start, n, w_ptr, t_ptr, tile = 3, N0 + N1 + N2, N3, w3, t3, tile - tiles
+    if ALIGNED:
+        n = tl.multiple_of(n, 16)
+        w_ptr = tl.multiple_of(w_ptr, 16)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    in_columns = columns < n
+    segments = tl.arange(0, SEGMENTS)
+    begin(PDL)
+    counts = tl.load(count_ptr + g * T + segments, mask=segments < T, other=0)
+    ends = tl.cumsum(counts, axis=0)
+    total = tl.sum(counts, axis=0)
+    first = (total * split) // splits
+    last = (total * (split + 1)) // splits
+    index_ptr += g * T * SEGMENT
+    tokens = tl.arange(0, TOKENS)
+    sums = tl.zeros([ROWS if TOKENS == 1 else TOKENS, COLUMNS], tl.float32)
+    k, x = _listed(x_ptr, index_ptr, t_ptr, counts, ends, first, last, tokens, M, K, TOKENS, SEGMENT, SEGMENTS, ROWS)
+    for row in tl.range(first, last, ROWS):
+        entries = (k.to(tl.int64) if WIDE else k)[:, None] * n + columns[None, :]
+        listed = row + tl.arange(0, ROWS) < last
+        w = tl.load(
+            w_ptr + entries, mask=listed[:, None] & in_columns[None, :], other=0.0, eviction_policy="evict_first"
+        )
+        # The channels of the next step are looked up while this step's weights arrive.
+        k_next, x_next = _listed(
+            x_ptr, index_ptr, t_ptr, counts, ends, row + ROWS, last, tokens, M, K, TOKENS, SEGMENT, SEGMENTS, ROWS
+        )
+        if TOKENS == 1:
+            sums += x[:, None] * w.to(tl.float32)
+        elif UPCAST:
+            sums += tl.dot(x, w.to(tl.float32), input_precision="ieee")
+        else:
+            sums += tl.dot(x.to(w.dtype), w, input_precision="ieee")
+        k, x = k_next, x_next
+    width = N0 + N1 + N2 + N3
+    if TOKENS == 1:
+        tl.store(partial_ptr + split * width + start + columns, tl.sum(sums, axis=0), mask=in_columns)
+    else:
+        place = (split * M + tokens[:, None]) * width + start + columns[None, :]
+        tl.store(partial_ptr + place, sums, mask=(tokens < M)[:, None] & in_columns[None, :])
+
+
+def supports(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether this serves x [..., K] and weights [N_g, K]: few tokens on a GPU, and Wᵀ row-contiguous."""
+    if not serves(x) or not x.numel() or x.numel() // x.shape[-1] > MAX_TOKENS:
+        return False
+    return all(w.dtype == x.dtype and w.device == x.device and w.t().is_contiguous() for w in weights)
+
+
+def reference(
+    x: Tensor, index: Tensor, count: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor], splits: int
+) -> Tensor:
+    """The op's meaning in plain PyTorch.
+
+    Args:
+        x: [..., K], M tokens.
+        index, count: the kept channels, as `compact` lists them.
+        weights: G tensors [N_g, K] of x's dtype.
+        thresholds: G tensors [K] fp32, read when M > 1.
+        splits: S.
+
+    Returns:
+        [S, M, ΣN_g] fp32.
+    """
+    rows = x.reshape(-1, x.shape[-1]).float()
+    parts = []
+    for g, (weight, threshold) in enumerate(zip(weights, thresholds, strict=True)):
+        ranks = torch.arange(index.shape[2], device=x.device) < count[g][:, None]
+        kept = index[g][ranks].long()
+        values = rows[:, kept]
+        if len(rows) > 1:
+            values = values.masked_fill(values.abs() <= threshold[kept], 0)
+        cuts = [len(kept) * s // splits for s in range(splits + 1)]
+        parts.append(
+            torch.stack([values[:, a:b] @ weight[:, kept[a:b]].float().t() for a, b in itertools.pairwise(cuts)])
+        )
+    return torch.cat(parts, dim=-1)
+
+
+def gather_gemv(
+    x: Tensor,
+    index: Tensor,
+    count: Tensor,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    splits: int,
+    config: GemvConfig | None = None,
+) -> Tensor:
+    """See `reference`; by Triton where it serves. `config` overrides the tuned one."""
+    if not supports(x, weights):
+        return reference(x, index, count, weights, thresholds, splits)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    sizes = [weight.shape[0] for weight in weights]
+    config = config or gemv_config(x.device, x.dtype, x.shape[-1], sizes)
+    partial = x.new_empty((splits, rows.shape[0], sum(sizes)), dtype=torch.float32)
+    _, segments, segment = index.shape
+    one = rows.shape[0] == 1
+    _gather_gemv[(sum(triton.cdiv(n, config.columns) for n in sizes), splits)](
+        rows,
+        index,
+        count,
+        *slots([weight.t() for weight in weights]),
+        *slots(thresholds if not one else [None] * len(sizes)),
+        partial,
+        rows.shape[0],
+        rows.shape[1],
+        segments,
+        *sizes,
+        *[0] * (MAX_SIBLINGS - len(sizes)),
+        G=len(sizes),
+        TOKENS=1 if one else 16,
+        SEGMENT=segment,
+        SEGMENTS=triton.next_power_of_2(segments),
+        ROWS=config.rows if one else max(16, min(config.rows, 32)),
+        COLUMNS=config.columns,
+        ALIGNED=all(n % 16 == 0 for n in sizes) and all(w.data_ptr() % 16 == 0 for w in weights),
+        WIDE=max(sizes) * rows.shape[1] >= 2**31,
+        UPCAST=interpreted(),
+        num_warps=config.warps,
+        **launch_options(x),
+    )
+    return partial
+
+
+def fake(
+    x: Tensor, index: Tensor, count: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor], splits: int
+) -> Tensor:
+    """What the op returns, uninitialised."""
+    tokens = x.numel() // x.shape[-1]
+    return x.new_empty((splits, tokens, sum(w.shape[0] for w in weights)), dtype=torch.float32)
+
+
+_library = torch.library.Library("was", "FRAGMENT")
+_library.define(
+    "gather_gemv(Tensor x, Tensor index, Tensor count, Tensor[] weights, Tensor[] thresholds, int splits) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl(
+    "gather_gemv",
+    lambda x, index, count, weights, thresholds, splits: gather_gemv(x, index, count, weights, thresholds, splits),
+    "CompositeExplicitAutograd",
+)
+torch.library.register_fake("was::gather_gemv", fake, lib=_library)
+
+gather_gemv_op = torch.ops.was.gather_gemv.default

@@ -1,0 +1,107 @@
+"""Which tile sizes `gather_gemv` uses: measured ones, kept as one JSON file per device, and a rule for the rest.
+
+A file maps "K,N1+N2+…,dtype" to a configuration. The user's own files, which `was tune` writes, come before those that
+are shipped. The number of splits is part of a compiled graph; the sparsity is not, so one configuration serves all.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from was_fx.kernels.parts.user_cache import user_cache
+
+SHIPPED = Path(__file__).parent / "tuned"
+
+# Every (K, (N_1, …), dtype) that was asked for: the shapes that `was tune` measures for a model.
+REQUESTED: set[tuple[int, tuple[int, ...], torch.dtype]] = set()
+
+
+@dataclass(frozen=True)
+class GemvConfig:
+    """Tile sizes of `gather_gemv`.
+
+    Attributes:
+        rows: kept channels per step.
+        columns: output channels per program.
+        splits: programs that share one tile of output channels.
+        warps: of a program.
+    """
+
+    rows: int
+    columns: int
+    splits: int
+    warps: int
+
+    def __post_init__(self) -> None:
+        for name, item in asdict(self).items():
+            if not isinstance(item, int) or item < 1 or (name != "splits" and item & (item - 1)):
+                raise ValueError(f"{name} is {item!r}; expected a power of two (splits: any number above 0)")
+
+
+def shape_key(channels: int, sizes: Sequence[int], dtype: torch.dtype) -> str:
+    """The key of a shape in a file, such as "4096,4096+1024+1024,bfloat16"."""
+    return f"{channels},{'+'.join(map(str, sizes))},{str(dtype).removeprefix('torch.')}"
+
+
+def device_file(device: torch.device | str) -> str:
+    """File name for a device: "nvidia_h200.json"."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ".json"
+
+
+def user_folder() -> Path:
+    """Where `was tune` keeps its files."""
+    return user_cache() / "tuned"
+
+
+def gemv_config(device: torch.device, dtype: torch.dtype, channels: int, sizes: Sequence[int]) -> GemvConfig:
+    """The configuration for G Linears [N_g, K] that share an input.
+
+    Args:
+        device: of the weights.
+        dtype: of the weights.
+        channels: K.
+        sizes: N_g of each.
+    """
+    REQUESTED.add((channels, tuple(sizes), dtype))
+    found = tuned(device_file(device)).get(shape_key(channels, sizes, dtype))
+    return found or heuristic(channels, sizes, dtype)
+
+
+@functools.cache
+def tuned(name: str) -> dict[str, GemvConfig]:
+    """Configurations of the file `name`: the user's where there are any, else the shipped ones.
+
+    Raises:
+        ValueError: a file is not what `was tune` writes; names it and what to do.
+    """
+    merged: dict[str, GemvConfig] = {}
+    for folder in (SHIPPED, user_folder()):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            entries = json.loads(path.read_text())["configurations"]
+            merged |= {key: GemvConfig(**entry) for key, entry in entries.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a tuning file ({error}); delete it, or make it anew with `was tune`"
+            ) from None
+    return merged
+
+
+def heuristic(channels: int, sizes: Sequence[int], dtype: torch.dtype) -> GemvConfig:
+    """A configuration for a shape that was not measured: what most measured shapes of 16-bit weights came out at.
+
+    Tiles of 16 KB, so that many reads are under way; about three programs for each of 100 to 150 multiprocessors; and
+    no part of the list so short that starting costs more than reading.
+    """
+    columns = 64
+    tiles = sum(-(-n // columns) for n in sizes)
+    splits = max(1, min(16, round(384 / tiles), channels // 128))
+    return GemvConfig(rows=128 if dtype.itemsize <= 2 else 64, columns=columns, splits=splits, warps=4)

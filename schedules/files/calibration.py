@@ -1,0 +1,216 @@
+"""Calibration: the threshold of each Linear at each sparsity, measured on a text."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from was_fx.schedules.errors import ScheduleError
+from was_fx.schedules.files import storage
+from was_fx.schedules.files.calibration_file import (
+    calibration_problems,
+    pack,
+    pack_settings,
+    unpack,
+    unpack_settings,
+)
+from was_fx.schedules.files.metadata import MetadataReader, plain
+from was_fx.schedules.histogram import ScoreHistogram
+from was_fx.schedules.names import suggestion
+from was_fx.schedules.score import Score, channel_scale
+
+_LEVELS = 1000
+# Elements of x that are scored at a time: 16 MiB in fp32.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Quantiles of the scores of each Linear's input channels.
+
+    Attributes:
+        score: the score that was measured.
+        levels: sparsities, [L] fp32 on the CPU, increasing from 0; 0, 0.001, …, 0.999 when measured here.
+        thresholds: by qualified name, τ at each level: [L] fp32 in score units, nondecreasing.
+        shapes: (N, K) by qualified name, for the same names.
+        tokens: number of tokens measured.
+        text: description of the calibration text.
+        fingerprint: the model's, see `was_fx.schedules.files.fingerprint`; empty if unknown.
+        excluded: qualified names of the Linears that were left out on purpose.
+
+    Raises:
+        ScheduleError: with everything in these that does not fit.
+    """
+
+    score: Score
+    levels: Tensor
+    thresholds: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, int]]
+    tokens: int
+    text: str
+    fingerprint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "thresholds", dict(self.thresholds))
+        object.__setattr__(self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()})
+        object.__setattr__(self, "fingerprint", plain(dict(self.fingerprint), "fingerprint"))
+        object.__setattr__(self, "excluded", tuple(self.excluded))
+        problems = calibration_problems(self.levels, self.thresholds, self.shapes, self.tokens)
+        if problems:
+            raise ScheduleError("the calibration is not valid", problems, "Calibrate again.")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Calibration):
+            return NotImplemented
+        plain_fields = ("score", "shapes", "tokens", "text", "fingerprint", "excluded")
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in plain_fields)
+            and torch.equal(self.levels, other.levels)
+            and all(torch.equal(values, other.thresholds[name]) for name, values in self.thresholds.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # holds tensors
+
+    def threshold(self, name: str, sparsity: float) -> float:
+        """τ that drops a share `sparsity` of the Linear's channels, linear between levels.
+
+        Raises:
+            ValueError: for an unknown Linear, or a sparsity below 0 or above the last level.
+        """
+        last = float(self.levels[-1])
+        if not 0 <= sparsity <= last:
+            raise ValueError(f"{name}: sparsity must be from 0 to {last:.6g}, found {sparsity!r}")
+        return float(np.interp(sparsity, self.levels.numpy(), self._of(name)))
+
+    def sparsity(self, name: str, threshold: float) -> float:
+        """Share of the Linear's channels with a score ≤ `threshold`, linear between levels.
+
+        Raises:
+            ValueError: for an unknown Linear, or a threshold below 0 or above the one of the last level.
+        """
+        values = self._of(name)
+        if not 0 <= threshold <= values[-1]:
+            raise ValueError(f"{name}: threshold must be from 0 to {values[-1]:.6g}, found {threshold!r}")
+        return float(np.interp(threshold, values, self.levels.numpy()))
+
+    def save(self, path: str | Path) -> None:
+        """Write the calibration as a safetensors file, atomically. Equal ones give the same bytes.
+
+        Raises:
+            OSError: if it cannot be written; an older file at `path` is then untouched.
+        """
+        settings = pack_settings(self.score, self.shapes, self.tokens, self.text, self.fingerprint, self.excluded)
+        storage.write(path, storage.CALIBRATION, pack(self.levels, self.thresholds), settings)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """Read a calibration and check everything in it.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ScheduleError: if it is no calibration, from a newer version, or with all problems of its content.
+        """
+        tensors, strings = storage.read(path, storage.CALIBRATION)
+        reader = MetadataReader(strings)
+        score, shapes, tokens, text, fingerprint, excluded = unpack_settings(reader)
+        reader.finish()
+        levels, thresholds, unknown = unpack(tensors, shapes)
+        problems = reader.problems + unknown + calibration_problems(levels, thresholds, shapes, tokens)
+        if problems:
+            raise ScheduleError(f"{path} is not a valid calibration", problems, "Calibrate again.")
+        return cls(score, levels, thresholds, shapes, tokens, text, fingerprint, excluded)
+
+    def _of(self, name: str) -> np.ndarray:
+        if name not in self.thresholds:
+            raise ValueError(f"{name} was not calibrated{suggestion(name, self.thresholds)}")
+        return self.thresholds[name].numpy()
+
+
+class CalibrationBuilder:
+    """Collects the scores of each Linear's input, in 256 KiB per Linear on the device of its input.
+
+    Args:
+        score: the score to measure.
+        shapes: (N, K) of each Linear, by qualified name.
+        norms: its channel norms g for `score.norm`, [K], by the same names.
+
+    Raises:
+        ValueError: if the norms do not fit the shapes.
+    """
+
+    def __init__(self, score: Score, shapes: Mapping[str, tuple[int, int]], norms: Mapping[str, Tensor]) -> None:
+        unfit = [name for name in shapes if name not in norms or norms[name].shape != shapes[name][1:]]
+        if unfit:
+            raise ValueError(f"expected channel norms [K] for each Linear, wrong or missing: {', '.join(unfit)}")
+        self._score = score
+        self._shapes = dict(shapes)
+        self._scales = {name: channel_scale(norms[name].detach(), score.exponent) for name in shapes}
+        self._histograms: dict[str, ScoreHistogram] = {}
+
+    @torch.no_grad()
+    def add(self, name: str, x: Tensor) -> None:
+        """Count the scores of one input of Linear `name`: x [..., K], any floating dtype.
+
+        Raises:
+            ValueError: for an unknown Linear or another number of channels.
+        """
+        if name not in self._shapes:
+            raise ValueError(f"{name} is not calibrated here{suggestion(name, self._shapes)}")
+        channels = self._shapes[name][1]
+        if x.shape[-1] != channels:
+            raise ValueError(f"{name}: expected an input [..., {channels}], found {list(x.shape)}")
+        if name not in self._histograms:
+            self._histograms[name] = ScoreHistogram(x.device)
+            self._scales[name] = self._scales[name].to(x.device)
+        for block in x.reshape(-1, channels).split(max(1, _BLOCK_ELEMENTS // channels)):
+            scores = block if self._score.exponent == 0 else block.float() * self._scales[name]
+            self._histograms[name].add(scores)
+
+    def build(
+        self, text: str, fingerprint: Mapping[str, Any], *, tokens: int | None = None, excluded: Collection[str] = ()
+    ) -> Calibration:
+        """The calibration of what was added.
+
+        Args:
+            text: description of the calibration text.
+            fingerprint: the model's.
+            tokens: number of tokens in the text; without it, the largest number that one Linear has seen.
+            excluded: qualified names of the Linears that were left out on purpose.
+
+        Raises:
+            ScheduleError: naming every Linear without input, or with NaN or infinite scores.
+        """
+        problems = [f"{name} has seen no token" for name in self._shapes if not self._total(name)]
+        problems += [
+            f"{name}: {histogram.nonfinite} of {histogram.total} scores are NaN or infinite"
+            for name, histogram in self._histograms.items()
+            if histogram.nonfinite
+        ]
+        if problems:
+            remedy = (
+                "Calibrate on more text, in a dtype in which the model gives finite activations, "
+                "or leave these Linears out with `exclude`."
+            )
+            raise ScheduleError("the calibration is not usable", problems, remedy)
+        levels = torch.arange(_LEVELS, dtype=torch.float64) / _LEVELS
+        thresholds = {name: self._histograms[name].quantiles(levels) for name in self._shapes}
+        seen = max((self._total(name) // shape[1] for name, shape in self._shapes.items()), default=0)
+        return Calibration(
+            score=self._score,
+            levels=levels.float(),
+            thresholds=thresholds,
+            shapes=self._shapes,
+            tokens=seen if tokens is None else tokens,
+            text=text,
+            fingerprint=fingerprint,
+            excluded=tuple(excluded),
+        )
+
+    def _total(self, name: str) -> int:
+        return self._histograms[name].total if name in self._histograms else 0

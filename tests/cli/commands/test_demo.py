@@ -1,0 +1,86 @@
+"""`was demo`: its parts, and the whole of `--fast`."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from was_fx import Evaluation
+from was_fx.cli.render import demo_screens as screens
+from was_fx.measure.speed import SpeedRow, decode_speed
+
+
+@pytest.mark.slow
+def test_fast_runs_and_gives_json(was):
+    outcome = was("demo", "--fast", "--json")
+    assert outcome.code == 0, outcome.stderr
+    found = {(row["score"], row["target"]): row for row in outcome.json["quality"]}
+    dense = found["dense", 0.0]["perplexity"]
+    assert dense < found["was", 0.25]["perplexity"] < found["was", 0.5]["perplexity"] < found["was", 0.75]["perplexity"]
+    assert found["teal", 0.5]["realised"] == pytest.approx(0.5, abs=0.05)
+    assert outcome.json["samples"]["dense"]
+    assert outcome.json["speed"] == []
+
+
+def test_screens_fit_eighty_columns():
+    console = Console(file=io.StringIO(), width=80)
+    rows = {("dense", 0.0): Evaluation(3.8, 28616, 0.0, 0.0, {}, 0.0)}
+    rows |= {
+        (score, level): Evaluation(9.1, 28616, level, level, {}, 0.4)
+        for level in (0.4, 0.5)
+        for score in ("was", "teal")
+    }
+    screens.opening(console)
+    screens.quality(console, rows, ("was", "teal"))
+    screens.samples(console, "It was", {"dense": " a [bold]night[/].", "sparse": " a day."})
+    times = [SpeedRow(s, s, 10.0, (10.0,) * 5, 1.0, 10**9) for s in (0.0, 0.5)]
+    screens.speed(console, times, 2)
+    screens.closing(console)
+    drawn = console.file.getvalue()
+    assert max(map(len, drawn.splitlines())) <= 80
+    assert "[bold]night[/]" in drawn
+    assert "1,000.0 MB" in drawn
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+
+
+def test_decode_speed_gives_the_dense_row_and_one_per_target(tiny):
+    runs = []
+    rows = decode_speed(
+        tiny, [0.5, 0.75], tokens=4, prompt=4, repetitions=2, executor="eager", progress=lambda *done: runs.append(done)
+    )
+    assert [row.target for row in rows] == pytest.approx([0.0, 0.5, 0.75])
+    assert [row.realised for row in rows] == pytest.approx([0.0, 0.5, 0.75], abs=0.1)
+    assert all(len(row.repetitions) == 2 and row.ms_per_token > 0 for row in rows)
+    assert rows[0].bytes_per_token > rows[1].bytes_per_token > rows[2].bytes_per_token
+    assert runs[-1] == (9, 9)
+
+
+def test_decode_speed_leaves_the_model_dense(tiny):
+    from was_fx.measure.speed import random_model
+
+    model = random_model(tiny)
+    before = {name: (value.clone(), value.stride()) for name, value in model.state_dict().items()}
+    decode_speed(model, [0.5], tokens=2, prompt=2, repetitions=1, executor="eager")
+    after = model.state_dict()
+    assert all(
+        torch.equal(after[name], value) and after[name].stride() == stride for name, (value, stride) in before.items()
+    )
+
+
+def test_decode_speed_refuses_too_few_tokens(tiny):
+    with pytest.raises(ValueError, match="at least 2, 1 and 1"):
+        decode_speed(tiny, [0.5], tokens=1)

@@ -1,0 +1,117 @@
+"""Moving weights keeps their values, shapes and identity."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from was_fx.kernels.linear.layout import follows, fuse_rows, restore, to_input_major, wants_input_major
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(5, 3), (1, 4), (4, 1), (1, 1), (17, 33)]
+
+
+def bits(tensor):
+    return tensor.detach().clone().contiguous().view(torch.uint8)
+
+
+def parameter(shape, dtype=torch.float32):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+    weight.view(-1)[0] = float("nan")
+    return nn.Parameter(weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_input_major_weight_has_the_same_values_and_contiguous_rows_of_its_transpose(shape, dtype):
+    weight = parameter(shape, dtype)
+    before, identity = bits(weight), id(weight)
+    to_input_major(weight)
+    assert id(weight) == identity
+    assert weight.shape == shape
+    assert weight.t().is_contiguous()
+    assert torch.equal(bits(weight), before)
+    assert weight.requires_grad
+
+
+def test_input_major_weight_is_not_moved_again():
+    weight = parameter((5, 3))
+    to_input_major(weight)
+    home = weight.data_ptr()
+    to_input_major(weight)
+    assert weight.data_ptr() == home
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_restore_is_the_exact_inverse(shape, dtype):
+    weight = parameter(shape, dtype)
+    before, stride = bits(weight), weight.stride()
+    to_input_major(weight)
+    restore(weight, stride)
+    assert weight.stride() == stride
+    assert torch.equal(bits(weight), before)
+
+
+def test_restore_gives_a_storage_of_its_own():
+    whole = nn.Parameter(torch.arange(24.0))
+    part = nn.Parameter(whole.data[6:18].view(3, 4))
+    restore(part, (4, 1))
+    assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+    assert part.data_ptr() != whole.data_ptr() + 6 * 4
+    assert torch.equal(part.data, torch.arange(6.0, 18.0).view(3, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shapes", [[(5, 3)], [(5, 3), (5, 3)], [(5, 3), (2, 3), (1, 3)], [(3,), (3,)]], ids=str)
+def test_fused_tensors_keep_values_shapes_strides_and_identity(shapes, dtype):
+    tensors = [parameter(shape, dtype) for shape in shapes]
+    for tensor in tensors:
+        if tensor.dim() == 2:
+            to_input_major(tensor)
+    before = [(id(t), bits(t), t.shape, t.stride()) for t in tensors]
+    assert fuse_rows(tensors) is (len(tensors) > 1)
+    for tensor, (identity, values, shape, stride) in zip(tensors, before, strict=True):
+        assert (id(tensor), tensor.shape, tensor.stride()) == (identity, shape, stride)
+        assert torch.equal(bits(tensor), values)
+    assert all(follows(a, b) for a, b in itertools.pairwise(tensors))
+    assert fuse_rows(tensors) is False
+
+
+def test_fused_tensors_can_be_fused_in_another_order():
+    tensors = [parameter((2, 3)) for _ in range(3)]
+    values = [bits(t) for t in tensors]
+    fuse_rows(tensors)
+    assert fuse_rows(tensors[::-1])
+    assert all(follows(a, b) for a, b in itertools.pairwise(tensors[::-1]))
+    assert all(torch.equal(bits(t), v) for t, v in zip(tensors, values, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [(slice(0, 4), slice(4, 8), True), (slice(0, 4), slice(5, 9), False), (slice(4, 8), slice(0, 4), False)],
+)
+def test_follows_needs_the_very_next_element(first, second, expected):
+    storage = torch.arange(10.0)
+    assert follows(storage[first], storage[second]) is expected
+
+
+def test_follows_needs_one_storage():
+    memory = bytearray(32)
+    first, second = (torch.frombuffer(memory, dtype=torch.float32, count=4, offset=offset) for offset in (0, 16))
+    assert second.data_ptr() == first.data_ptr() + 16
+    assert not follows(first, second)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "wanted"),
+    [
+        ("cpu", torch.float32, True),
+        ("cpu", torch.bfloat16, True),
+        ("cpu", torch.float16, False),
+        ("meta", torch.float16, True),
+    ],
+)
+def test_fp16_on_a_cpu_stays_row_major(device, dtype, wanted):
+    assert wants_input_major(torch.empty(2, 2, device=device, dtype=dtype)) is wanted

@@ -1,0 +1,187 @@
+"""`search`: every recipe on a small model, its budget, its thresholds, its resumption and its refusals."""
+
+import dataclasses
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import was_fx
+from was_fx import embedded
+from was_fx.schedules.search.greedy import Greedy
+from was_fx.schedules.search.latency import LatencyTable
+from was_fx.schedules.search.recipes import find_recipe
+from was_fx.sparse.sparsify import sparse_state
+
+TARGET = 0.6
+
+
+def quick(name: str, **changes):
+    """A recipe with coarse greedy steps and few trials."""
+    recipe = dataclasses.replace(find_recipe(name), greedy=Greedy(step=0.3), **changes)
+    return dataclasses.replace(recipe, exact=dataclasses.replace(recipe.exact, sweeps=2, tokens=64))
+
+
+def find(model, tokens, name, **arguments):
+    recipe = arguments.pop("recipe", None) or quick(name)
+    calibration = was_fx.calibrate(model, tokens, score=recipe.score)
+    settings = {"tokens": tokens, "target": TARGET, "recipe": recipe, "batch_size": 4, **arguments}
+    return was_fx.search(model, calibration, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [("uniform", None), ("teal", None), ("was", 3), ("wisparse", 3), ("exact", None), ("exact", 2)],
+)
+def test_a_recipe_meets_the_budget_and_leaves_the_model_dense(llama, tokens, name, budget):
+    before = llama(tokens).logits
+    schedule = find(llama, tokens, name, budget=budget)
+    assert abs(schedule.sparsity - TARGET) <= 1e-6
+    assert sparse_state(llama) is None
+    assert torch.equal(llama(tokens).logits, before)
+    assert schedule.metadata.recipe == name
+    assert sum(schedule.metadata.history["tokens"].values()) > 0
+    if name == "wisparse":
+        assert {entry.exponent for entry in schedule.linears.values()} <= set(quick(name).exponents)
+
+
+def test_refining_starts_at_the_exact_answer(llama, tokens):
+    answer, refined = find(llama, tokens, "exact"), find(llama, tokens, "exact", budget=1)
+    for name, entry in answer.linears.items():
+        assert refined.linears[name].sparsity == pytest.approx(entry.sparsity, abs=1e-9)
+
+
+def test_what_is_nominal_is_realised(llama, tokens):
+    schedule = find(llama, tokens, "exact")
+    was_fx.sparsify(llama, schedule, executor="eager")
+    assert abs(was_fx.evaluate(llama, tokens, prefill="all", batch_size=4).realised - TARGET) < 0.02
+
+
+def test_the_loss_of_a_trial_is_that_of_evaluate(llama, tokens, tmp_path):
+    recipe = quick("was", inside="uniform", recalibrate=False)
+    log = tmp_path / "log.jsonl"
+    found = find(llama, tokens, "was", recipe=recipe, budget=1, log=log)
+    record = json.loads(log.read_text().splitlines()[-1])
+    was_fx.sparsify(llama, found, executor="eager")
+    result = was_fx.evaluate(llama, tokens)
+    assert result.loss == pytest.approx(sum(record["losses"]) / len(record["losses"]), rel=1e-5)
+    assert result.realised == pytest.approx(record["realised"], abs=1e-6)
+
+
+def test_trials_compile_nothing_after_the_first(llama, tokens):
+    compiled = []
+    for budget in (1, 6):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        find(llama, tokens, "was", recipe=quick("was", inside="uniform"), budget=budget)
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert compiled[0] == compiled[1] > 0
+
+
+def test_the_same_seed_repeats(llama, tokens):
+    assert find(llama, tokens, "exact", seed=3).linears == find(llama, tokens, "exact", seed=3).linears
+
+
+def test_exact_is_better_than_uniform_on_text_it_has_not_seen(embedded_model):
+    validation, test = (embedded.tokens(split, 256, 8) for split in ("validation", "test"))
+    calibration = was_fx.calibrate(embedded_model, validation, batch_size=4)
+    losses = []
+    exact = quick("exact")
+    exact = dataclasses.replace(exact, exact=dataclasses.replace(exact.exact, tokens=256))
+    for recipe in (quick("uniform"), exact):
+        schedule = was_fx.search(
+            embedded_model, calibration, tokens=validation, target=0.7, recipe=recipe, batch_size=4
+        )
+        was_fx.sparsify(embedded_model, schedule, executor="eager")
+        losses.append(was_fx.evaluate(embedded_model, test, batch_size=4).loss)
+        was_fx.densify(embedded_model)
+    assert losses[1] < losses[0] - 0.1
+
+
+def test_a_resumed_search_ends_as_an_uninterrupted_one(llama, tokens, tmp_path):
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    expected = find(llama, tokens, "was", budget=4, log=whole)
+    lines = whole.read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:-2]) + lines[-2][:20])
+    assert find(llama, tokens, "was", budget=4, log=part, resume=True) == expected
+
+
+def test_other_settings_or_another_model_do_not_resume(llama, tokens, tmp_path):
+    log = tmp_path / "log.jsonl"
+    find(llama, tokens, "exact", log=log)
+    with pytest.raises(was_fx.ScheduleError, match="seed is 0 in the log, 1 in this search"):
+        find(llama, tokens, "exact", log=log, resume=True, seed=1)
+    llama.model.layers[0].mlp.up_proj.weight.data.mul_(2)
+    with pytest.raises(was_fx.ScheduleError, match="model is"):
+        find(llama, tokens, "exact", log=log, resume=True)
+
+
+def test_the_head_can_be_scheduled_too(llama, tokens):
+    schedule = find(llama, tokens, "exact", include_head=True)
+    assert "lm_head" in schedule.linears
+    assert abs(schedule.sparsity - TARGET) <= 1e-6
+
+
+def test_measured_latency_takes_the_place_of_bytes(llama, tokens):
+    calibration = was_fx.calibrate(llama, tokens)
+    shapes = set(calibration.shapes.values())
+    down = calibration.shapes["model.layers.0.mlp.down_proj"]
+    rows = [
+        {"n": n, "k": k, "sparsity": s, "us": 1 + n * k * (1 - (s if (n, k) != down else 0.01 * s))}
+        for n, k in shapes
+        for s in (0.0, 0.5, 1.0)
+    ]
+    by_bytes = find(llama, tokens, "exact")
+    by_time = find(llama, tokens, "exact", latency=LatencyTable(rows))
+    name = "model.layers.0.mlp.down_proj"
+    assert by_time.linears[name].sparsity < by_bytes.linears[name].sparsity  # where it saves no time
+
+
+def test_paper_exact_meets_the_budget_only_nearly(llama, tokens):
+    schedule = find(llama, tokens, "teal", recipe=dataclasses.replace(quick("teal"), signed=True, nearest=True))
+    assert 1e-6 < abs(schedule.sparsity - TARGET) < 0.1
+
+
+def test_workers_find_what_this_process_finds(llama, tokens, tmp_path):
+    llama.save_pretrained(tmp_path / "model")
+    llama.config._name_or_path = str(tmp_path / "model")
+    alone = find(llama, tokens, "exact")
+    assert find(llama, tokens, "exact", workers=lambda: ThreadPoolExecutor(1)).linears == alone.linears
+
+
+def test_workers_need_a_checkpoint(llama, tokens):
+    llama.config._name_or_path = ""
+    with pytest.raises(ValueError, match="save_pretrained"):
+        find(llama, tokens, "exact", workers=lambda: ThreadPoolExecutor(1))
+
+
+def test_a_calibration_of_another_score_or_model_is_refused(llama, tokens, calibration):
+    with pytest.raises(was_fx.ScheduleError, match=r"'teal' scores by \|x\|, but the calibration"):
+        was_fx.search(llama, calibration, tokens=tokens, recipe="teal")
+    llama.model.layers[0].mlp.up_proj.weight.data.mul_(2)
+    with pytest.raises(was_fx.ScheduleError, match="the calibration is of another model"):
+        was_fx.search(llama, calibration, tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": 0.0}, "above 0 and below 1"),
+        ({"target": 1.2}, "above 0 and below 1"),
+        ({"target": 0.97}, "the bounds allow 0.92 to 0.95"),
+        ({"budget": 0}, "at least one trial"),
+        ({"recipe": "wsa"}, "unknown recipe"),
+        ({"include_head": True}, "for the recipe 'exact'"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(llama, tokens, calibration, arguments, message):
+    settings = {"tokens": tokens, "recipe": quick("was", inside="uniform"), **arguments}
+    with pytest.raises(ValueError, match=message):
+        was_fx.search(llama, calibration, **settings)
+
+
+def test_a_sparsified_model_is_refused(llama, tokens, calibration):
+    was_fx.sparsify(llama, was_fx.uniform(calibration, 0.5), executor="eager")
+    with pytest.raises(ValueError, match="densify"):
+        was_fx.search(llama, calibration, tokens=tokens)

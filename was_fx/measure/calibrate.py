@@ -1,0 +1,188 @@
+"""`calibrate`: run text through a dense model and keep the distribution of every Linear's scores.
+`recalibrate`: the same for a schedule's thresholds, while the model drops what the schedule says."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from was_fx.modules.linears import body_linears, check_tokens, find_linears, looking_at_inputs
+from was_fx.schedules.files.calibration import Calibration, CalibrationBuilder
+from was_fx.schedules.files.schedule import Schedule
+from was_fx.schedules.score import Score, channel_scale
+from was_fx.schedules.search.threshold_table import ThresholdTable
+from was_fx.schedules.selection import select
+from was_fx.sparse.placement import input_device, refuse_sharded, whole_channel_norms
+from was_fx.sparse.sparsify import check_schedule, model_fingerprint, sparse_state
+
+Progress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    score: Score | None = None,
+    text: str = "",
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Measure the quantiles of the score |x_j|·g_j^α of Linears, all but the head by default.
+
+    Activations are counted into histograms batch by batch and never kept, so memory does not grow with the text.
+
+    Args:
+        model: a dense causal LM; its dtype and device are used as they are.
+        tokens: LongTensor [n, seq] of token ids, any device.
+        score: WAS's |x|·‖W‖₁ by default.
+        text: what the tokens are, for the record.
+        include: qualified names of the Linears to measure, or patterns of them (see `was_fx.schedules.selection`), the
+            head among them if one matches; by default all but the head.
+        exclude: those to leave out, and dense.
+        batch_size: sequences per forward pass.
+        progress: called with (sequences done, n).
+
+    Returns:
+        A `Calibration`.
+
+    Raises:
+        ValueError: the model is sparsified or has no Linears, or `tokens` has a bad shape or unknown ids.
+        ScheduleError: a pattern matches no Linear, or a Linear saw no token or none with finite scores.
+        TypeError: `tokens` is not an integer tensor.
+    """
+    if sparse_state(model) is not None:
+        raise ValueError("the model is sparsified; calibration needs the dense one: was_fx.densify(model) first")
+    check_tokens(model, tokens)
+    refuse_sharded(model)
+    score = score or Score()
+    everything, body = find_linears(model), body_linears(model)
+    linears = {name: everything[name] for name in select(everything, include, exclude, default=body)}
+    norms = {name: whole_channel_norms(linear, score.norm) for name, linear in linears.items()}
+    builder = CalibrationBuilder(score, {name: linear.shape for name, linear in linears.items()}, norms)
+    with looking_at_inputs(linears, builder.add):
+        _run(model, tokens, batch_size, progress)
+    excluded = [name for name in body if name not in linears]
+    return builder.build(text=text, fingerprint=model_fingerprint(model, everything), excluded=excluded)
+
+
+@torch.no_grad()
+def recalibrate(
+    model: nn.Module,
+    schedule: Schedule,
+    tokens: Tensor,
+    *,
+    rounds: int = 2,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Schedule:
+    """The same sparsities with thresholds read from the activations of the model as it runs by `schedule`.
+
+    A model that drops channels has other activations than the dense one it was calibrated on, so what it realises
+    drifts from the nominal sparsity, most in the last inputs that depend on many dropped ones. Each round runs the
+    text through the model with channels dropped and takes each threshold anew.
+
+    Args:
+        model: the dense model of the schedule.
+        schedule: its sparsities are kept. Linears with thresholds of their own for each channel are kept as they are.
+        tokens: LongTensor [n, seq] of token ids, any device; a few thousand tokens do.
+        rounds: how often. At high sparsity the first still drifts, the third changes little.
+        batch_size: sequences per forward pass.
+        progress: called with (sequences done, n · rounds).
+
+    Returns:
+        A new schedule.
+
+    Raises:
+        ScheduleError: the schedule doesn't fit the model, or the sparse model's activations are not finite.
+        ValueError, TypeError: as `calibrate`.
+    """
+    if sparse_state(model) is not None:
+        raise ValueError("the model is sparsified; give the dense one: was_fx.densify(model) first")
+    check_tokens(model, tokens)
+    refuse_sharded(model)
+    check_schedule(model, schedule, find_linears(model))
+    for done in range(rounds):
+        exponents = {name: entry.exponent for name, entry in schedule.linears.items()}
+        step = None if progress is None else partial(_later_round, progress, done, rounds)
+        table = measure_thresholds(
+            model, exponents, tokens, norm=schedule.norm, dropping=schedule, batch_size=batch_size, progress=step
+        )
+        schedule = schedule.replace(
+            {
+                name: replace(entry, threshold=table.linear(name, entry.sparsity).threshold)
+                for name, entry in schedule.linears.items()
+                if entry.channel_threshold is None
+            }
+        )
+    return schedule
+
+
+@torch.no_grad()
+def measure_thresholds(
+    model: nn.Module,
+    exponents: Mapping[str, float],
+    tokens: Tensor,
+    *,
+    norm: int,
+    dropping: Schedule | None = None,
+    signed: bool = False,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> ThresholdTable:
+    """Thresholds by sparsity of Linears with a score |x_j|·g_j^α of their own, dense or while the model drops.
+
+    Args:
+        model: a causal LM; run uncompiled and dense but for `dropping`, also if it is sparsified.
+        exponents: α by qualified name of the Linears to measure, which may include the head.
+        tokens: LongTensor [n, seq] of token ids.
+        norm: p of the channel norms.
+        dropping: what the model drops meanwhile, in all tokens: entries for all of these Linears; by default nothing.
+        signed: measure max(x_j, 0) for `ThresholdTable.signed`.
+        batch_size: sequences per forward pass.
+        progress: called with (sequences done, n).
+
+    Raises:
+        ScheduleError: a Linear saw no token, or activations that are not finite.
+    """
+    found = find_linears(model)
+    linears = {name: found[name] for name in exponents}
+    norms = {name: whole_channel_norms(linear, norm) for name, linear in linears.items()}
+    # The exponent differs from Linear to Linear, so it goes into the scale: |x|·g^α is the score of norms g^α.
+    scales = {name: channel_scale(norms[name], exponent) for name, exponent in exponents.items()}
+    builder = CalibrationBuilder(Score(1.0, norm), {name: linear.shape for name, linear in linears.items()}, scales)
+    thresholds = {
+        name: None if dropping is None else dropping.linears[name].channel_thresholds(norms[name]) for name in linears
+    }
+
+    def record_and_drop(name: str, x: Tensor) -> Tensor | None:
+        builder.add(name, x.clamp(min=0) if signed else x)
+        threshold = thresholds[name]
+        return None if threshold is None else x.masked_fill(x.abs() <= threshold, 0)
+
+    with looking_at_inputs(linears, record_and_drop):
+        _run(model, tokens, batch_size, progress)
+    return ThresholdTable(builder.build(text="", fingerprint={}), dict(exponents), norm, signed)
+
+
+def _run(model: nn.Module, tokens: Tensor, batch_size: int, progress: Progress | None) -> None:
+    """Run the text through the model."""
+    training = model.training
+    model.eval()
+    try:
+        device = input_device(model)
+        for start in range(0, tokens.shape[0], batch_size):
+            # Not the model's own call, which is compiled when it is sparsified.
+            model.forward(input_ids=tokens[start : start + batch_size].to(device), use_cache=False)
+            if progress is not None:
+                progress(min(start + batch_size, tokens.shape[0]), tokens.shape[0])
+    finally:
+        model.train(training)
+
+
+def _later_round(progress: Progress, done: int, rounds: int, sequences: int, of: int) -> None:
+    progress(done * of + sequences, rounds * of)

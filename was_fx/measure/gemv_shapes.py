@@ -1,0 +1,39 @@
+"""Which products a model's decode step makes on a GPU: the shapes to tune for."""
+
+import copy
+from typing import Any
+
+import torch
+
+from was_fx.measure.sequential import uniform_while_dropping
+from was_fx.measure.speed import random_model
+from was_fx.sparse.sparsify import sparsify
+
+
+@torch.no_grad()
+def gemv_shapes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[tuple[int, tuple[int, ...], torch.dtype]]:
+    """(K, (N_1, …), dtype) of every product, found by decoding a token with two blocks of random weights.
+
+    Args:
+        config: a causal LM's configuration.
+        dtype: of the weights.
+    """
+    from was_fx.kernels.parts.gemv_config import REQUESTED
+
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers = 2
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:2]
+    model = random_model(small, dtype=dtype, device="cuda")
+    ids = torch.randint(text.vocab_size, (1, 16))
+    sparsify(model, uniform_while_dropping(model, ids, 0.5), executor="eager")
+    before = set(REQUESTED)
+    REQUESTED.clear()
+    model.generate(ids.cuda(), attention_mask=torch.ones_like(ids).cuda(), max_new_tokens=3, do_sample=False)  # type: ignore[operator]
+    found = sorted(REQUESTED, key=str)
+    REQUESTED.update(before)
+    return found
+
+
+__all__ = ["gemv_shapes"]

@@ -1,0 +1,127 @@
+"""The plug-in that lets `from_pretrained` return a sparsified model.
+
+    model = AutoModelForCausalLM.from_pretrained(DIR)              # saved by a sparsified model's save_pretrained
+    model = AutoModelForCausalLM.from_pretrained(DENSE, quantization_config=was_fx.WasConfig("s.was.safetensors"))
+
+Nothing is quantised; transformers' name for what happens to weights after loading is "quantizer". `import was_fx`
+registers it (`was_fx.plugins.announce`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    from was_fx.schedules.files.schedule import Schedule
+
+METHOD = "was"
+SCHEDULE_FILE = "schedule.was.safetensors"
+
+
+@register_quantization_config(METHOD)
+class WasConfig(QuantizationConfigMixin):
+    """How a checkpoint decodes: the `quantization_config` of its config.json.
+
+    Args:
+        schedule: a `Schedule` or the path of one. In a config.json, the name of the file beside it.
+        prefill: as for `sparsify`.
+        executor: as for `sparsify`; not saved.
+        allow_other_model: as for `sparsify`; not saved.
+        quant_method: always "was".
+        was_fx_version: the version that saved the checkpoint, for the record.
+
+    Raises:
+        ValueError: another `quant_method`, or an argument that this version doesn't know.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | str | Path = SCHEDULE_FILE,
+        prefill: str = "dense",
+        executor: str | None = None,
+        allow_other_model: bool = False,
+        quant_method: str = METHOD,
+        was_fx_version: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise ValueError(
+                f"WasConfig has no {', '.join(map(repr, unknown))}; if a checkpoint names them, it was saved by "
+                f"another version of was-fx ({was_fx_version}): install that one"
+            )
+        if quant_method != METHOD:
+            raise ValueError(f"quant_method is {quant_method!r}; WasConfig is for {METHOD!r} only")
+        self.quant_method: Any = quant_method
+        self.schedule = schedule
+        self.prefill = prefill
+        self.executor = executor
+        self.allow_other_model = allow_other_model
+        self.was_fx_version = was_fx_version
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds. A `Schedule` stands there under the name of its file."""
+        from was_fx import __version__
+
+        name = str(self.schedule) if isinstance(self.schedule, str | Path) else SCHEDULE_FILE
+        return {
+            "quant_method": METHOD,
+            "schedule": name,
+            "prefill": self.prefill,
+            "was_fx_version": self.was_fx_version or __version__,
+        }
+
+
+@register_quantizer(METHOD)
+class WasQuantizer(HfQuantizer):
+    """Sparsifies a model when its weights are loaded."""
+
+    quantization_config: WasConfig
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from was_fx.sparse.sparsify import sparsify
+
+        config = self.quantization_config
+        schedule = config.schedule
+        if self.pre_quantized and isinstance(schedule, str | Path):
+            schedule = _beside_checkpoint(model.config, str(schedule))
+        # From here on it is a model that `sparsify` made, and has none of the limits of a quantised one.
+        self.remove_quantization_config(model)
+        return sparsify(
+            model,
+            schedule,
+            prefill=config.prefill,  # type: ignore[arg-type]
+            executor=config.executor,  # type: ignore[arg-type]
+            allow_other_model=config.allow_other_model,
+        )
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """`save_pretrained` may be called."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients are not supported."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """transformers may compile the model's call."""
+        return True
+
+
+def _beside_checkpoint(config: Any, name: str) -> str:
+    """The path of a file in the folder or the Hub repository that the model was loaded from."""
+    from transformers.utils.hub import cached_file
+
+    if Path(name).name != name:
+        raise ValueError(f"the checkpoint names the schedule {name!r}; expected the name of a file beside it")
+    folder = Path(config._name_or_path)
+    if folder.is_dir():
+        return str(folder / name)
+    found: Any = cached_file(config._name_or_path, name, revision=getattr(config, "_commit_hash", None))
+    return found

@@ -1,0 +1,213 @@
+"""`search`: the sparsity of every Linear, by a recipe."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from was_fx.compile.backend import Executor as GraphExecutor
+from was_fx.modules.linears import check_tokens, find_linears
+from was_fx.schedules.errors import ScheduleError
+from was_fx.schedules.files.calibration import Calibration
+from was_fx.schedules.files.fingerprint import differences
+from was_fx.schedules.files.schedule import Schedule, ScheduleMetadata
+from was_fx.schedules.files.schedule_metadata import tool_version
+from was_fx.schedules.projection import check_budget
+from was_fx.schedules.search.block_search import Progress, ramps
+from was_fx.schedules.search.latency import LatencyTable
+from was_fx.schedules.search.level_table import LevelTable
+from was_fx.schedules.search.recipes import Recipe, find_recipe
+from was_fx.schedules.search.trial_log import TrialLog
+from was_fx.searching import exact_allocation
+from was_fx.searching.block_allocation import BlockAllocation
+from was_fx.searching.block_level_search import history, search_blocks
+from was_fx.searching.search_context import SearchContext
+from was_fx.searching.search_trials import running
+from was_fx.sparse.sparsify import model_fingerprint, sparse_state
+
+
+def search(
+    model: nn.Module,
+    calibration: Calibration,
+    *,
+    tokens: Tensor,
+    target: float = 0.5,
+    recipe: str | Recipe = "was",
+    budget: int | None = None,
+    seed: int = 0,
+    calibration_tokens: Tensor | None = None,
+    include_head: bool = False,
+    latency: LatencyTable | None = None,
+    start: Schedule | None = None,
+    level_tables: dict[str, LevelTable] | None = None,
+    paper_exact: bool = False,
+    log: str | Path | None = None,
+    resume: bool = False,
+    workers: Callable[[], Executor] | None = None,
+    batch: int = 1,
+    batch_size: int = 1,
+    executor: GraphExecutor = "eager",
+    text: str = "",
+    progress: Progress | None = None,
+) -> Schedule:
+    """Find the sparsity of every Linear so that the model sparsity is the target and the loss is low.
+
+    The objective of a trial is the loss on `tokens` through the sparsified model, all but the first 1 % of each
+    window sparse. Thresholds are measured while the model drops what the target asks for, and in the end while it
+    drops what was found, so what is nominal is also what is realised. The model is dense again afterwards.
+
+    Args:
+        model: the dense model that was calibrated, on its device and in its dtype.
+        calibration: of its recipe's score: WAS's |x|·‖W‖₁ for "was", TEAL's |x| for "teal", and so on.
+        tokens: LongTensor [n, seq], validation windows; never a test text.
+        target: the model sparsity, above 0 and below 1.
+        recipe: "uniform", "teal", "wina", "was", "wisparse", "exact", or a `Recipe`.
+        budget: trials over blocks; by default the recipe's. For "exact", trials that refine its answer.
+        seed: of the optimiser, and of the windows that "exact" measures on.
+        calibration_tokens: LongTensor [n, seq] to measure thresholds and block errors on; by default `tokens`.
+        include_head: schedule the head too; only for "exact" and "uniform".
+        latency: save what the uniform schedule at the target would save in time, by these measured curves, instead of
+            in bytes; only for "exact". The nominal sparsity is then another one than the target.
+        start: a schedule whose block levels are tried first.
+        level_tables: greedy tables by block, of an earlier search with this calibration and these greedy settings at
+            whatever target; those that are missing are made in full and added.
+        paper_exact: as the paper's released code; see `find_recipe`.
+        log: file for a JSON line per trial.
+        resume: continue the log of the same search.
+        workers: opens an executor to run trials on; see `was_fx.searching.workers`. The model must come from
+            a checkpoint.
+        batch: trials asked for at once. It belongs to the search: other batches try other points.
+        batch_size: windows per forward pass.
+        executor: of the rewritten graph in trials: "eager" starts at once, "inductor" pays for many long trials.
+        text: what the validation tokens are, for the record.
+        progress: called with a `SearchState` after each batch of trials.
+
+    Returns:
+        The best schedule found. Its metadata tells the settings, the trials' best values, the tokens spent.
+
+    Raises:
+        ScheduleError: the calibration is of another model or score, the log of another search, or workers keep dying.
+        ValueError: the model is sparsified, or the target, the bounds or another argument is out of range.
+        FileExistsError: there is a log and `resume` is not set.
+    """
+    chosen = find_recipe(recipe, paper_exact=paper_exact) if isinstance(recipe, str) else recipe
+    _check(model, calibration, chosen, tokens, target, budget, batch, include_head, latency)
+    samples = tokens if calibration_tokens is None else calibration_tokens
+    check_tokens(model, samples)
+    trials = chosen.trials if budget is None else budget
+    settings = {
+        "recipe": chosen.name,
+        "recipe_settings": asdict(chosen),
+        "target": target,
+        "trials": trials,
+        "seed": seed,
+        "batch": batch,
+        "score": str(calibration.score),
+        "head": include_head,
+        "cost": "bytes" if latency is None else "latency",
+        "tokens": [*tokens.shape, _digest(tokens)],
+        "calibration_tokens": [*samples.shape, _digest(samples)],
+        "start": None if start is None else {name: entry.sparsity for name, entry in start.linears.items()},
+        "model": calibration.fingerprint,
+        "was_fx": tool_version(),
+    }
+    record = TrialLog(log, settings, resume=resume)
+    context = SearchContext(
+        model=model,
+        calibration=calibration,
+        recipe=chosen,
+        target=target,
+        trials=trials,
+        seed=seed,
+        tokens=tokens,
+        samples=samples,
+        head=include_head,
+        latency=latency,
+        start=start,
+        level_tables=level_tables,
+        log=record,
+        workers=workers,
+        batch=batch,
+        batch_size=batch_size,
+        executor=executor,
+        progress=progress,
+    )
+    return _run(context, {key: settings[key] for key in ("trials", "batch", "cost", "tokens")} | {"text": text})
+
+
+def _run(context: SearchContext, settings: Mapping[str, Any]) -> Schedule:
+    """Thresholds, allocation inside blocks and over them, final thresholds; `settings` go into the metadata."""
+    recipe, target, blocks = context.recipe, context.target, context.blocks
+    margin, limit = recipe.margin if recipe.searches else 1.0, recipe.greedy.limit
+    bounds = max(target - margin, 0.0), min(target + margin, limit)
+    check_budget(target, [float(block.size) for block in blocks], *bounds)
+    inside = BlockAllocation(context)
+    table = context.dense_table(inside.exponents() if recipe.score is None else None)
+    found: dict[str, Any] = {}
+    uniform = np.full(len(blocks), target)
+    if recipe.over == "exact":
+        with running(context, table) as runner:
+            table, sparsities, found = exact_allocation.allocate(context, table, runner)
+    elif recipe.searches:
+        expand = inside.expansion(table)
+        table = context.table_at(table, expand(uniform))
+        with running(context, table) as runner:
+            result = search_blocks(context, table, expand, runner, ramps)
+        sparsities, found = dict(expand(result.levels)), history(result)
+    else:
+        sparsities = dict(inside.expansion(table)(uniform))
+    calibration = context.calibration
+    metadata = ScheduleMetadata(
+        recipe=recipe.name,
+        target=target,
+        seed=context.seed,
+        search=dict(settings),
+        excluded=tuple(name for name in calibration.shapes if name not in sparsities),
+        calibration_text=calibration.text,
+        calibration_tokens=calibration.tokens,
+        fingerprint=calibration.fingerprint,
+    )
+    schedule = context.final(table.schedule(sparsities, metadata))
+    return schedule.replace({}, history={**found, "tokens": dict(context.spent)})
+
+
+def _check(
+    model: nn.Module,
+    calibration: Calibration,
+    recipe: Recipe,
+    tokens: Tensor,
+    target: float,
+    budget: int | None,
+    batch: int,
+    include_head: bool,
+    latency: LatencyTable | None,
+) -> None:
+    if sparse_state(model) is not None:
+        raise ValueError("the model is sparsified; a search needs the dense one: was_fx.densify(model) first")
+    check_tokens(model, tokens)
+    if not 0 < target < 1:
+        raise ValueError(f"the target sparsity must be above 0 and below 1, found {target!r}; give for example 0.5")
+    if batch < 1 or (budget is not None and budget < (1 if recipe.searches else 0)):
+        raise ValueError(f"a search needs at least one trial at a time and in all, found {budget} and batch {batch}")
+    if recipe.score is not None and recipe.score != calibration.score and recipe.over != "exact":
+        raise ScheduleError(
+            f"the recipe {recipe.name!r} scores by {recipe.score}, but the calibration measured {calibration.score}",
+            remedy=f"Calibrate with the score {recipe.score}, or choose the recipe of this calibration.",
+        )
+    if (include_head or latency is not None) and recipe.over not in ("exact", "uniform"):
+        raise ValueError(f"the head and measured latencies are for the recipe 'exact', not {recipe.name!r}")
+    found = model_fingerprint(model, find_linears(model))
+    other = differences(calibration.fingerprint, found) if calibration.fingerprint else []
+    if other:
+        raise ScheduleError("the calibration is of another model", other, "Calibrate this model first.")
+
+
+def _digest(tokens: Tensor) -> str:
+    data: Any = tokens.to("cpu", torch.int64).contiguous().numpy()
+    return hashlib.sha256(data.tobytes()).hexdigest()[:16]

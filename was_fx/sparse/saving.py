@@ -1,0 +1,121 @@
+"""`save_pretrained` and `push_to_hub` of a sparsified model.
+
+A sparsified model writes a plain checkpoint, which loads without was-fx too, with its schedule beside it. Its Hub
+repository gets a tag and a section of the model card. `sparsify` attaches this to the model object; its class stays
+as it is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from was_fx.schedules.files.schedule import Schedule
+
+_METHODS = ("save_pretrained", "_upload_modified_files")
+
+
+def attach(model: nn.Module) -> None:
+    """Let the saving methods of a model of transformers know what `sparsify` did to it."""
+    if hasattr(model, "save_pretrained"):
+        # Bound to the object, so that a copy of the model saves itself and not the original.
+        model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
+        model._upload_modified_files = MethodType(_upload_modified_files, model)  # type: ignore[assignment]
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`."""
+    for name in _METHODS:
+        vars(model).pop(name, None)
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with every tensor contiguous, as in the dense model.
+
+    What has to be copied is copied to the CPU; tensors that are one stay one. Sharded tensors, which transformers
+    gathers, and offloaded ones, which it loads, are left to it.
+    """
+    copies: dict[tuple, Tensor] = {}
+    plain = {}
+    for name, tensor in model.state_dict().items():
+        if type(tensor) is Tensor and not tensor.is_meta and not tensor.is_contiguous():
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+            if key not in copies:
+                copies[key] = tensor.to("cpu").contiguous()
+            tensor = copies[key]
+        plain[name] = tensor
+    return plain
+
+
+def _save_pretrained(
+    self: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> None:
+    """Save a plain checkpoint, its schedule as `schedule.was.safetensors`, and how it decodes in config.json.
+
+    Args:
+        save_directory: a folder; made if there is none.
+        is_main_process, state_dict, arguments: as for `PreTrainedModel.save_pretrained`.
+    """
+    adapters_only = getattr(self, "_hf_peft_config_loaded", False)
+    schedule = None if adapters_only else _schedule_of(self)
+    if state_dict is None:
+        state_dict = plain_state_dict(self)
+    if schedule is not None and is_main_process:
+        from was_fx.plugins.quantizer import SCHEDULE_FILE
+
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        schedule.save(Path(save_directory) / SCHEDULE_FILE)  # first: a config never names a file that is not there
+    with _config_names_schedule(self, schedule):
+        type(self).save_pretrained(
+            self, save_directory, is_main_process=is_main_process, state_dict=state_dict, **arguments
+        )
+
+
+def _upload_modified_files(self: Any, working_dir: str | Path, *arguments: Any, **keywords: Any) -> Any:
+    """Add the schedule, a tag and a section of the model card to what is uploaded."""
+    schedule = _schedule_of(self)
+    if schedule is not None:
+        from was_fx.plugins.quantizer import SCHEDULE_FILE
+        from was_fx.sparse.model_card import update_card
+
+        repository = keywords.get("repo_id") or (arguments[0] if arguments else None)
+        schedule.save(Path(working_dir) / SCHEDULE_FILE)  # newer than the upload's first look at the folder
+        update_card(Path(working_dir) / "README.md", schedule, repository)
+    return type(self)._upload_modified_files(self, working_dir, *arguments, **keywords)
+
+
+def _schedule_of(model: nn.Module) -> Schedule | None:
+    """The schedule in force, with the fingerprint of the weights as they are now; None for a dense model."""
+    from was_fx.modules.linears import find_linears
+    from was_fx.sparse.sparsify import model_fingerprint, sparse_state
+
+    state = sparse_state(model)
+    if state is None:
+        return None
+    return state.schedule.replace({}, fingerprint=model_fingerprint(model, find_linears(model)))
+
+
+@contextmanager
+def _config_names_schedule(model: Any, schedule: Schedule | None) -> Iterator[None]:
+    """For the time of a save, let the model's config say how it decodes."""
+    if schedule is None:
+        yield
+        return
+    from was_fx.plugins.quantizer import SCHEDULE_FILE, WasConfig
+
+    before = vars(model.config).get("quantization_config")
+    model.config.quantization_config = WasConfig(SCHEDULE_FILE, prefill=model._was_state.options.prefill)
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.config.quantization_config
+        else:
+            model.config.quantization_config = before
