@@ -21,7 +21,7 @@ from rich.table import Table
 from was_fx.kernels.ops import decode_attention, gated_product_compact, rms_norm_compact
 from was_fx.kernels.parts.gemv_config import gemv_config
 from was_fx.kernels.tune.graph_timing import capture, microseconds
-from was_fx.kernels.tune.tuning import ROTATED_BYTES, measure
+from was_fx.kernels.tune.tile_sizes import ROTATED_BYTES, measure
 from was_fx.measure.shapes import SHAPES, config
 
 SPARSITIES = (0.0, 0.4, 0.5, 0.6, 0.75)

@@ -61,8 +61,9 @@ def coverage(
         rows = list(sweep(wanted, timeout=timeout, record=record, progress=advance))
     if markdown is not None:
         from was_fx.cli.render.coverage_page import page
+        from was_fx.schedules.files.atomic import write_atomically
 
-        markdown.write_text(page(rows, left_out, versions()), encoding="utf-8")
+        write_atomically(markdown, page(rows, left_out, versions()))
     complete = sum(row.complete for row in rows)
     if json:
         entries = [{**dataclasses.asdict(row), "complete": row.complete} for row in rows]

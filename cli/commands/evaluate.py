@@ -132,7 +132,7 @@ def _read_log(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]
 
 def _append(path: Path, row: dict[str, Any]) -> None:
     """Add a line, so that the file never holds a part of one."""
-    from was_fx.schedules.files.storage import write_atomically
+    from was_fx.schedules.files.atomic import write_atomically
 
     before = path.read_bytes() if path.exists() else b""
     write_atomically(path, before + json_module.dumps(row).encode() + b"\n")

@@ -39,7 +39,7 @@ def tune(
         raise ValueError("torch finds no CUDA device here; tile sizes are tuned on the GPU that will use them")
     from was_fx.cli.input.models import torch_dtype
     from was_fx.kernels.parts.gemv_config import shape_key, tuned
-    from was_fx.kernels.tune.tuning import tune as measure
+    from was_fx.measure import tuning
     from was_fx.measure.gemv_shapes import gemv_shapes
 
     number = torch_dtype(options.Dtype.bf16 if dtype is options.Dtype.auto else dtype)
@@ -48,7 +48,7 @@ def tune(
         for name in model:
             shapes += [shape for shape in gemv_shapes(_config(name), number) if shape not in shapes]
     with progress("Tuning") as advance:
-        path = measure(shapes, again=again, progress=advance)
+        path = tuning.tune(shapes, again=again, progress=advance)
     found = tuned(path.name)
     chosen = {shape_key(*shape): vars(found[shape_key(*shape)]) for shape in shapes}
     if json:

@@ -26,7 +26,7 @@ def draw(path: Path, compared: "Sequence[Compared]", results: Results | None, se
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ValueError("--plot needs matplotlib; install it with: pip install 'was-fx[plot]'") from error
-    from was_fx.schedules.files.storage import write_atomically
+    from was_fx.schedules.files.atomic import write_atomically
 
     panels: list[Callable[[Any], None]] = []
     if compared:

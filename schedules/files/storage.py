@@ -1,10 +1,7 @@
 """Files of named tensors and string metadata: safetensors, written atomically, the same bytes every time."""
 
-import contextlib
 import errno
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from was_fx.schedules.errors import ScheduleError
+from was_fx.schedules.files.atomic import write_atomically
 
 FORMAT_VERSION = 1
 SCHEDULE = "was-fx schedule"
@@ -56,35 +54,6 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + data[end:]
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` so that the file there is the old one or the new one, never a part.
-
-    Raises:
-        OSError: (or its fitting subclass) if the directory is missing, not writable or full.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        _remove(temporary)
-        reason = error.strerror or str(error)
-        message = f"cannot write the file ({reason}); choose an existing directory that is writable and has room"
-        raise OSError(error.errno or errno.EIO, message, str(path)) from error
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()
 
 
 def _decode(data: bytes, path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:

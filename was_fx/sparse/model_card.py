@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from was_fx.schedules.files.atomic import write_atomically
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.names import split_name
 
@@ -34,7 +35,7 @@ def update_card(path: Path, schedule: Schedule, repository: str | None = None) -
         if known
         else f"{card.text.rstrip()}\n\n{section}\n"
     )
-    card.save(path)
+    write_atomically(path, str(card))
 
 
 def schedule_section(schedule: Schedule, repository: str | None = None) -> str:

@@ -1,4 +1,3 @@
-import os
 import pickle
 import subprocess
 import sys
@@ -95,44 +94,3 @@ def test_file_without_metadata_is_refused(tmp_path):
 def test_missing_file_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no was-fx schedule here.*absent"):
         storage.read(tmp_path / "absent", storage.SCHEDULE)
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step, error):
-    path = tmp_path / "file.safetensors"
-    storage.write(path, storage.SCHEDULE, TENSORS, METADATA)
-    before = path.read_bytes()
-
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(os, step, fail)
-    with pytest.raises(type(error)) as caught:
-        storage.write(path, storage.SCHEDULE, {}, {})
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-    if isinstance(error, OSError):
-        assert caught.value.errno == 28
-        assert "No space left" in str(caught.value)
-        assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("place", "error"),
-    [("missing/file", FileNotFoundError), ("a file/file", NotADirectoryError)],
-)
-def test_unusable_directories_are_refused_with_path_and_remedy(tmp_path, place, error):
-    (tmp_path / "a file").write_text("no directory")
-    with pytest.raises(error, match=r"cannot write the file.*choose an existing directory") as caught:
-        storage.write_atomically(tmp_path / place, b"data")
-    assert place in str(caught.value)
-
-
-def test_permissions_follow_the_umask(tmp_path):
-    before = os.umask(0o022)
-    try:
-        storage.write_atomically(tmp_path / "file", b"data")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644

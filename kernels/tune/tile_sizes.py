@@ -1,12 +1,8 @@
 """Measure which tile sizes of `gather_gemv` are fastest for a shape on this GPU."""
 
 import itertools
-import json
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +10,11 @@ import triton
 from torch import Tensor
 
 from was_fx.kernels.linear.gather_gemv import gather_gemv
-from was_fx.kernels.ops.compact import reference as compact
-from was_fx.kernels.parts.gemv_config import GemvConfig, device_file, shape_key, tuned, user_folder
+from was_fx.kernels.ops.compact import reference as compaction
+from was_fx.kernels.parts.gemv_config import GemvConfig
 from was_fx.kernels.tune.graph_timing import capture, microseconds
 
 Shape = tuple[int, tuple[int, ...], torch.dtype]
-Progress = Callable[[int, int], None]
 
 SPARSITIES = (0.4, 0.5, 0.6, 0.75)
 
@@ -66,7 +61,7 @@ def measure(shape: Shape, configs: Sequence[GemvConfig], sparsity: float, repeti
         threshold = x.float().abs().flatten().kthvalue(max(1, round(sparsity * channels))).values.expand(channels)
         thresholds = [threshold.contiguous() if sparsity else torch.full_like(threshold, -1.0)] * len(sizes)
         weights = [torch.randn(channels, n, device="cuda", generator=generator).to(dtype).t() for n in sizes]
-        index, count = compact(x, thresholds, triton.next_power_of_2(channels))
+        index, count = compaction(x, thresholds, triton.next_power_of_2(channels))
         cases.append((x, index, count, weights, thresholds))
     times: list[float] = []
     for first in range(0, len(configs), BATCH):
@@ -94,54 +89,3 @@ def tune_shape(shape: Shape, sparsities: Sequence[float] = SPARSITIES) -> tuple[
     totals = [sum(times[each][i] for each in sparsities) + len(sparsities) * reading(c) for i, c in enumerate(best)]
     winner = totals.index(min(totals))
     return best[winner], {f"{each:g}": round(times[each][winner], 2) for each in sparsities}
-
-
-def tune(
-    shapes: Sequence[Shape], *, again: bool = False, folder: Path | None = None, progress: Progress | None = None
-) -> Path:
-    """Measure shapes and keep the best configuration of each in the user's file for this GPU.
-
-    The file is written after every shape, so an interrupted run goes on where it stopped.
-
-    Args:
-        shapes: (K, (N_1, …), dtype) each.
-        again: measure shapes anew that the file holds already.
-        folder: of the file; the user's by default.
-        progress: called with (shapes done, all shapes).
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: there is no CUDA device.
-    """
-    if not torch.cuda.is_available():
-        raise ValueError("torch finds no CUDA device here; tile sizes are tuned on the GPU that will use them")
-    path = (folder or user_folder()) / device_file("cuda")
-    content = json.loads(path.read_text()) if path.is_file() else {"configurations": {}, "microseconds": {}}
-    for done, shape in enumerate(shapes):
-        if progress is not None:
-            progress(done, len(shapes))
-        key = shape_key(*shape)
-        if key in content["configurations"] and not again:
-            continue
-        config, times = tune_shape(shape)
-        content["device"] = torch.cuda.get_device_name()
-        content["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
-        content["configurations"][key] = vars(config)
-        content["microseconds"][key] = times
-        _write(path, content)
-        torch.cuda.empty_cache()
-    if progress is not None:
-        progress(len(shapes), len(shapes))
-    tuned.cache_clear()
-    return path
-
-
-def _write(path: Path, content: object) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    os.replace(file.name, path)

@@ -1,0 +1,52 @@
+"""The user's file of measured tile sizes, with the measuring itself pretended."""
+
+import json
+
+import pytest
+import torch
+
+from was_fx.kernels.parts.gemv_config import GemvConfig, tuned
+from was_fx.measure import tuning
+
+SHAPES = [(64, (32,), torch.bfloat16), (64, (32, 16), torch.bfloat16)]
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """The shapes that were measured, in order."""
+    found: list = []
+
+    def pretended(shape):
+        if shape in found:
+            raise KeyboardInterrupt
+        found.append(shape)
+        return GemvConfig(64, 32, len(found), 4), {"0.5": 1.0}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Pretended GPU")
+    monkeypatch.setattr(tuning, "tune_shape", pretended)
+    return found
+
+
+def test_each_shape_is_measured_once_and_kept(measured):
+    steps = []
+    path = tuning.tune(SHAPES, progress=lambda *step: steps.append(step))
+    assert path.name == "pretended_gpu.json"
+    assert tuning.tune(SHAPES) == path
+    assert measured == SHAPES
+    assert steps == [(0, 2), (1, 2), (2, 2)]
+    assert tuned(path.name)["64,32+16,bfloat16"] == GemvConfig(64, 32, 2, 4)
+
+
+def test_an_interruption_keeps_what_was_measured(measured):
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune([SHAPES[0], SHAPES[1], SHAPES[1]], again=True)
+    (path,) = (tuning.user_folder()).iterdir()
+    assert len(json.loads(path.read_text())["configurations"]) == 2
+
+
+def test_without_a_gpu_it_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device"):
+        tuning.tune(SHAPES)
