@@ -3,14 +3,17 @@
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 from typer.core import TyperGroup
 
 from was_fx.cli.render.console import stderr
+from was_fx.schedules.names import visible
 
 INTERRUPTED = 130
 _OURS = Path(__file__).resolve().parent.parent
@@ -19,15 +22,22 @@ _OURS = Path(__file__).resolve().parent.parent
 class Commands(TyperGroup):
     """The group of all sub-commands, which reports their errors.
 
-    Bad usage is left to Typer. With `--debug`, or WAS_DEBUG=1, errors keep their traceback.
+    Bad usage is left to Typer, which gets what the user wrote as plain text. With `--debug`, or WAS_DEBUG=1, errors
+    keep their traceback.
     """
 
+    def make_context(self, *arguments: Any, **settings: Any) -> Any:
+        """Read the arguments up to the sub-command's name."""
+        with _usage_as_text():
+            return super().make_context(*arguments, **settings)
+
     def invoke(self, ctx: Any) -> Any:
-        """Run the chosen sub-command."""
+        """Read the sub-command's own arguments, and run it."""
         shown = warnings.showwarning
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         try:
-            return super().invoke(ctx)
+            with _usage_as_text():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             report_interrupt()
             raise typer.Exit(INTERRUPTED) from None
@@ -39,6 +49,15 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from None
         finally:
             warnings.showwarning = shown
+
+
+@contextmanager
+def _usage_as_text() -> Iterator[None]:
+    try:
+        yield
+    except typer.BadParameter.__base__ as error:  # UsageError, which Typer doesn't name
+        error.message = visible(error.message)
+        raise
 
 
 def expected(error: BaseException) -> BaseException | None:
@@ -61,15 +80,21 @@ def report(error: BaseException) -> None:
         text = str(error) or type(error).__name__
     # Remedies name Python's arguments; the command line has its own.
     text = text.replace("`allow_other_model=True`", "--allow-other-model")
-    stderr().print(f"[bold red]Error:[/] {escape(text)}", soft_wrap=True)
+    # A `ScheduleError` alone has several lines, and sees to it that names add none.
+    _print_labelled("Error:", "bold red", text if hasattr(error, "problems") else visible(text))
 
 
 def report_interrupt() -> None:
     """Say that Ctrl-C was heard."""
-    stderr().print("\n[bold yellow]Interrupted.[/] Nothing was left half-written.", soft_wrap=True)
+    stderr().print()
+    _print_labelled("Interrupted.", "bold yellow", "Nothing was left half-written.")
 
 
 def _show_warning(message: Any, category: type[Warning], filename: str, *rest: Any) -> None:
     """Our own warnings in one line; those of libraries only with WAS_DEBUG."""
     if Path(filename).resolve().is_relative_to(_OURS) or os.environ.get("WAS_DEBUG"):
-        stderr().print(f"[bold yellow]Warning:[/] {escape(str(message))}", soft_wrap=True)
+        _print_labelled("Warning:", "bold yellow", str(message))
+
+
+def _print_labelled(label: str, style: str, text: str) -> None:
+    stderr().print(Text(label, style=style), text, soft_wrap=True)

@@ -77,17 +77,14 @@ def was(
     """What every sub-command starts with."""
 
 
-def _add(
-    name: str, command: Callable[..., None], epilog: str, text: str | None = None, group: typer.Typer = app
-) -> None:
+def _add(name: str, command: Callable[..., None], epilog: str, group: typer.Typer = app) -> None:
     """Register a sub-command; the lines of a paragraph of its docstring are joined, for Typer keeps line breaks."""
-    group.command(name, epilog=epilog, help=_joined(text or command.__doc__ or ""))(command)
+    group.command(name, epilog=epilog, help=_joined(command.__doc__ or ""))(command)
 
 
 _add("demo", demo.demo, demo.EXAMPLES)
 _add("calibrate", calibrate.calibrate, calibrate.EXAMPLES)
 _add("make", make.make, make.EXAMPLES)
-_add("sparsify", make.make, make.EXAMPLES, "The same as [bold]was make[/].")
 _add("search", search.search, search.EXAMPLES)
 _add("recalibrate", recalibrate.recalibrate, recalibrate.EXAMPLES)
 _add("inspect", inspect_file.inspect_file, inspect_file.EXAMPLES)

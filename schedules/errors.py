@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 
+from was_fx.schedules.names import visible
+
 _SHOWN = 50
 
 
 class ScheduleError(ValueError):
     """Everything that is wrong with a schedule or a calibration, in one error.
+
+    Its message has a line for each problem; control characters in names are written out, so that they add none.
 
     Attributes:
         headline: what cannot be done, in one line.
@@ -21,8 +25,8 @@ class ScheduleError(ValueError):
         super().__init__(headline, self.problems, remedy)
 
     def __str__(self) -> str:
-        lines = [f"{self.headline}:" if self.problems else self.headline]
-        lines += [f"  - {problem}" for problem in self.problems[:_SHOWN]]
+        lines = [visible(self.headline) + (":" if self.problems else "")]
+        lines += [f"  - {visible(problem)}" for problem in self.problems[:_SHOWN]]
         if len(self.problems) > _SHOWN:
             lines.append(f"  - and {len(self.problems) - _SHOWN} more (all are in the error's `problems`)")
         if self.remedy:

@@ -1,9 +1,13 @@
-"""Qualified names of Linears: their place in a model, and the nearest known name to a wrong one."""
+"""Names: the place of a Linear in a model, the nearest known name to a wrong one, and how any name is shown."""
 
 import difflib
+import re
 from collections.abc import Collection, Iterable
 
 _SUGGESTIONS = 20
+# Control characters, separators of lines, marks that turn the direction of text, and halves of surrogate pairs.
+_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_MARKDOWN = re.compile(r"[\\|\[\]<>*`~$&]|(?<!\w)_|_(?!\w)|(?<=:)//|(?<=www)\.|@")
 
 
 def split_name(name: str) -> tuple[int | None, str]:
@@ -35,3 +39,24 @@ def unknown_problems(names: Iterable[str], known: Collection[str], problem: str)
         f"{name} {problem}{suggestion(name, known) if position < _SUGGESTIONS else ''}"
         for position, name in enumerate(names)
     ]
+
+
+def visible(text: object, *, keep: str = "") -> str:
+    """`text` in one printable line: an escape character as `\\x1b`, a line break as `\\n`.
+
+    Names come from files that others made, so they may hold anything.
+
+    Args:
+        text: what is shown, as `str` gives it.
+        keep: characters to leave as they are, such as a line break in a text of several lines.
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        return found[0] if found[0] in keep else found[0].encode("unicode_escape").decode()
+
+    return _INVISIBLE.sub(escaped, str(text))
+
+
+def markdown(text: object) -> str:
+    """`text` as Markdown that shows it as it is, in a cell of a table too: no link, emphasis, HTML or further cell."""
+    return _MARKDOWN.sub(lambda found: f"\\{found[0]}" if found[0] != "//" else "/\\/", visible(text))

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from was_fx.cli.input import options
-from was_fx.cli.render.console import print_json, progress, stderr, stdout
+from was_fx.cli.input.models import load_model, torch_device, torch_dtype
+from was_fx.cli.render.console import note, print_json, progress, say, stdout
+from was_fx.cli.render.tables import new_table, percent
 
 if TYPE_CHECKING:
     from was_fx.measure.gpu_speed import GpuRow
@@ -54,7 +56,7 @@ def bench(
             targets,
             tokens=tokens,
             repetitions=repetitions,
-            progress=lambda text: stderr().print(f"{text} …", style="dim"),
+            progress=lambda text: note(f"{text} …"),
         )
     else:
         from was_fx.measure.speed import decode_speed
@@ -68,12 +70,10 @@ def bench(
 
 
 def _model(name: str, dtype: options.Dtype, device: str) -> Any:
-    from was_fx.cli.input.models import load_model, torch_device, torch_dtype
     from was_fx.measure.shapes import SHAPES, config
 
     if name not in SHAPES:
-        with progress(f"Loading {name}"):
-            return load_model(name, dtype, device).model
+        return load_model(name, dtype, device).model
     from was_fx.measure.speed import random_model
 
     number = torch_dtype(options.Dtype.bf16 if dtype is options.Dtype.auto else dtype)
@@ -82,8 +82,6 @@ def _model(name: str, dtype: options.Dtype, device: str) -> Any:
 
 
 def _show(model: str, rows: "list[GpuRow] | list[SpeedRow]") -> None:
-    from was_fx.cli.render.tables import new_table, percent
-
     table = new_table("target", "realised", "ms/token", "speed-up", "GB read/token", "GB/s")
     for row in rows:
         ms: float = getattr(row, "step_ms", None) or row.ms_per_token  # type: ignore[union-attr]
@@ -95,6 +93,5 @@ def _show(model: str, rows: "list[GpuRow] | list[SpeedRow]") -> None:
             f"{row.bytes_per_token / 1e9:.2f}",
             f"{row.bytes_per_token / ms / 1e6:.0f}",
         )
-    console = stdout()
-    console.print(f"{model}, decode, batch 1", style="bold", markup=False)
-    console.print(table)
+    say(f"{model}, decode, batch 1", style="bold")
+    stdout().print(table)

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import was_fx
 from was_fx.cli.input import options
 from was_fx.cli.input.files import check_output
-from was_fx.cli.render.console import print_json, progress, stdout
+from was_fx.cli.input.models import load_model
+from was_fx.cli.input.texts import read_text, text_name, windows
+from was_fx.cli.render.console import print_json, progress, say
 
 if TYPE_CHECKING:
     from was_fx import Score
@@ -74,19 +77,15 @@ def calibrate(
 
     The result holds, for each Linear, the threshold of each sparsity. [bold]was make[/] turns it into schedules.
     """
-    from was_fx.cli.input.texts import read_text, text_name, windows
 
     chosen = _score(score, exponent, norm)
     name = text_name(text, model, "calibration")
     check_output(out, force)
     content = read_text(name)
 
-    import was_fx
-    from was_fx.cli.input.models import load_model
     from was_fx.modules.linears import dense_expert_share, expert_parameters
 
-    with progress(f"Loading {model}"):
-        loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device)
     ids = windows(loaded, content, name, length=length, tokens=tokens)
     with progress(f"Calibrating on {ids.numel():,} tokens") as advance:
         result = was_fx.calibrate(
@@ -105,22 +104,15 @@ def calibrate(
         linears = len(result.thresholds)
         print_json({"path": str(out), "linears": linears, "tokens": result.tokens, "text": name, "score": score_used})
         return
-    console = stdout()
-    console.print(
-        f"Wrote {out}: {len(result.thresholds)} Linears, {result.tokens:,} tokens of {name}, score {chosen}",
-        markup=False,
-        soft_wrap=True,
-    )
+    say(f"Wrote {out}: {len(result.thresholds)} Linears, {result.tokens:,} tokens of {name}, score {chosen}")
     experts = expert_parameters(loaded.model)
     if experts:
         share = 100 * dense_expert_share(loaded.model)
-        console.print(
+        say(
             f"Weights held as 3-D parameters (experts) stay dense: {len(experts)}, such as {next(iter(experts))}, "
-            f"{share:.0f} % of the bytes of a token",
-            markup=False,
-            soft_wrap=True,
+            f"{share:.0f} % of the bytes of a token"
         )
-    console.print(f"Next: was make {shlex.quote(str(out))} --target 50%", markup=False, soft_wrap=True)
+    say(f"Next: was make {shlex.quote(str(out))} --target 50%")
 
 
 def _score(name: ScoreName | None, exponent: float | None, norm: int | None) -> "Score":

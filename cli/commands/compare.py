@@ -1,23 +1,21 @@
 """`was compare`: schedules side by side."""
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from was_fx.cli.input import options
-from was_fx.cli.input.compare_inputs import Measured, Results, Trials, load_named, read_results, read_trials
+from was_fx.cli.input.compare_inputs import Compared, Results, Trials, read_results, read_schedule, read_trials
 from was_fx.cli.input.files import check_output
-from was_fx.cli.render.console import print_json, progress, stdout
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from was_fx import Schedule
+from was_fx.cli.render.compare_plot import draw
+from was_fx.cli.render.console import print_json, progress, say, stdout
+from was_fx.cli.render.grid import block_labels, short_names
+from was_fx.cli.render.tables import heat, new_table, percent
 
 EXAMPLES = options.examples(
     "was compare s50.was.safetensors s60.was.safetensors",
@@ -27,25 +25,6 @@ EXAMPLES = options.examples(
     "was compare --history search.jsonl --plot search.png",
 )
 PICTURES = (".png", ".svg", ".pdf")
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A schedule as it is compared.
-
-    Attributes:
-        name: its path or published name.
-        schedule: the schedule.
-        measured: its row of `was ppl --json`, if there is one.
-        blocks: mean sparsity of each block, weighted by N·K.
-        projections: the same of each projection over the blocks; of a Linear outside the blocks its own.
-    """
-
-    name: str
-    schedule: "Schedule"
-    measured: Measured | None
-    blocks: Mapping[str, float]
-    projections: Mapping[str, float]
 
 
 def compare(
@@ -81,10 +60,8 @@ def compare(
         check_output(plot, force)
     results = read_results(ppl or [])
     searches = [read_trials(path) for path in history or []]
-    compared = [_compared(name, results) for name in schedules or []]
+    compared = [read_schedule(name, results) for name in schedules or []]
     if plot is not None:
-        from was_fx.cli.render.compare_plot import draw
-
         with progress(f"Drawing {plot}"):
             draw(plot, compared, results, searches)
     if json:
@@ -100,56 +77,26 @@ def compare(
     if searches:
         _show_searches(console, searches)
     if plot is not None:
-        console.print(f"Wrote {plot}", markup=False, soft_wrap=True)
+        say(f"Wrote {plot}")
 
 
-def _compared(name: str, results: Results | None) -> Compared:
-    from was_fx.schedules.budget import model_sparsity
-    from was_fx.schedules.names import split_name
-
-    schedule = load_named(name)
-    blocks: dict[str, dict[str, float]] = defaultdict(dict)
-    projections: dict[str, dict[str, float]] = defaultdict(dict)
-    for linear, entry in schedule.linears.items():
-        block, projection = split_name(linear)
-        projections[projection][linear] = entry.sparsity
-        if block is not None:
-            blocks[linear.removesuffix(f".{projection}")][linear] = entry.sparsity
-    return Compared(
-        name,
-        schedule,
-        None if results is None else results.of(name, schedule),
-        {key: model_sparsity(group, schedule.shapes) for key, group in blocks.items()},
-        {key: model_sparsity(group, schedule.shapes) for key, group in projections.items()},
-    )
-
-
-def _show_summary(console: "Console", compared: Sequence[Compared]) -> None:
-    from rich.markup import escape
-
-    from was_fx.cli.render.tables import new_table, percent
-
-    table = new_table("#", "schedule", "recipe", "target", "nominal")
-    for column in table.columns[1:3]:
-        column.justify, column.overflow, column.no_wrap = "left", "fold", False
+def _show_summary(console: Console, compared: Sequence[Compared]) -> None:
+    table = new_table("#", "schedule", "recipe", "target", "nominal", texts=3)
     for number, each in enumerate(compared, start=1):
         target = each.schedule.metadata.target
         table.add_row(
             str(number),
-            escape(each.name),
-            escape(each.schedule.metadata.recipe),
+            each.name,
+            each.schedule.metadata.recipe,
             "–" if target is None else percent(target),
             percent(each.schedule.sparsity),
         )
     console.print(table)
 
 
-def _show_results(console: "Console", compared: Sequence[Compared], results: Results) -> None:
-    from was_fx.cli.render.tables import new_table, percent
-
+def _show_results(console: Console, compared: Sequence[Compared], results: Results) -> None:
     setting = results.setting
-    title = f"Perplexity of {setting['model']} on {setting['text']}, windows of {setting['length']}"
-    console.print(title, style="bold", markup=False, soft_wrap=True)
+    say(f"Perplexity of {setting['model']} on {setting['text']}, windows of {setting['length']}", style="bold")
     table = new_table("#", "perplexity", "nominal", "realised", "bytes saved")
     rows = [(f"#{number}", each.measured) for number, each in enumerate(compared, start=1)]
     for label, row in [("dense", results.dense), *rows]:
@@ -161,11 +108,8 @@ def _show_results(console: "Console", compared: Sequence[Compared], results: Res
     console.print(table)
 
 
-def _show_shares(console: "Console", what: str, shares: Sequence[Mapping[str, float]]) -> None:
+def _show_shares(console: Console, what: str, shares: Sequence[Mapping[str, float]]) -> None:
     """A table of sparsities in %, one row per block or projection and one column per schedule, as many as fit."""
-    from was_fx.cli.render.grid import block_labels, short_names
-    from was_fx.cli.render.tables import heat, new_table
-
     keys = list(dict.fromkeys(key for each in shares for key in each))
     labels = short_names(keys) if what == "projection" else block_labels(keys)
     room = max(1, (console.width - max(map(len, [what, *labels.values()]), default=0) - 2) // 8)
@@ -178,18 +122,13 @@ def _show_shares(console: "Console", what: str, shares: Sequence[Mapping[str, fl
         console.print(table)
 
 
-def _show_searches(console: "Console", searches: Sequence[Trials]) -> None:
-    from rich.markup import escape
-
-    from was_fx.cli.render.tables import new_table, percent
-
+def _show_searches(console: Console, searches: Sequence[Trials]) -> None:
     table = new_table("search", "target", "trials", "first loss", "best loss", "at trial")
-    table.columns[0].overflow = "fold"
     for each in searches:
         index, loss = each.best
         target = "–" if each.target is None else percent(each.target)
         first = next(f"{loss:.4f}" for loss in each.losses if math.isfinite(loss))
-        table.add_row(escape(str(each.path)), target, str(len(each.losses)), first, f"{loss:.4f}", str(index))
+        table.add_row(str(each.path), target, str(len(each.losses)), first, f"{loss:.4f}", str(index))
     console.print(table)
 
 

@@ -9,7 +9,9 @@ import typer
 
 from was_fx.cli.input import options
 from was_fx.cli.input.files import check_output
-from was_fx.cli.render.console import print_json, progress, stdout
+from was_fx.cli.render.console import print_json, progress, say, stdout
+from was_fx.cli.render.coverage_page import cells, notes, page
+from was_fx.cli.render.tables import new_table
 
 if TYPE_CHECKING:
     from was_fx.coverage.cover import Coverage
@@ -60,7 +62,6 @@ def coverage(
     with progress(f"Covering {len(wanted)} model types") as advance:
         rows = list(sweep(wanted, timeout=timeout, record=record, progress=advance))
     if markdown is not None:
-        from was_fx.cli.render.coverage_page import page
         from was_fx.schedules.files.atomic import write_atomically
 
         write_atomically(markdown, page(rows, left_out, versions()))
@@ -83,20 +84,15 @@ def _check(types: Sequence[str], known: dict[str, str | None]) -> None:
 
 
 def _show(rows: "Sequence[Coverage]", left_out: dict[str, str]) -> None:
-    from was_fx.cli.render.coverage_page import cells, notes
-    from was_fx.cli.render.tables import new_table
-
     table = new_table("model type", "ok", "Linears", "sparse", "declined", "graphs", "0 %", "50 %")
-    table.columns[0].overflow = "fold"
     table.columns[0].min_width = 16
     for row in rows:
         *first, prompt, decode, _, exact, oracle = cells(row)
         table.add_row(*first, f"{prompt}+{decode}", exact, oracle)
-    console = stdout()
-    console.print(table)
+    stdout().print(table)
     for row in rows:
         if notes(row):
-            console.print(f"{row.model_type}: {notes(row)}", markup=False, soft_wrap=True)
-    console.print(f"{sum(row.complete for row in rows)} of {len(rows)} complete", style="bold")
+            say(f"{row.model_type}: {notes(row)}")
+    say(f"{sum(row.complete for row in rows)} of {len(rows)} complete", style="bold")
     if left_out:
-        console.print(f"{len(left_out)} types are left out, since they don't decode text alone from left to right")
+        say(f"{len(left_out)} types are left out, since they don't decode text alone from left to right")

@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import was_fx
 from was_fx.cli.input import options
-from was_fx.cli.input.models import Loaded
+from was_fx.cli.input.models import Loaded, load_model
+from was_fx.cli.input.prompts import continuation
+from was_fx.cli.render import demo_screens as screens
 from was_fx.cli.render.console import print_json, progress, stdout
 
 if TYPE_CHECKING:
@@ -58,15 +61,11 @@ def demo(
     Quality is shown on the language model inside was-fx (5.8 M parameters), speed on a stack of random weights with
     the shapes of Llama-3.2-1B.
     """
-    from was_fx.cli.input.models import load_model
-    from was_fx.cli.render import demo_screens as screens
-
     size = FAST if fast else FULL
     console = stdout()
     if not json:
         screens.opening(console)
-    with progress("Loading the embedded model"):
-        loaded = load_model(options.EMBEDDED, device="cpu")
+    loaded = load_model(options.EMBEDDED, device="cpu")
     schedules = calibrated(loaded, size)
     quality = measured(loaded, schedules, size)
     if not json:
@@ -85,7 +84,6 @@ def demo(
 
 def calibrated(loaded: Loaded, size: Size) -> "dict[str, dict[float, Schedule]]":
     """Uniform schedules by score and level, with thresholds from the model as it runs sparsely."""
-    import was_fx
     from was_fx import embedded
 
     ids = embedded.tokens("calibration", 512, size.calibration)
@@ -117,7 +115,6 @@ def measured(
 
     The graph runs node by node: for so small a model that takes less time than compiling it.
     """
-    import was_fx
     from was_fx import embedded
 
     ids = embedded.tokens("test", 512)[:: size.stride][: size.limit]
@@ -135,9 +132,6 @@ def measured(
 
 def samples(loaded: Loaded, schedule: "Schedule") -> dict[str, str]:
     """The same prompt continued by the dense model and by the sparse one, with the same random numbers."""
-    import was_fx
-    from was_fx.cli.commands.generate import continuation
-
     texts = {}
     with progress("Writing with the dense model"):
         texts["dense"] = continuation(loaded, PROMPT, max_new_tokens=60, seed=1, temperature=0.6)["text"]

@@ -11,7 +11,9 @@ import typer
 
 from was_fx.cli.input import options
 from was_fx.cli.input.files import load_schedule
-from was_fx.cli.render.console import print_json, progress, stderr, stdout
+from was_fx.cli.input.models import load_model
+from was_fx.cli.render.console import note, print_json, say, stderr, stdout
+from was_fx.cli.render.tables import new_table, percent
 
 if TYPE_CHECKING:
     from was_fx.plugins.lm_eval import WasLM
@@ -80,10 +82,7 @@ def evaluate(
     missing = [path for path in every if _key(path) not in known]
     lm: Any = None
     if missing:
-        from was_fx.cli.input.models import load_model
-
-        with progress(f"Loading {model}"):
-            loaded = load_model(model, dtype, device)
+        loaded = load_model(model, dtype, device)
         lm = lm_eval.WasLM(
             loaded.model,
             tokenizer=loaded.tokenizer,
@@ -93,7 +92,7 @@ def evaluate(
             allow_other_model=allow_other_model,
         )
     for path in missing:
-        stderr().print(f"Evaluating {path or 'dense'} …", markup=False, soft_wrap=True)
+        note(f"Evaluating {path or 'dense'} …", style="")
         lm.use(schedules[path] if path else None)
         results = lm_eval.run_tasks(lm, tasks, limit=limit, include_path=include_path)
         known[_key(path)] = {**_sparsity(lm), "tasks": results}
@@ -158,10 +157,6 @@ def _sparsity(harness: "WasLM") -> dict[str, float]:
 
 
 def _show(rows: list[dict[str, Any]], title: str) -> None:
-    from rich.markup import escape
-
-    from was_fx.cli.render.tables import new_table, percent
-
     columns = [
         (task, metric)
         for task, found in rows[0]["tasks"].items()
@@ -169,15 +164,13 @@ def _show(rows: list[dict[str, Any]], title: str) -> None:
         if isinstance(value, float) and "_stderr," not in metric
     ]
     headings = [f"{task} {metric.removesuffix(',none')}" for task, metric in columns]
-    table = new_table("schedule", *map(escape, headings), "nominal", "realised", "bytes saved")
-    table.columns[0].overflow = "fold"
+    table = new_table("schedule", *headings, "nominal", "realised", "bytes saved")
     for row in rows:
         scores = [_score(row["tasks"][task], metric) for task, metric in columns]
         shares = [percent(row[key]) if row["schedule"] else "–" for key in ("nominal", "realised", "bytes_saved")]
-        table.add_row(escape(row["schedule"] or "dense"), *scores, *shares)
-    console = stdout()
-    console.print(title, style="bold", markup=False)
-    console.print(table)
+        table.add_row(row["schedule"] or "dense", *scores, *shares)
+    say(title, style="bold")
+    stdout().print(table)
 
 
 def _score(found: dict[str, Any], metric: str) -> str:

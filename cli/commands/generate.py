@@ -1,15 +1,16 @@
 """`was generate`: text from a model, dense or with a schedule."""
 
-import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import was_fx
 from was_fx.cli.input import options
 from was_fx.cli.input.files import load_schedule
-from was_fx.cli.input.models import Loaded
-from was_fx.cli.render.console import print_json, progress, stderr, stdout
+from was_fx.cli.input.models import Loaded, load_model
+from was_fx.cli.input.prompts import continuation, prompt_tokens
+from was_fx.cli.render.console import note, print_json, stdout
 
 EXAMPLES = options.examples(
     'was generate embedded --prompt "It was a dark night"  [dim]dense[/]',
@@ -45,12 +46,8 @@ def generate(
     if not prompt:
         raise typer.BadParameter("the prompt is empty", param_hint="'--prompt'")
 
-    import was_fx
-    from was_fx.cli.input.models import load_model
-
-    with progress(f"Loading {model}"):
-        loaded = load_model(model, dtype, device)
-    encode(loaded, prompt, max_new_tokens)  # says what is wrong before anything is printed
+    loaded = load_model(model, dtype, device)
+    prompt_tokens(loaded, prompt, max_new_tokens)  # says what is wrong before anything is printed
     how = {"max_new_tokens": max_new_tokens, "seed": seed, "temperature": temperature if sample else None}
     runs: dict[str, dict[str, Any]] = {}
     headings = dense_too and found is not None and not json
@@ -79,72 +76,11 @@ def _stream(loaded: Loaded, prompt: str, how: dict[str, Any], *, heading: str | 
     if heading:
         console.rule(heading, align="left")
     if not quiet:
-        console.print(prompt, style="bold", end="", markup=False, soft_wrap=True)
+        console.print(prompt, style="bold", end="", soft_wrap=True)
     printer = None if quiet else TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     result = continuation(loaded, prompt, printer=printer, **how)
     if not quiet:
         took = result["ms_per_token"]
         speed = f", {took:.1f} ms per token (median)" if took is not None else ""
-        stderr().print(f"{result['tokens']} tokens{speed}", style="dim", markup=False)
+        note(f"{result['tokens']} tokens{speed}")
     return result
-
-
-def encode(loaded: Loaded, prompt: str, max_new_tokens: int) -> Any:
-    """The tokens of a prompt, on the model's device.
-
-    Raises:
-        ValueError: there are none, or too many for the model with so many new ones.
-    """
-    inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
-    given = inputs["input_ids"].shape[1]
-    if given == 0:
-        raise ValueError("the prompt has no tokens; give some text")
-    if loaded.positions is not None and given + max_new_tokens > loaded.positions:
-        raise ValueError(
-            f"the prompt has {given} tokens, with --max-new-tokens {max_new_tokens} more than the "
-            f"{loaded.positions} that {loaded.name} takes; give a shorter prompt or fewer new tokens"
-        )
-    return inputs
-
-
-def continuation(
-    loaded: Loaded,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    seed: int = 0,
-    temperature: float | None = None,
-    printer: Any = None,
-) -> dict[str, Any]:
-    """Continue a prompt; greedily without a temperature. `printer` is a streamer of transformers.
-
-    Returns:
-        text (without the prompt), tokens, and ms_per_token: the median step after the first new token.
-    """
-    import torch
-
-    from was_fx.measure.speed import TokenClock
-
-    inputs = encode(loaded, prompt, max_new_tokens)
-    given = inputs["input_ids"].shape[1]
-    sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
-    settings = loaded.model.generation_config
-    padding = settings.pad_token_id if settings.pad_token_id is not None else loaded.tokenizer.eos_token_id
-    clock = TokenClock(printer)
-    torch.manual_seed(seed)
-    ids = loaded.model.generate(
-        inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        pad_token_id=padding,
-        streamer=clock,
-        **sampling,
-    )
-    new = ids[0, given:]
-    # The first step of a decode compiles.
-    steps = clock.steps()[1:]
-    return {
-        "text": loaded.tokenizer.decode(new, skip_special_tokens=True),
-        "tokens": len(new),
-        "ms_per_token": statistics.median(steps) if steps else None,
-    }

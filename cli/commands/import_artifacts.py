@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+import was_fx
 from was_fx.cli.input import options
 from was_fx.cli.input.files import check_output, read_levels
-from was_fx.cli.render.console import print_json, progress, stdout
+from was_fx.cli.input.models import load_skeleton
+from was_fx.cli.render.console import print_json, progress, say
 
 EXAMPLES = options.examples(
     "was import TEAL/models/Mistral-7B --model mistralai/Mistral-7B-v0.1 --level 50% --out mistral-50.was.safetensors",
@@ -61,8 +63,6 @@ def import_artifacts(
     check_output(out, force)
     levels = read_levels(blocks) if blocks is not None else level or 0.0
 
-    import was_fx
-    from was_fx.cli.input.models import load_skeleton
     from was_fx.modules.linears import body_linears, find_linears
     from was_fx.schedules.files.fingerprint import fingerprint_without_weights
 
@@ -81,5 +81,5 @@ def import_artifacts(
         return
     summary = f"{schedule.metadata.recipe.upper()}, {len(schedule.linears)} Linears at {100 * target:.2f} %"
     counted = f"{100 * schedule.sparsity:.2f} % by true counts"
-    stdout().print(f"Wrote {out}: {summary}, {counted}", markup=False, soft_wrap=True)
-    stdout().print(f"Next: was inspect {shlex.quote(str(out))}", markup=False, soft_wrap=True)
+    say(f"Wrote {out}: {summary}, {counted}")
+    say(f"Next: was inspect {shlex.quote(str(out))}")

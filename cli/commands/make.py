@@ -1,4 +1,4 @@
-"""`was make`, also `was sparsify`: a schedule from a calibration."""
+"""`was make`: a schedule from a calibration."""
 
 import shlex
 from pathlib import Path
@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+import was_fx
 from was_fx.cli.input import options
 from was_fx.cli.input.files import check_output, load_calibration
-from was_fx.cli.render.console import print_json, stdout
+from was_fx.cli.render.console import print_json, say
 
 EXAMPLES = options.examples(
     "was make calibration.safetensors --target 0.5",
@@ -41,13 +42,10 @@ def make(
     check_output(out, force)
     found = load_calibration(calibration)
 
-    import was_fx
-
     schedule = was_fx.uniform(found, target, include=include or None, exclude=exclude or ())
     schedule.save(out)
     if json:
         print_json({"path": str(out), "target": target, "nominal": schedule.sparsity, "linears": len(schedule.linears)})
         return
-    summary = f"Wrote {out}: {len(schedule.linears)} Linears at {100 * target:g} %, score {found.score}"
-    stdout().print(summary, markup=False, soft_wrap=True)
-    stdout().print(f"Next: was inspect {shlex.quote(str(out))}", markup=False, soft_wrap=True)
+    say(f"Wrote {out}: {len(schedule.linears)} Linears at {100 * target:g} %, score {found.score}")
+    say(f"Next: was inspect {shlex.quote(str(out))}")

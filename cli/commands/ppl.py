@@ -6,9 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import was_fx
 from was_fx.cli.input import options
 from was_fx.cli.input.files import load_schedule
-from was_fx.cli.render.console import print_json, progress, stdout
+from was_fx.cli.input.models import load_model
+from was_fx.cli.input.texts import read_text, text_name, windows
+from was_fx.cli.render.console import print_json, progress, say, stdout
+from was_fx.cli.render.tables import new_table, percent
 
 if TYPE_CHECKING:
     from was_fx import Evaluation
@@ -41,18 +45,13 @@ def ppl(
     Use a text that the calibration has not seen. Nominal sparsity is what the schedule promises, realised what this
     text gave; the bytes are a share of all weights that a token reads, the head's included.
     """
-    from was_fx.cli.input.texts import read_text, text_name, windows
 
     paths = schedule or []
     name = text_name(text, model, "test")
     content = read_text(name)
     schedules = [load_schedule(path) for path in paths]
 
-    import was_fx
-    from was_fx.cli.input.models import load_model
-
-    with progress(f"Loading {model}"):
-        loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device)
     ids = windows(loaded, content, name, length=length, limit=limit)
     arguments: dict[str, Any] = {"prefill": prefill.value, "batch_size": batch_size}
     runner: Any = executor.value if executor else None
@@ -76,15 +75,9 @@ def _row(result: "Evaluation") -> dict[str, Any]:
 
 
 def _show(results: "list[tuple[Path | None, Evaluation]]", title: str) -> None:
-    from rich.markup import escape
-
-    from was_fx.cli.render.tables import new_table, percent
-
     table = new_table("schedule", "perplexity", "nominal", "realised", "bytes saved")
-    table.columns[0].overflow = "fold"
     for path, result in results:
         shares = [percent(s) if path else "–" for s in (result.nominal, result.realised, result.bytes_saved)]
-        table.add_row(escape(str(path or "dense")), f"{result.perplexity:.2f}", *shares)
-    console = stdout()
-    console.print(title, style="bold", markup=False)
-    console.print(table)
+        table.add_row(str(path or "dense"), f"{result.perplexity:.2f}", *shares)
+    say(title, style="bold")
+    stdout().print(table)

@@ -8,7 +8,9 @@ import typer
 
 from was_fx.cli.input import options
 from was_fx.cli.input.files import check_output
-from was_fx.cli.render.console import print_json, stdout
+from was_fx.cli.render.console import print_json, say, stdout
+from was_fx.cli.render.contents import schedule_json, show_schedule
+from was_fx.cli.render.tables import new_table, percent
 
 if TYPE_CHECKING:
     from was_fx import Schedule
@@ -32,15 +34,13 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `was publis
 
 def list_published(json: options.Json = False) -> None:
     """List the published schedules: their model, the level they name, and what it is by true counts."""
-    from was_fx.cli.render.tables import new_table, percent
     from was_fx.schedules.released.published import load_published, published_names
 
     found = {name: load_published(name) for name in published_names()}
     if json:
         print_json({"schedules": [_summary(name, schedule) for name, schedule in found.items()]})
         return
-    table = new_table("name", "model", "published", "true counts")
-    table.columns[1].justify = "left"
+    table = new_table("name", "model", "published", "true counts", texts=2)
     for name, schedule in found.items():
         source = schedule.metadata.source
         table.add_row(name, source["model"], f"{100 * source['level']:g} %", percent(schedule.sparsity))
@@ -56,7 +56,6 @@ def show_published(
 ) -> None:
     """Show a published schedule as `was inspect` shows a file."""
     from was_fx import load_published
-    from was_fx.cli.commands.inspect_file import schedule_json, show_schedule
 
     schedule = load_published(name)
     if json:
@@ -84,9 +83,8 @@ def export_published(
         print_json({"path": str(out), **_summary(name, schedule)})
         return
     model = shlex.quote(schedule.metadata.source["model"])
-    console = stdout()
-    console.print(f"Wrote {out}: {100 * schedule.sparsity:.1f} % by true counts", markup=False, soft_wrap=True)
-    console.print(f"Next: was generate {model} --schedule {shlex.quote(str(out))}", markup=False, soft_wrap=True)
+    say(f"Wrote {out}: {100 * schedule.sparsity:.1f} % by true counts")
+    say(f"Next: was generate {model} --schedule {shlex.quote(str(out))}")
 
 
 def _summary(name: str, schedule: "Schedule") -> dict[str, Any]:

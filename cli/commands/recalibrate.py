@@ -6,9 +6,12 @@ from typing import Annotated
 
 import typer
 
+import was_fx
 from was_fx.cli.input import options
 from was_fx.cli.input.files import check_output, load_schedule
-from was_fx.cli.render.console import print_json, progress, stdout
+from was_fx.cli.input.models import load_model
+from was_fx.cli.input.texts import read_text, text_name, windows
+from was_fx.cli.render.console import print_json, progress, say
 
 EXAMPLES = options.examples(
     "was recalibrate embedded schedule.was.safetensors --out better.was.safetensors",
@@ -39,18 +42,13 @@ def recalibrate(
     A model that drops channels has other activations than the dense one it was calibrated on, so it drops more or
     less than the schedule's sparsities. This measures them while it drops, and takes each threshold anew.
     """
-    from was_fx.cli.input.texts import read_text, text_name, windows
 
     name = text_name(text, model, "calibration")
     check_output(out, force)
     content = read_text(name)
     before = load_schedule(schedule)
 
-    import was_fx
-    from was_fx.cli.input.models import load_model
-
-    with progress(f"Loading {model}"):
-        loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device)
     ids = windows(loaded, content, name, length=length, tokens=tokens)
     with progress(f"Recalibrating on {ids.numel():,} tokens, {rounds} times") as advance:
         result = was_fx.recalibrate(loaded.model, before, ids, rounds=rounds, batch_size=batch_size, progress=advance)
@@ -58,9 +56,5 @@ def recalibrate(
     if json:
         print_json({"path": str(out), "nominal": result.sparsity, "tokens": ids.numel(), "rounds": rounds})
         return
-    stdout().print(
-        f"Wrote {out}: {len(result.linears)} Linears at {100 * result.sparsity:.1f} %", markup=False, soft_wrap=True
-    )
-    stdout().print(
-        f"Next: was ppl {shlex.quote(model)} --schedule {shlex.quote(str(out))}", markup=False, soft_wrap=True
-    )
+    say(f"Wrote {out}: {len(result.linears)} Linears at {100 * result.sparsity:.1f} %")
+    say(f"Next: was ppl {shlex.quote(model)} --schedule {shlex.quote(str(out))}")

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import was_fx
 from was_fx.cli.input import options
 from was_fx.cli.input.files import check_output, load_schedule
-from was_fx.cli.render.console import print_json, progress, stdout
+from was_fx.cli.input.models import Loaded, load_model
+from was_fx.cli.input.texts import read_text, text_name, windows
+from was_fx.cli.render.console import print_json, progress, say
 from was_fx.cli.render.search_progress import SearchDisplay
 
 if TYPE_CHECKING:
     from was_fx import Calibration, Schedule
-    from was_fx.cli.input.models import Loaded
     from was_fx.schedules.search.recipes import Recipe
 
 EXAMPLES = options.examples(
@@ -151,7 +153,6 @@ def search(
     Candidates are judged by their loss on a validation text; give one that you will not report on. Thresholds are
     measured while the model runs sparsely, so it drops what the schedule says.
     """
-    from was_fx.cli.input.texts import read_text, text_name, windows
     from was_fx.schedules.search.recipes import find_recipe
 
     if (cost is Cost.latency) != (latency is not None):
@@ -166,11 +167,7 @@ def search(
     arguments: dict[str, Any] = {"start": load_schedule(start) if start else None, "latency": _latency(latency)}
     arguments["workers"] = _workers(workers, dask)
 
-    import was_fx
-    from was_fx.cli.input.models import load_model
-
-    with progress(f"Loading {model}"):
-        loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device)
     ids = windows(loaded, contents[0], name, length=length, tokens=tokens)
     samples = windows(loaded, contents[1], sample_name, length=length, tokens=chosen.calibration_tokens)
     calibration = _calibrate(loaded, chosen, samples, sample_name, batch_size)
@@ -215,8 +212,6 @@ def _workers(count: int, address: str | None) -> Any:
 
 
 def _calibrate(loaded: "Loaded", recipe: "Recipe", samples: Any, name: str, batch_size: int) -> "Calibration":
-    import was_fx
-
     with progress(f"Calibrating on {samples.numel():,} tokens") as advance:
         return was_fx.calibrate(
             loaded.model, samples, score=recipe.score, text=name, batch_size=batch_size, progress=advance
@@ -235,14 +230,10 @@ def _show(schedule: "Schedule", out: Path, model: str, json: bool, seconds: tupl
         found |= {"nominal": schedule.sparsity, "loss": losses[-1] if losses else None, "history": history}
         print_json({**found, "trial_seconds": round(seconds[0], 2), "optimizer_seconds": round(seconds[1], 2)})
         return
-    console = stdout()
-    line = (
-        f"Wrote {out}: {len(schedule.linears)} Linears at {100 * schedule.sparsity:.2f} %, {schedule.metadata.recipe}"
-    )
-    console.print(line, markup=False, soft_wrap=True)
+    summary = f"{len(schedule.linears)} Linears at {100 * schedule.sparsity:.2f} %, {schedule.metadata.recipe}"
+    say(f"Wrote {out}: {summary}")
     if losses:
-        console.print(f"Validation loss {losses[0]:.4f} in the first trial, {losses[-1]:.4f} in the best", markup=False)
-        console.print(f"Trials took {seconds[0]:.0f} s, the optimiser {seconds[1]:.0f} s", markup=False)
-    console.print(f"Forward-pass tokens spent: {sum(history['tokens'].values()):,}", markup=False)
-    next_command = f"Next: was ppl {shlex.quote(model)} --schedule {shlex.quote(str(out))}"
-    console.print(next_command, markup=False, soft_wrap=True)
+        say(f"Validation loss {losses[0]:.4f} in the first trial, {losses[-1]:.4f} in the best")
+        say(f"Trials took {seconds[0]:.0f} s, the optimiser {seconds[1]:.0f} s")
+    say(f"Forward-pass tokens spent: {sum(history['tokens'].values()):,}")
+    say(f"Next: was ppl {shlex.quote(model)} --schedule {shlex.quote(str(out))}")

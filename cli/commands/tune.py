@@ -5,7 +5,9 @@ from typing import Annotated
 import typer
 
 from was_fx.cli.input import options
-from was_fx.cli.render.console import print_json, progress, stdout
+from was_fx.cli.input.models import check_name, torch_dtype
+from was_fx.cli.render.console import print_json, progress, say, stdout
+from was_fx.cli.render.tables import new_table
 
 EXAMPLES = options.examples(
     "was tune ./llama",
@@ -37,7 +39,6 @@ def tune(
 
     if not torch.cuda.is_available():
         raise ValueError("torch finds no CUDA device here; tile sizes are tuned on the GPU that will use them")
-    from was_fx.cli.input.models import torch_dtype
     from was_fx.kernels.parts.gemv_config import shape_key, tuned
     from was_fx.measure import tuning
     from was_fx.measure.gemv_shapes import gemv_shapes
@@ -54,13 +55,11 @@ def tune(
     if json:
         print_json({"file": str(path), "configurations": chosen})
         return
-    from was_fx.cli.render.tables import new_table
-
     table = new_table("K, N, dtype", "rows", "columns", "splits", "warps")
     for key, config in chosen.items():
         table.add_row(key, *(str(config[name]) for name in ("rows", "columns", "splits", "warps")))
     stdout().print(table)
-    stdout().print(f"kept in {path}", style="dim", markup=False)
+    say(f"kept in {path}", style="dim")
 
 
 def _config(name: str) -> object:
@@ -69,8 +68,6 @@ def _config(name: str) -> object:
     if name in SHAPES:
         return config(name)
     from transformers import AutoConfig
-
-    from was_fx.cli.input.models import check_name
 
     check_name(name)
     return AutoConfig.from_pretrained(name)

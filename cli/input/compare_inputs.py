@@ -2,12 +2,15 @@
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from was_fx.cli.input.files import load_schedule
+from was_fx.schedules.budget import model_sparsity
+from was_fx.schedules.names import split_name
 
 if TYPE_CHECKING:
     from was_fx import Schedule
@@ -65,6 +68,25 @@ class Results:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """A schedule as it is compared.
+
+    Attributes:
+        name: its path or published name.
+        schedule: the schedule.
+        measured: its row of `was ppl --json`, if there is one.
+        blocks: mean sparsity of each block, weighted by N·K.
+        projections: the same of each projection over the blocks; of a Linear outside the blocks its own.
+    """
+
+    name: str
+    schedule: "Schedule"
+    measured: Measured | None
+    blocks: Mapping[str, float]
+    projections: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Trials:
     """The trials of one search, in their order.
 
@@ -88,17 +110,30 @@ class Trials:
         return self.indices[position], loss
 
 
-def load_named(name: str) -> "Schedule":
-    """The schedule in a file, or else a published one.
+def read_schedule(name: str, results: Results | None) -> Compared:
+    """The schedule in a file, or else the published one of this name, with its row of the results.
 
     Raises:
-        ValueError, OSError: there is neither.
+        ValueError, OSError: there is neither, or the row is that of another schedule.
     """
     from was_fx.schedules.released.published import load_published, published_names
 
-    if not Path(name).exists() and name in published_names():
-        return load_published(name)
-    return load_schedule(Path(name))
+    published = not Path(name).exists() and name in published_names()
+    schedule = load_published(name) if published else load_schedule(Path(name))
+    blocks: dict[str, dict[str, float]] = defaultdict(dict)
+    projections: dict[str, dict[str, float]] = defaultdict(dict)
+    for linear, entry in schedule.linears.items():
+        block, projection = split_name(linear)
+        projections[projection][linear] = entry.sparsity
+        if block is not None:
+            blocks[linear.removesuffix(f".{projection}")][linear] = entry.sparsity
+    return Compared(
+        name,
+        schedule,
+        None if results is None else results.of(name, schedule),
+        {key: model_sparsity(group, schedule.shapes) for key, group in blocks.items()},
+        {key: model_sparsity(group, schedule.shapes) for key, group in projections.items()},
+    )
 
 
 def read_results(paths: Sequence[Path]) -> Results | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from was_fx.cli.input.options import EMBEDDED, Dtype
-from was_fx.cli.render.console import stderr
+from was_fx.cli.render.console import note, progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Loaded:
 
 
 def load_model(name: str, dtype: Dtype = Dtype.auto, device: str = "auto") -> Loaded:
-    """Load a causal LM in eval mode.
+    """Load a causal LM in eval mode, and say so meanwhile.
 
     Raises:
         ValueError, OSError: there is no such model or device, or it is none that can be loaded.
@@ -33,14 +33,15 @@ def load_model(name: str, dtype: Dtype = Dtype.auto, device: str = "auto") -> Lo
     where = torch_device(device)
     check_name(name)
     _quiet()
-    if name == EMBEDDED:
-        from was_fx import embedded
+    with progress(f"Loading {name}"):
+        if name == EMBEDDED:
+            from was_fx import embedded
 
-        # fp32 is several times faster than bf16 for batches on most CPUs, and the model is tiny.
-        model, tokenizer = embedded.load(torch_dtype(Dtype.fp32 if dtype is Dtype.auto else dtype))
-    else:
-        model, tokenizer = _from_pretrained(name, dtype)
-    return Loaded(name, _dense(name, model).to(where).eval(), tokenizer)
+            # fp32 is several times faster than bf16 for batches on most CPUs, and the model is tiny.
+            model, tokenizer = embedded.load(torch_dtype(Dtype.fp32 if dtype is Dtype.auto else dtype))
+        else:
+            model, tokenizer = _from_pretrained(name, dtype)
+        return Loaded(name, _dense(name, model).to(where).eval(), tokenizer)
 
 
 def load_skeleton(name: str) -> Any:
@@ -86,8 +87,7 @@ def _dense(name: str, model: Any) -> Any:
     from was_fx.sparse.sparsify import densify, sparse_state
 
     if sparse_state(model) is not None:
-        note = f"{name} was saved with a schedule, which counts here only if given: --schedule {name}/{SCHEDULE_FILE}"
-        stderr().print(note, style="dim", markup=False, soft_wrap=True)
+        note(f"{name} was saved with a schedule, which counts here only if given: --schedule {name}/{SCHEDULE_FILE}")
     return densify(model)
 
 

@@ -4,17 +4,17 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from was_fx.cli.input.compare_inputs import Results, Trials
-
-if TYPE_CHECKING:
-    from was_fx.cli.commands.compare import Compared
+from was_fx.cli.input.compare_inputs import Compared, Results, Trials
+from was_fx.cli.render.grid import block_labels, short_names
+from was_fx.schedules.files.atomic import write_atomically
+from was_fx.schedules.names import visible
 
 _MARKERS = "os^Dv<>PX*"
 
 
-def draw(path: Path, compared: "Sequence[Compared]", results: Results | None, searches: Sequence[Trials]) -> None:
+def draw(path: Path, compared: Sequence[Compared], results: Results | None, searches: Sequence[Trials]) -> None:
     """Draw into a file whose ending says the format. The same input gives the same picture.
 
     Raises:
@@ -26,7 +26,6 @@ def draw(path: Path, compared: "Sequence[Compared]", results: Results | None, se
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ValueError("--plot needs matplotlib; install it with: pip install 'was-fx[plot]'") from error
-    from was_fx.schedules.files.atomic import write_atomically
 
     panels: list[Callable[[Any], None]] = []
     if compared:
@@ -39,8 +38,9 @@ def draw(path: Path, compared: "Sequence[Compared]", results: Results | None, se
     rows = math.ceil(len(panels) / 2)
     columns = min(len(panels), 2)
     buffer = io.BytesIO()
-    # A fixed salt and no date: SVG identifiers and metadata are the same each time.
-    with matplotlib.rc_context({"svg.hashsalt": "was-fx", "axes.grid": True, "grid.alpha": 0.3}):
+    # A fixed salt and no date: SVG identifiers and metadata are the same each time. Names are no formulas.
+    settings = {"svg.hashsalt": "was-fx", "axes.grid": True, "grid.alpha": 0.3, "text.parse_math": False}
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=(6.4 * columns, 4.4 * rows + 0.25 * len(compared)), layout="constrained", dpi=150)
         for position, panel in enumerate(panels, start=1):
             panel(figure.add_subplot(rows, columns, position))
@@ -56,14 +56,11 @@ def _style(number: int) -> dict[str, Any]:
     return {"color": f"C{number % 10}", "marker": _MARKERS[number // 10 % len(_MARKERS)], "markersize": 4}
 
 
-def _label(number: int, each: "Compared") -> str:
-    nominal = f"{100 * each.schedule.sparsity:.1f} %"
-    return f"#{number}  {each.name}, {each.schedule.metadata.recipe}, {nominal}".replace("$", r"\$")
+def _label(number: int, each: Compared) -> str:
+    return visible(f"#{number}  {each.name}, {each.schedule.metadata.recipe}, {100 * each.schedule.sparsity:.1f} %")
 
 
 def _shares(axes: Any, what: str, shares: Sequence[Mapping[str, float]]) -> None:
-    from was_fx.cli.render.grid import block_labels, short_names
-
     keys = list(dict.fromkeys(key for each in shares for key in each))
     labels = short_names(keys) if what == "projection" else block_labels(keys)
     for number, each in enumerate(shares):
@@ -76,7 +73,7 @@ def _shares(axes: Any, what: str, shares: Sequence[Mapping[str, float]]) -> None
     axes.set_title(f"Sparsity by {what}")
 
 
-def _perplexities(axes: Any, compared: "Sequence[Compared]", results: Results) -> None:
+def _perplexities(axes: Any, compared: Sequence[Compared], results: Results) -> None:
     dense_style = {"color": "0.3", "marker": "*", "markersize": 7}
     points = [("dense", results.dense, dense_style)]
     points += [(f"#{number}", each.measured, _style(number - 1)) for number, each in enumerate(compared, start=1)]
@@ -98,7 +95,7 @@ def _searches(axes: Any, searches: Sequence[Trials]) -> None:
             so_far.append(best if math.isfinite(best) else math.nan)
         color = f"C{number % 10}"
         axes.plot(each.indices, each.losses, linestyle="", marker=".", markersize=4, color=color, alpha=0.5)
-        label = f"#{number + 1}  {each.path.name}".replace("$", r"\$")
+        label = visible(f"#{number + 1}  {each.path.name}")
         axes.step(each.indices, so_far, where="post", color=color, linewidth=1.4, label=label)
     axes.set_xlabel("trial")
     axes.set_ylabel("loss in nats per token")

@@ -1,49 +1,83 @@
-"""Where output goes: results to stdout, progress and errors to stderr."""
+"""Where output goes: results to stdout, progress and errors to stderr. Names in it are text, never markup."""
 
 import json
 import math
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
+from rich.text import Text
 
-Advance = Callable[[int, int], None]
+from was_fx.schedules.names import visible
+from was_fx.schedules.progress import Progress
 
 
-def stdout() -> Console:
+class PlainConsole(Console):
+    """Shows strings as they are: no markup, no emoji codes, no links, and control characters visibly.
+
+    What is styled is given a `style` or is a `Text`.
+    """
+
+    def __init__(self, file: IO[str], **settings: Any) -> None:
+        super().__init__(file=file, highlight=False, markup=False, emoji=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """What every string that is printed, or stands in a table, goes through."""
+        return super().render_str(visible(text, keep="\n\t"), **settings)
+
+
+def stdout() -> PlainConsole:
     """The console of results. Made when it is needed, so that redirection and the terminal's width count."""
-    return Console(file=sys.stdout, highlight=False)
+    return PlainConsole(sys.stdout)
 
 
-def stderr() -> Console:
+def stderr() -> PlainConsole:
     """The console of progress and errors."""
-    return Console(file=sys.stderr, highlight=False)
+    return PlainConsole(sys.stderr)
+
+
+def say(text: str, style: str = "") -> None:
+    """Print a line of results on stdout, however long."""
+    stdout().print(visible(text), style=style, soft_wrap=True)
+
+
+def note(text: str, style: str = "dim") -> None:
+    """Print a line on stderr: what is being done, or good to know."""
+    stderr().print(visible(text), style=style, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
     """Print one JSON object on stdout, without colour or wrapping. NaN and infinity become null."""
-    sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    # JSON itself escapes only some of the control characters.
+    sys.stdout.write(re.sub(r"[^\n\x20-\x7e]", _json_escaped, text) + "\n")
+
+
+def _json_escaped(found: re.Match[str]) -> str:
+    return found[0] if visible(found[0]) == found[0] else f"\\u{ord(found[0]):04x}"
 
 
 @contextmanager
-def progress(description: str) -> Iterator[Advance]:
+def progress(description: str) -> Iterator[Progress]:
     """A progress bar on stderr, gone when it is done; without a terminal, one line that says what is being done.
 
     Gives a function to be called with (done, total).
     """
     console = stderr()
     if not console.is_terminal:
-        console.print(f"{description} …", markup=False, soft_wrap=True)
+        note(f"{description} …", style="")
         yield lambda done, total: None
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[count]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-        task = bar.add_task(description, total=None, count="")
-        yield lambda done, total: bar.update(task, completed=done, total=total, count=f"{done}/{total}")
+    what, count = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[count]"))
+    with Bars(what, BarColumn(bar_width=24), count, TimeElapsedColumn(), console=console, transient=True) as bars:
+        task = bars.add_task(visible(description), total=None, count="")
+        yield lambda done, total: bars.update(task, completed=done, total=total, count=f"{done}/{total}")
 
 
 def _finite(value: Any) -> Any:

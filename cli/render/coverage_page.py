@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from was_fx.schedules.names import markdown
+
 if TYPE_CHECKING:
     from was_fx.coverage.cover import Coverage
 
@@ -56,13 +58,13 @@ def page(rows: "Sequence[Coverage]", left_out: Mapping[str, str], versions: Mapp
     complete = sum(row.complete for row in rows)
     header = "| " + " | ".join([*COLUMNS, "notes"]) + " |"
     rule = "|---|---|" + "---:|" * (len(COLUMNS) - 2) + "---|"
-    table = ["| " + " | ".join(_cell(each) for each in [*cells(row), notes(row)]) + " |" for row in rows]
+    table = ["| " + " | ".join(markdown(each) for each in [*cells(row), notes(row)]) + " |" for row in rows]
     reasons: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         reasons.setdefault("the same class as another type" if reason.startswith("the same") else reason, []).append(
             f"{name} ({reason.removeprefix('the same class as ')})" if reason.startswith("the same") else name
         )
-    others = [f"| {reason} | {', '.join(names)} |" for reason, names in sorted(reasons.items())]
+    others = [f"| {markdown(reason)} | {markdown(', '.join(names))} |" for reason, names in sorted(reasons.items())]
     return "\n".join(
         [
             "# Coverage",
@@ -110,7 +112,3 @@ def _short(names: Sequence[str]) -> str:
     """`layers.*.mixer.dt_proj` for the same Linear of several layers."""
     general = dict.fromkeys(".".join("*" if part.isdecimal() else part for part in name.split(".")) for name in names)
     return ", ".join(general)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
 from rich.rule import Rule
+from rich.text import Text
 
 from was_fx.cli.render.tables import megabytes, new_table, percent
+from was_fx.schedules.names import visible
 
 if TYPE_CHECKING:
     from was_fx import Evaluation
@@ -60,8 +61,8 @@ def samples(console: Console, prompt: str, texts: Mapping[str, str]) -> None:
     """The continuations of one prompt."""
     _heading(console, "2  Text")
     for label, text in (("dense", texts["dense"]), ("sparse, WAS at 50 %", texts["sparse"])):
-        console.print(f"[bold]{label}[/]")
-        body = f"[bold]{escape(prompt)}[/]{escape(text.rstrip())}"
+        console.print(label, style="bold")
+        body = Text.assemble((prompt, "bold"), visible(text.rstrip(), keep="\n"))
         console.print(Padding(body, (0, 2, 1, 2)))
     _paragraph(console, "The same random numbers chose the words; the first that differs leads elsewhere.")
 
@@ -93,7 +94,7 @@ def closing(console: Console) -> None:
         "was ppl MODEL --schedule schedule.was.safetensors --text other.txt",
         'was generate MODEL --schedule schedule.was.safetensors --prompt "Once"',
     ):
-        console.print(f"  [cyan]{command}[/]")
+        console.print(f"  {command}", style="cyan")
     console.print()
     _paragraph(
         console, "MODEL is a directory or a Hub name, or `embedded`. From Python: README.md, or help(was_fx.sparsify)."
@@ -101,9 +102,8 @@ def closing(console: Console) -> None:
 
 
 def _heading(console: Console, text: str) -> None:
-    console.print(Rule(f"[bold]{text}[/]", align="left", style="dim"))
+    console.print(Rule(Text(text, style="bold"), align="left", style="dim"))
 
 
 def _paragraph(console: Console, text: str) -> None:
-    console.print(text, markup=False)
-    console.print()
+    console.print(text + "\n")

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from was_fx.cli.render.tables import heat
-from was_fx.schedules.names import split_name
+from was_fx.schedules.names import split_name, visible
 
 # Text of a cell, and its place on the heat scale (None: no colour).
 Cell = tuple[str, float | None]
@@ -25,7 +26,7 @@ def draw(console: Console, cells: Mapping[str, Cell]) -> None:
     width = max((len(text) for text, _ in cells.values()), default=0) + 2
     labels = [prefix for prefix, _ in rows]
     several = len(set(labels)) > 1
-    label = {key: f"{key[0]}.{key[1]}" if several else str(key[1]) for key in rows}
+    label = {key: visible(f"{key[0]}.{key[1]}" if several else key[1]) for key in rows}
     room = console.width - max([5, *map(len, label.values())]) - 4
     for group in _groups(projections, names, width, room):
         table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold", collapse_padding=True)
@@ -37,11 +38,11 @@ def draw(console: Console, cells: Mapping[str, Cell]) -> None:
             table.add_row(label[key] + " ", *drawn)
         console.print(table)
     for name, cell in others.items():
-        console.print(f"{name} ", _drawn(cell, width), markup=False, soft_wrap=True)
+        console.print(visible(name), _drawn(cell, width), soft_wrap=True)
 
 
 def short_names(projections: Iterable[str]) -> dict[str, str]:
-    """The shortest clear label of each projection, from the names alone.
+    """The shortest clear label of each projection, from the names alone, as it is shown.
 
     A last word that several names share goes (`q_proj`, `k_proj` → `q`, `k`), and a first word that all of them
     share (`c_attn`, `c_fc` → `attn`, `fc`). Where labels would be equal, the parent comes before them
@@ -68,14 +69,14 @@ def short_names(projections: Iterable[str]) -> dict[str, str]:
                 whole = depth >= len(parts)
                 labels[projection] = projection if whole else ".".join([*parts[-1 - depth : -1], strip(parts[-1])])
         depth += 1
-    return labels
+    return {projection: visible(label) for projection, label in labels.items()}
 
 
 def block_labels(blocks: Iterable[str]) -> dict[str, str]:
     """`model.layers.3` as `3`, unless there are blocks of several stacks."""
     blocks = list(blocks)
     stacks = {block.rpartition(".")[0] for block in blocks}
-    return {block: block.rpartition(".")[2] if len(stacks) == 1 else block for block in blocks}
+    return {block: visible(block.rpartition(".")[2] if len(stacks) == 1 else block) for block in blocks}
 
 
 def _arrange(
@@ -111,9 +112,7 @@ def _groups(projections: list[str], names: Mapping[str, str], width: int, room: 
         yield group
 
 
-def _drawn(cell: Cell | None, width: int):
-    from rich.text import Text
-
+def _drawn(cell: Cell | None, width: int) -> Text:
     if cell is None:
         return Text("· ".rjust(width), style="dim")
     text, share = cell

@@ -3,7 +3,10 @@
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from was_fx.cli.render.console import stderr
+from rich.text import Text
+
+from was_fx.cli.render.console import note, stderr
+from was_fx.schedules.names import visible
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -59,12 +62,12 @@ class SearchDisplay:
         if state.levels:
             self.seconds = (state.objective_seconds, state.optimizer_seconds)
         if self._status is not None:
-            self._status.update(describe(state))
+            self._status.update(Text(visible(describe(state))))
             return
         tenth = state.phase if not state.levels else f"{10 * state.done // max(state.total, 1)}"
         if tenth != self._shown:
             self._shown = tenth
-            self._console.print(describe(state), markup=False, soft_wrap=True)
+            note(describe(state), style="")
 
 
 def _time(seconds: float) -> str:

@@ -1,8 +1,12 @@
 """How numbers and tables look."""
 
+from typing import Any
+
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from was_fx.schedules.names import visible
 
 # From pale yellow to dark red in the 256 colours. Foreground and background are both set, so a cell reads the same
 # on a dark and on a light terminal.
@@ -10,11 +14,24 @@ _HEAT = (230, 229, 223, 222, 215, 209, 203, 160, 124, 88)
 _DARK_FROM = 7
 
 
-def new_table(*columns: str) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+class NameTable(Table):
+    """A table whose cells may be names: text on one line."""
+
+    def add_row(self, *cells: Any, **settings: Any) -> None:
+        """Add a row of strings, or of `Text` that has a style."""
+        super().add_row(*(visible(cell) if isinstance(cell, str) else cell for cell in cells), **settings)
+
+
+def new_table(*columns: str, texts: int = 1, **settings: Any) -> NameTable:
+    """A table whose first columns are text, so many as `texts` says, and whose others are numbers.
+
+    The first column is folded where it is too long.
+    """
+    table = NameTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", **settings)
     for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left", no_wrap=bool(index))
+        number = index >= texts
+        justify, overflow = ("right", "ellipsis") if number else ("left", "fold")
+        table.add_column(visible(name), justify=justify, overflow=overflow, no_wrap=number)
     return table
 
 

@@ -10,7 +10,7 @@ import pytest
 
 COMMAND = [sys.executable, "-m", "was_fx.cli.main"]
 COMMANDS = [
-    *("calibrate", "make", "sparsify", "search", "recalibrate", "inspect", "compare", "import", "ppl", "eval"),
+    *("calibrate", "make", "search", "recalibrate", "inspect", "compare", "import", "ppl", "eval"),
     *("generate", "bench", "tune", "demo"),
 ]
 
@@ -29,7 +29,6 @@ def test_help_is_quick_and_names_every_command():
     for name in (
         "calibrate",
         "make",
-        "sparsify",
         "search",
         "inspect",
         "compare",

@@ -6,7 +6,7 @@ from typing import Any
 
 from was_fx.schedules.files.atomic import write_atomically
 from was_fx.schedules.files.schedule import Schedule
-from was_fx.schedules.names import split_name
+from was_fx.schedules.names import markdown, split_name
 
 TAGS = ("was-fx", "activation-sparsity")
 _BEGIN, _END = "<!-- was-fx: begin -->", "<!-- was-fx: end -->"
@@ -58,7 +58,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({(repository or "this repository")!r})
 ```
 
-Schedule: recipe `{about.recipe}`, score {score}, {len(schedule.linears)} Linears at a model sparsity of
+Schedule: recipe {markdown(about.recipe)}, score {score}, {len(schedule.linears)} Linears at a model sparsity of
 {100 * schedule.sparsity:.1f} %{source}. Share of the input channels that a token skips, in percent:
 
 {schedule_table(schedule)}"""
@@ -88,7 +88,8 @@ def schedule_table(schedule: Schedule) -> str:
 
 def _markdown(headings: list[str], lines: list[list[str]]) -> str:
     rule = ["---", *("---:" for _ in headings[1:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [headings, rule, *lines])
+    rows = [list(map(markdown, headings)), rule, *(list(map(markdown, line)) for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _merged(rows: dict[tuple[str, int], dict[str, str]]) -> list[tuple[str, dict[str, str]]]:

@@ -4,10 +4,10 @@ import io
 
 import pytest
 import torch
-from rich.console import Console
 
 from was_fx import Evaluation
 from was_fx.cli.render import demo_screens as screens
+from was_fx.cli.render.console import PlainConsole
 from was_fx.measure.speed import SpeedRow, decode_speed
 
 
@@ -24,7 +24,7 @@ def test_fast_runs_and_gives_json(was):
 
 
 def test_screens_fit_eighty_columns():
-    console = Console(file=io.StringIO(), width=80)
+    console = PlainConsole(io.StringIO(), width=80)
     rows = {("dense", 0.0): Evaluation(3.8, 28616, 0.0, 0.0, {}, 0.0)}
     rows |= {
         (score, level): Evaluation(9.1, 28616, level, level, {}, 0.4)

@@ -4,10 +4,10 @@ import io
 
 import pytest
 import torch
-from rich.console import Console
 
 from was_fx import LinearSchedule, Schedule
-from was_fx.cli.commands.inspect_file import show_schedule
+from was_fx.cli.render.console import PlainConsole
+from was_fx.cli.render.contents import show_schedule
 
 
 def test_a_schedule_is_a_table_of_blocks_by_projections(was, schedule):
@@ -72,7 +72,7 @@ def test_refuses_a_directory_and_another_safetensors_file(was, tmp_path):
 
 def _drawn(entries: dict[str, float], **options) -> str:
     linears = {name: LinearSchedule(sparsity, 1.0, 1.0) for name, sparsity in entries.items()}
-    console = Console(file=io.StringIO(), width=80, **options)
+    console = PlainConsole(io.StringIO(), width=80, **options)
     show_schedule(console, "name", Schedule(linears, dict.fromkeys(entries, (4, 8))))
     return console.file.getvalue()
 

@@ -1,0 +1,67 @@
+"""Prompts, and how a model goes on from them."""
+
+import statistics
+from typing import Any
+
+from was_fx.cli.input.models import Loaded
+
+
+def prompt_tokens(loaded: Loaded, prompt: str, max_new_tokens: int) -> Any:
+    """The tokens of a prompt, on the model's device.
+
+    Raises:
+        ValueError: there are none, or too many for the model with so many new ones.
+    """
+    inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
+    given = inputs["input_ids"].shape[1]
+    if given == 0:
+        raise ValueError("the prompt has no tokens; give some text")
+    if loaded.positions is not None and given + max_new_tokens > loaded.positions:
+        raise ValueError(
+            f"the prompt has {given} tokens, with --max-new-tokens {max_new_tokens} more than the "
+            f"{loaded.positions} that {loaded.name} takes; give a shorter prompt or fewer new tokens"
+        )
+    return inputs
+
+
+def continuation(
+    loaded: Loaded,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    temperature: float | None = None,
+    printer: Any = None,
+) -> dict[str, Any]:
+    """Continue a prompt; greedily without a temperature. `printer` is a streamer of transformers.
+
+    Returns:
+        text (without the prompt), tokens, and ms_per_token: the median step after the first new token.
+    """
+    import torch
+
+    from was_fx.measure.speed import TokenClock
+
+    inputs = prompt_tokens(loaded, prompt, max_new_tokens)
+    given = inputs["input_ids"].shape[1]
+    sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
+    settings = loaded.model.generation_config
+    padding = settings.pad_token_id if settings.pad_token_id is not None else loaded.tokenizer.eos_token_id
+    clock = TokenClock(printer)
+    torch.manual_seed(seed)
+    ids = loaded.model.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        pad_token_id=padding,
+        streamer=clock,
+        **sampling,
+    )
+    new = ids[0, given:]
+    # The first step of a decode compiles.
+    steps = clock.steps()[1:]
+    return {
+        "text": loaded.tokenizer.decode(new, skip_special_tokens=True),
+        "tokens": len(new),
+        "ms_per_token": statistics.median(steps) if steps else None,
+    }
