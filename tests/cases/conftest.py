@@ -193,6 +193,15 @@ def case(_llama, tokens) -> Case:
 
 
 @pytest.fixture(scope="session")
+def block(_llama, tokens) -> Case:
+    """A Llama of one block, where much is compiled."""
+    config = copy.deepcopy(_llama.config)
+    config.num_hidden_layers = 1
+    torch.manual_seed(0)
+    return Case(type(_llama)(config), tokens)
+
+
+@pytest.fixture(scope="session")
 def teal(_llama, tokens) -> Case:
     """The same Llama with thresholds of |x| alone, which don't depend on the weights."""
     return Case(_llama, tokens, score=was_fx.Score(0.0, 1))
