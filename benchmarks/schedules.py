@@ -83,7 +83,7 @@ class Bench:
         self.valid = windows(arguments.valid, "validation", arguments.windows)
         self.samples = windows(arguments.valid, "validation", arguments.windows, 0.5)
         self.test = windows(arguments.test, "test", arguments.test_windows, 0.5)
-        self.step, self.budget = arguments.step, arguments.budget
+        self.step, self.trials = arguments.step, arguments.trials
         self.calibrations: dict[Score | None, was_fx.Calibration] = {}
         self.tables: dict = {}
 
@@ -102,7 +102,7 @@ class Bench:
             tokens=self.valid,
             target=level,
             recipe=chosen,
-            budget=self.budget if chosen.searches or name == "refined" else None,
+            trials=self.trials if chosen.searches or name == "refined" else None,
             seed=seed,
             calibration_tokens=self.samples,
             batch_size=4,
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("schedules.jsonl"))
     parser.add_argument("--windows", type=int, default=16, help="validation windows of 512 tokens per trial")
     parser.add_argument("--test-windows", type=int, default=32)
-    parser.add_argument("--budget", type=int, default=50, help="trials of a search over blocks")
+    parser.add_argument("--trials", type=int, default=50, help="trials of a search over blocks")
     parser.add_argument("--step", type=float, default=0.05, help="step of the greedy descent")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--show", action="store_true", help="only print the table of the rows that are there")

@@ -42,11 +42,6 @@ class ScoreHistogram:
         self._counts += torch.bincount(bins, minlength=_BINS)
         self._total += bins.numel()
 
-    def merge(self, other: "ScoreHistogram") -> None:
-        """Add the counts of another histogram, from any device."""
-        self._counts += other._counts.to(self._counts.device)
-        self._total += other._total
-
     def quantiles(self, levels: Tensor | Sequence[float]) -> Tensor:
         """Smallest τ with a share of scores ≤ τ of at least each level, linear inside a bin.
 

@@ -1,7 +1,5 @@
 """Meeting a budget exactly: the nearest levels within bounds whose weighted mean is the target."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import isotonic_regression
@@ -66,19 +64,18 @@ def project(point: ArrayLike, weights: ArrayLike, target: float, lower: ArrayLik
     return _settle(levels, weight, target, low, high)
 
 
-def in_order(point: ArrayLike, weights: ArrayLike, order: Sequence[int]) -> Vector:
-    """The nearest levels that do not fall along `order`, by isotonic regression weighted with the weights.
+def rising(point: ArrayLike, weights: ArrayLike) -> Vector:
+    """The levels nearest to `point` that never fall, by isotonic regression weighted with the weights.
 
     Args:
-        point: z, [D].
-        weights: [D], positive.
-        order: the entries from the one that gets least to the one that gets most, a permutation of 0 … D−1.
+        point: z, [D], any finite numbers.
+        weights: number of weights of each entry, [D], positive.
+
+    Returns:
+        [D], float64.
     """
     z, weight = np.asarray(point, dtype=np.float64), np.asarray(weights, dtype=np.float64)
-    index = np.asarray(order)
-    result = np.empty_like(z)
-    result[index] = isotonic_regression(z[index], weights=weight[index]).x
-    return result
+    return isotonic_regression(z, weights=weight).x
 
 
 def _settle(levels: Vector, weight: Vector, target: float, low: Vector, high: Vector) -> Vector:

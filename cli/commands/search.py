@@ -76,13 +76,13 @@ def search(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the schedule.")] = Path(
         "schedule.was.safetensors"
     ),
-    budget: Annotated[
+    trials: Annotated[
         int | None,
         typer.Option(
             min=0,
             metavar="N",
-            help="Trials over blocks; by default the recipe's. For exact: trials that refine its answer, by default "
-            "none.",
+            help="How many trials over blocks; by default the recipe's. For exact: trials that refine its answer, by "
+            "default none.",
             show_default=False,
         ),
     ] = None,
@@ -178,7 +178,7 @@ def search(
             tokens=ids,
             target=target,
             recipe=chosen,
-            budget=budget,
+            trials=trials,
             seed=seed,
             calibration_tokens=samples,
             include_head=head,

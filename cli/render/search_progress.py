@@ -24,7 +24,7 @@ def sparkline(levels: "tuple[float, ...]") -> str:
     return "".join(_BARS[round((level - low) / (high - low) * (len(_BARS) - 1))] for level in levels)
 
 
-def describe(state: "SearchState") -> str:
+def progress_line(state: "SearchState") -> str:
     """One line: trials, best value, the incumbent's shape over the blocks, time left, whose time it was."""
     if not state.levels:
         return f"{state.phase} {state.done + 1}/{state.total}" if state.total else state.phase
@@ -62,12 +62,12 @@ class SearchDisplay:
         if state.levels:
             self.seconds = (state.objective_seconds, state.optimizer_seconds)
         if self._status is not None:
-            self._status.update(Text(visible(describe(state))))
+            self._status.update(Text(visible(progress_line(state))))
             return
         tenth = state.phase if not state.levels else f"{10 * state.done // max(state.total, 1)}"
         if tenth != self._shown:
             self._shown = tenth
-            note(describe(state), style="")
+            note(progress_line(state), style="")
 
 
 def _time(seconds: float) -> str:

@@ -88,17 +88,6 @@ class Calibration:
             raise ValueError(f"{name}: sparsity must be from 0 to {last:.6g}, found {sparsity!r}")
         return float(np.interp(sparsity, self.levels.numpy(), self._of(name)))
 
-    def sparsity(self, name: str, threshold: float) -> float:
-        """Share of the Linear's channels with a score ≤ `threshold`, linear between levels.
-
-        Raises:
-            ValueError: for an unknown Linear, or a threshold below 0 or above the one of the last level.
-        """
-        values = self._of(name)
-        if not 0 <= threshold <= values[-1]:
-            raise ValueError(f"{name}: threshold must be from 0 to {values[-1]:.6g}, found {threshold!r}")
-        return float(np.interp(threshold, values, self.levels.numpy()))
-
     def save(self, path: str | Path) -> None:
         """Write the calibration as a safetensors file, atomically. Equal ones give the same bytes.
 

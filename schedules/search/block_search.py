@@ -46,20 +46,16 @@ class BlockResult:
 
     Attributes:
         levels: [D].
-        loss: their mean loss on the validation windows.
-        losses: best loss so far after each trial.
+        losses: best loss so far after each trial, nats per token.
         stopped: trials that were stopped early.
-        optimizer_seconds: time inside the optimiser.
     """
 
     levels: Vector
-    loss: float
     losses: list[float]
     stopped: int
-    optimizer_seconds: float
 
 
-Progress = Callable[[SearchState], None]
+SearchProgress = Callable[[SearchState], None]
 
 
 def search_levels(
@@ -71,8 +67,7 @@ def search_levels(
     trials: int,
     starts: Sequence[Vector] = (),
     batch: int = 1,
-    race: bool = True,
-    progress: Progress | None = None,
+    progress: SearchProgress | None = None,
 ) -> BlockResult:
     """Minimise the loss over block levels.
 
@@ -85,7 +80,6 @@ def search_levels(
         trials: how many, the starts included.
         starts: levels to try first.
         batch: trials asked for at once, to run in parallel. It changes which points are tried.
-        race: let trials give up against the incumbent.
         progress: called after every batch.
 
     Raises:
@@ -100,7 +94,7 @@ def search_levels(
     while len(history) < trials:
         asked = [optimizer.ask() for _ in range(min(batch, trials - len(history)))]
         levels = [space.decode(point) for _, point in asked]
-        incumbent = best["losses"] if best is not None and race else []
+        incumbent = best["losses"] if best is not None else []
         tasks = [
             Task(
                 key=f"trial {len(history) + offset}",
@@ -126,7 +120,7 @@ def search_levels(
             shape = tuple(best["levels"])
             progress(SearchState(done, trials, best["value"], shape, optimizer.seconds, runner.seconds, left))
     assert best is not None
-    return BlockResult(np.array(best["levels"]), best["value"], history, stopped, optimizer.seconds)
+    return BlockResult(np.array(best["levels"]), history, stopped)
 
 
 def ramps(space: BlockSpace) -> list[Vector]:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.polynomial import legendre
 
-from was_fx.schedules.projection import Vector, check_budget, in_order, project
+from was_fx.schedules.projection import Vector, check_budget, project, rising
 
 
 @dataclass(frozen=True, eq=False)
 class BlockSpace:
     """Block levels as a function of d free coordinates, each from −1 to 1.
 
-    levels = project(in_order(center + reach · basisᵀ z)). With fewer coordinates than blocks the basis holds smooth
+    levels = project(rising(center + reach · basisᵀ z)). With fewer coordinates than blocks the basis holds smooth
     profiles over depth (Legendre polynomials), so a search has few dimensions however deep the model is; the first is
     the linear ramp.
 
@@ -24,7 +24,7 @@ class BlockSpace:
         upper: largest level of each block, [D].
         basis: profile of each coordinate over the blocks, [d, D].
         center: levels at z = 0, before projection, [D].
-        order: blocks from the one that gets least to the one that gets most, if levels must not fall along it.
+        monotone: levels must not fall over depth; without it, `rising` is left out.
     """
 
     weights: Vector
@@ -33,7 +33,7 @@ class BlockSpace:
     upper: Vector
     basis: Vector
     center: Vector
-    order: tuple[int, ...] | None = None
+    monotone: bool = False
 
     def __post_init__(self) -> None:
         check_budget(self.target, self.weights, self.lower, self.upper)
@@ -44,11 +44,11 @@ class BlockSpace:
         return len(self.basis)
 
     def decode(self, z: Vector) -> Vector:
-        """Block levels [D] of coordinates [d]: within the bounds, in order, the budget met up to rounding."""
+        """Block levels [D] of coordinates [d]: within the bounds, the budget met up to rounding."""
         reach = float(np.max(self.upper - self.lower))
         point = self.center + reach * (np.asarray(z, dtype=np.float64) @ self.basis)
-        if self.order is not None:
-            point = in_order(point, self.weights, self.order)
+        if self.monotone:
+            point = rising(point, self.weights)
         return project(point, self.weights, self.target, self.lower, self.upper)
 
     def encode(self, levels: Vector) -> Vector:
@@ -65,7 +65,7 @@ def block_space(
     *,
     limit: float = 0.95,
     dimension: int | None = None,
-    order: Sequence[int] | None = None,
+    monotone: bool = False,
     center: Vector | None = None,
 ) -> BlockSpace:
     """The space of levels within `margin` of the center.
@@ -76,7 +76,7 @@ def block_space(
         margin: half the width of the box around the center.
         limit: highest level of any block.
         dimension: number of coordinates; by default one per block.
-        order: levels must not fall along it; see `BlockSpace`.
+        monotone: levels must not fall over depth.
         center: levels at z = 0; by default the target for all.
 
     Raises:
@@ -85,8 +85,6 @@ def block_space(
     count = len(weights)
     if not 0 < margin < 1:
         raise ValueError(f"the margin must be above 0 and below 1, found {margin!r}")
-    if order is not None and sorted(order) != list(range(count)):
-        raise ValueError(f"the order must name each of the {count} blocks once, found {list(order)}")
     full = dimension is None or dimension >= count
     middle = np.full(count, target) if center is None else np.asarray(center, dtype=np.float64)
     return BlockSpace(
@@ -96,7 +94,7 @@ def block_space(
         upper=np.minimum(middle + margin, limit),
         basis=np.eye(count) if full else _profiles(count, int(dimension or 1)),
         center=middle,
-        order=None if order is None else tuple(order),
+        monotone=monotone,
     )
 
 

@@ -13,7 +13,6 @@ from was_fx.schedules.search.greedy import Greedy
 
 Inside = Literal["uniform", "greedy"]
 Over = Literal["uniform", "bayesian", "evolutionary", "random", "exact"]
-Order = Literal["off", "depth", "sensitivity"]
 
 # What WAS's released accounting takes k and v for, whatever the model.
 _WAS_SHARES = {"k_proj": 0.125, "v_proj": 0.125}
@@ -28,9 +27,9 @@ class Recipe:
         score: the score of all Linears; None searches an exponent per Linear (norm 2).
         inside: allocation inside a block.
         over: allocation over blocks; "exact" allocates over all Linears at once and ignores `inside`.
-        trials: evaluations of a search over blocks.
+        trials: how many a search over blocks makes.
         margin: how far a block may go from the target, or from the answer that is refined.
-        order: levels must not fall along the depth, or along the blocks from the most sensitive to the least; or free.
+        monotone: levels of blocks must not fall over depth.
         greedy: settings of the descent inside a block.
         scored: last share of each sequence's tokens that a block's output error is taken over.
         calibration_tokens: about how many tokens thresholds are measured on.
@@ -47,7 +46,7 @@ class Recipe:
     over: Over
     trials: int = 0
     margin: float = 0.05
-    order: Order = "off"
+    monotone: bool = False
     greedy: Greedy = field(default_factory=Greedy)
     scored: float = 0.5
     calibration_tokens: int = 20480
@@ -69,7 +68,7 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe("uniform", Score(1.0, 1), "uniform", "uniform"),
         Recipe("teal", Score(0.0, 1), "greedy", "uniform", scored=0.25, greedy=Greedy(step=0.05)),
         Recipe("wina", Score(1.0, 2), "greedy", "uniform", scored=0.25, greedy=Greedy(step=0.05)),
-        Recipe("was", Score(1.0, 1), "greedy", "bayesian", trials=50, margin=0.05, order="depth"),
+        Recipe("was", Score(1.0, 1), "greedy", "bayesian", trials=50, margin=0.05, monotone=True),
         Recipe("wisparse", None, "greedy", "evolutionary", trials=64, margin=0.15),
         Recipe("exact", Score(1.0, 1), "uniform", "exact"),
     )

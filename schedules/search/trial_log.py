@@ -51,7 +51,7 @@ class TrialLog:
         """Number of finished trials."""
         return len(self._finished)
 
-    def find(self, key: str, task: Any) -> dict[str, Any] | None:
+    def recorded(self, key: str, task: Any) -> dict[str, Any] | None:
         """The recorded result of a trial, or None.
 
         Raises:

@@ -68,7 +68,7 @@ class TrialRunner:
             ScheduleError: workers died too often; finished trials are in the log.
         """
         start = time.perf_counter()
-        results = {task.key: found for task in tasks if (found := self.log.find(task.key, task.notes))}
+        results = {task.key: found for task in tasks if (found := self.log.recorded(task.key, task.notes))}
         missing = [task for task in tasks if task.key not in results]
         if self._make is None or not missing:
             for task in missing:

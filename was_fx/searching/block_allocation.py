@@ -9,7 +9,7 @@ from was_fx.schedules.search.greedy import greedy_table
 from was_fx.schedules.search.level_table import LevelTable, from_rows, uniform_table
 from was_fx.schedules.search.threshold_table import ThresholdTable
 from was_fx.searching.block_errors import BlockError, BlockInputs, linear_errors
-from was_fx.searching.search_context import SearchContext, some
+from was_fx.searching.search_context import SearchContext, first_tokens
 
 # Tokens for block errors: the greedy descent runs every block a thousand times on them.
 _BLOCK_TOKENS = 256
@@ -25,7 +25,7 @@ class BlockAllocation:
 
     @cached_property
     def _inputs(self) -> BlockInputs:
-        sample = some(self._context.samples, _BLOCK_TOKENS)
+        sample = first_tokens(self._context.samples, _BLOCK_TOKENS)
         self._context.spent["blocks"] += sample.numel()
         return BlockInputs(self._context.model, self._context.blocks, sample)
 
@@ -70,7 +70,7 @@ class BlockAllocation:
         context = self._context
         context.report(f"greedy allocation in {block.name}")
         key = f"greedy {block.name}"
-        record = context.log.find(key, until)
+        record = context.log.recorded(key, until)
         if record is None:
             error = BlockError(context.model, self._inputs, block, table, context.recipe.scored)
             found = greedy_table(block, error, context.recipe.greedy, until=until)

@@ -12,7 +12,7 @@ from was_fx.schedules.search.threshold_table import ThresholdTable
 from was_fx.schedules.search.trial_runner import TrialRunner
 from was_fx.searching.block_allocation import Expansion
 from was_fx.searching.search_context import SearchContext
-from was_fx.searching.search_trials import divergences, entries
+from was_fx.searching.search_trials import entries
 
 # Coordinates of a Bayesian search over blocks: smooth profiles over depth.
 _DIMENSIONS = 6
@@ -43,7 +43,7 @@ def search_blocks(
         recipe.margin,
         limit=recipe.greedy.limit,
         dimension=None if recipe.over == "evolutionary" else _DIMENSIONS,
-        order=_order(context, table, runner),
+        monotone=recipe.monotone,
         center=center,
     )
     name: Any = "bayesian" if recipe.over == "exact" else recipe.over
@@ -69,18 +69,3 @@ def history(result: BlockResult) -> dict[str, Any]:
         "levels": [round(level, 6) for level in result.levels.tolist()],
         "stopped": result.stopped,
     }
-
-
-def _order(context: SearchContext, table: ThresholdTable, runner: TrialRunner) -> list[int] | None:
-    """The order along which levels must not fall."""
-    blocks = context.blocks
-    if context.recipe.order == "off":
-        return None
-    if context.recipe.order == "depth":
-        return list(range(len(blocks)))
-    raised = [dict.fromkeys(context.shapes, context.target)]
-    for block in blocks:
-        raised.append({**raised[0], **dict.fromkeys(block.shapes, min(context.target + 0.15, 0.95))})
-    start, *rises = divergences(context, table, runner, "order", 0)(raised)
-    per_weight = [(rise - start) / block.size for rise, block in zip(rises, blocks, strict=True)]
-    return sorted(range(len(blocks)), key=lambda index: -per_weight[index])

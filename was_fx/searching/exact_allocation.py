@@ -13,7 +13,7 @@ from was_fx.schedules.search.threshold_table import ThresholdTable
 from was_fx.schedules.search.trial_runner import TrialRunner
 from was_fx.searching.block_level_search import history, search_blocks
 from was_fx.searching.output_energy import dropped_energy
-from was_fx.searching.search_context import SearchContext, some
+from was_fx.searching.search_context import SearchContext, first_tokens
 from was_fx.searching.search_trials import divergences
 
 # Windows that the last points are compared on.
@@ -30,7 +30,7 @@ def allocate(
         Thresholds measured at the answer, its sparsities by qualified name, and the history of the trials.
     """
     settings, names = context.recipe.exact, tuple(context.shapes)
-    sample = some(context.samples, 2 * context.tokens.shape[1])
+    sample = first_tokens(context.samples, 2 * context.tokens.shape[1])
     context.spent["curves"] += sample.numel()
     energies = dropped_energy(context.model, table.exponents, sample, norm=table.norm, levels=_LEVELS)
     savings = byte_savings if context.latency is None else context.latency.savings

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from was_fx.compile.backend import Executor as GraphExecutor
-from was_fx.modules.linears import check_tokens, find_linears
+from was_fx.modules.linears import find_linears
+from was_fx.modules.tokens import check_tokens
 from was_fx.schedules.errors import ScheduleError
 from was_fx.schedules.files.calibration import Calibration
 from was_fx.schedules.files.fingerprint import differences
 from was_fx.schedules.files.schedule import Schedule, ScheduleMetadata
 from was_fx.schedules.files.schedule_metadata import tool_version
 from was_fx.schedules.projection import check_budget
-from was_fx.schedules.search.block_search import Progress, ramps
+from was_fx.schedules.search.block_search import SearchProgress, ramps
 from was_fx.schedules.search.latency import LatencyTable
 from was_fx.schedules.search.level_table import LevelTable
 from was_fx.schedules.search.recipes import Recipe, find_recipe
@@ -29,7 +29,7 @@ from was_fx.searching.block_allocation import BlockAllocation
 from was_fx.searching.block_level_search import history, search_blocks
 from was_fx.searching.search_context import SearchContext
 from was_fx.searching.search_trials import running
-from was_fx.sparse.sparsify import model_fingerprint, sparse_state
+from was_fx.sparse.state import model_fingerprint, sparse_state
 
 
 def search(
@@ -39,7 +39,7 @@ def search(
     tokens: Tensor,
     target: float = 0.5,
     recipe: str | Recipe = "was",
-    budget: int | None = None,
+    trials: int | None = None,
     seed: int = 0,
     calibration_tokens: Tensor | None = None,
     include_head: bool = False,
@@ -52,9 +52,8 @@ def search(
     workers: Callable[[], Executor] | None = None,
     batch: int = 1,
     batch_size: int = 1,
-    executor: GraphExecutor = "eager",
     text: str = "",
-    progress: Progress | None = None,
+    progress: SearchProgress | None = None,
 ) -> Schedule:
     """Find the sparsity of every Linear so that the model sparsity is the target and the loss is low.
 
@@ -68,7 +67,7 @@ def search(
         tokens: LongTensor [n, seq], validation windows; never a test text.
         target: the model sparsity, above 0 and below 1.
         recipe: "uniform", "teal", "wina", "was", "wisparse", "exact", or a `Recipe`.
-        budget: trials over blocks; by default the recipe's. For "exact", trials that refine its answer.
+        trials: how many over blocks; by default the recipe's. For "exact", trials that refine its answer.
         seed: of the optimiser, and of the windows that "exact" measures on.
         calibration_tokens: LongTensor [n, seq] to measure thresholds and block errors on; by default `tokens`.
         include_head: schedule the head too; only for "exact" and "uniform".
@@ -84,7 +83,6 @@ def search(
             a checkpoint.
         batch: trials asked for at once. It belongs to the search: other batches try other points.
         batch_size: windows per forward pass.
-        executor: of the rewritten graph in trials: "eager" starts at once, "inductor" pays for many long trials.
         text: what the validation tokens are, for the record.
         progress: called with a `SearchState` after each batch of trials.
 
@@ -97,10 +95,10 @@ def search(
         FileExistsError: there is a log and `resume` is not set.
     """
     chosen = find_recipe(recipe, paper_exact=paper_exact) if isinstance(recipe, str) else recipe
-    _check(model, calibration, chosen, tokens, target, budget, batch, include_head, latency)
+    _check(model, calibration, chosen, tokens, target, trials, batch, include_head, latency)
     samples = tokens if calibration_tokens is None else calibration_tokens
     check_tokens(model, samples)
-    trials = chosen.trials if budget is None else budget
+    trials = chosen.trials if trials is None else trials
     settings = {
         "recipe": chosen.name,
         "recipe_settings": asdict(chosen),
@@ -135,7 +133,6 @@ def search(
         workers=workers,
         batch=batch,
         batch_size=batch_size,
-        executor=executor,
         progress=progress,
     )
     return _run(context, {key: settings[key] for key in ("trials", "batch", "cost", "tokens")} | {"text": text})
@@ -183,7 +180,7 @@ def _check(
     recipe: Recipe,
     tokens: Tensor,
     target: float,
-    budget: int | None,
+    trials: int | None,
     batch: int,
     include_head: bool,
     latency: LatencyTable | None,
@@ -193,8 +190,8 @@ def _check(
     check_tokens(model, tokens)
     if not 0 < target < 1:
         raise ValueError(f"the target sparsity must be above 0 and below 1, found {target!r}; give for example 0.5")
-    if batch < 1 or (budget is not None and budget < (1 if recipe.searches else 0)):
-        raise ValueError(f"a search needs at least one trial at a time and in all, found {budget} and batch {batch}")
+    if batch < 1 or (trials is not None and trials < (1 if recipe.searches else 0)):
+        raise ValueError(f"a search needs at least one trial at a time and in all, found {trials} and batch {batch}")
     if recipe.score is not None and recipe.score != calibration.score and recipe.over != "exact":
         raise ScheduleError(
             f"the recipe {recipe.name!r} scores by {recipe.score}, but the calibration measured {calibration.score}",

@@ -8,13 +8,12 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from was_fx.compile.backend import Executor as GraphExecutor
 from was_fx.measure.calibrate import measure_thresholds, recalibrate
 from was_fx.modules.linears import find_linears
 from was_fx.schedules.blocks import Block, find_blocks
 from was_fx.schedules.files.calibration import Calibration
 from was_fx.schedules.files.schedule import Schedule, ScheduleMetadata
-from was_fx.schedules.search.block_search import Progress, SearchState
+from was_fx.schedules.search.block_search import SearchProgress, SearchState
 from was_fx.schedules.search.latency import LatencyTable
 from was_fx.schedules.search.level_table import LevelTable
 from was_fx.schedules.search.recipes import Recipe
@@ -51,8 +50,7 @@ class SearchContext:
     workers: Callable[[], Executor] | None
     batch: int
     batch_size: int
-    executor: GraphExecutor
-    progress: Progress | None
+    progress: SearchProgress | None
     spent: Counter[str] = field(default_factory=Counter)
 
     @cached_property
@@ -75,7 +73,7 @@ class SearchContext:
         score = self.calibration.score
         norm = score.norm if exponents is None else 2
         exponents = dict.fromkeys(self.shapes, score.exponent) if exponents is None else exponents
-        sample = some(self.samples, self.recipe.calibration_tokens)
+        sample = first_tokens(self.samples, self.recipe.calibration_tokens)
         self.spent["thresholds"] += sample.numel()
         return measure_thresholds(
             self.model, exponents, sample, norm=norm, signed=self.recipe.signed, batch_size=self.batch_size
@@ -85,14 +83,14 @@ class SearchContext:
         """The same exponents' thresholds, measured while the model drops by `table`; paper recipes keep theirs."""
         if not self.recipe.recalibrate:
             return table
-        sample = some(self.samples, _THRESHOLD_TOKENS)
+        sample = first_tokens(self.samples, _THRESHOLD_TOKENS)
         self.spent["thresholds"] += sample.numel()
         return measure_thresholds(
             self.model,
             table.exponents,
             sample,
             norm=table.norm,
-            dropping=table.schedule(sparsities, ScheduleMetadata()),
+            schedule=table.schedule(sparsities, ScheduleMetadata()),
             batch_size=self.batch_size,
         )
 
@@ -101,7 +99,7 @@ class SearchContext:
         if not self.recipe.recalibrate:
             return schedule
         self.report("final thresholds")
-        rounds, sample = 2, some(self.samples, _FINAL_TOKENS)
+        rounds, sample = 2, first_tokens(self.samples, _FINAL_TOKENS)
         self.spent["thresholds"] += rounds * sample.numel()
         return recalibrate(self.model, schedule, sample, rounds=rounds, batch_size=self.batch_size)
 
@@ -111,6 +109,6 @@ class SearchContext:
             self.progress(SearchState(done, total, phase=phase))
 
 
-def some(tokens: Tensor, count: int) -> Tensor:
+def first_tokens(tokens: Tensor, count: int) -> Tensor:
     """The first rows with about `count` tokens, at least a part of one."""
     return tokens[: max(1, count // tokens.shape[1]), : max(2, count)]

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from was_fx import Schedule, embedded
-from was_fx.cli.render.search_progress import describe, sparkline
+from was_fx.cli.render.search_progress import progress_line, sparkline
 from was_fx.schedules.search.block_search import SearchState
 
 SMALL = ("--tokens", 128, "--length", 64)
@@ -35,7 +35,7 @@ def test_writes_a_schedule_that_meets_the_target(was, other_model, tmp_path):
 
 def test_json_and_log_tell_the_same(was, other_model, tmp_path):
     out, log = tmp_path / "s.was.safetensors", tmp_path / "log.jsonl"
-    more = ("--recipe", "wisparse", "--budget", 3, "--log", log, "--json")
+    more = ("--recipe", "wisparse", "--trials", 3, "--log", log, "--json")
     made = was(*arguments(other_model, out, *more)).json
     records = [json.loads(line) for line in log.read_text().splitlines()]
     trials = [record for record in records if record.get("trial", "").startswith("trial")]
@@ -130,8 +130,11 @@ def test_a_text_shorter_than_a_window_is_refused(was, other_model, tmp_path):
 
 def test_progress_tells_best_shape_time_left_and_whose_time_it_was():
     state = SearchState(4, 50, 3.5, (0.4, 0.5, 0.6), 12.0, 30.0, 125.0)
-    assert describe(state) == "trial 4/50, best 3.5000, blocks ▁▅█ 40–60 %, 2:05 min left (trials 30 s, optimiser 12 s)"
-    assert describe(SearchState(1, 4, phase="sensitivities of 42 Linears")) == "sensitivities of 42 Linears 2/4"
+    assert (
+        progress_line(state)
+        == "trial 4/50, best 3.5000, blocks ▁▅█ 40–60 %, 2:05 min left (trials 30 s, optimiser 12 s)"
+    )
+    assert progress_line(SearchState(1, 4, phase="sensitivities of 42 Linears")) == "sensitivities of 42 Linears 2/4"
 
 
 def test_equal_levels_have_a_flat_line():

@@ -110,9 +110,6 @@ def test_unusable_inputs_are_refused_with_the_names_of_their_linears():
         (lambda: by_hand().threshold("up", -0.1), "found -0.1"),
         (lambda: by_hand().threshold("up", math.nan), "found nan"),
         (lambda: by_hand().threshold("upp", 0.5), r"upp was not calibrated \(did you mean up\?\)"),
-        (lambda: by_hand().sparsity("up", 3.5), "threshold must be from 0 to 3, found 3.5"),
-        (lambda: by_hand().sparsity("up", -1.0), "found -1.0"),
-        (lambda: by_hand().sparsity("up", math.nan), "found nan"),
         (lambda: by_hand((0.0, 2.0, 1.0, 3.0)), "thresholds decrease"),
     ],
 )
@@ -122,14 +119,12 @@ def test_refusals(use, message):
 
 
 @pytest.mark.parametrize(("sparsity", "threshold"), [(0.25, 0.0), (0.375, 0.5), (0.5, 1.0), (0.625, 2.0), (0.75, 3.0)])
-def test_threshold_and_sparsity_are_inverse_and_linear_between_levels(sparsity, threshold):
+def test_thresholds_are_linear_between_levels(sparsity, threshold):
     assert by_hand().threshold("up", sparsity) == pytest.approx(threshold)
-    assert by_hand().sparsity("up", threshold) == pytest.approx(sparsity)
 
 
 def test_zeros_are_dropped_at_threshold_zero():
     assert by_hand().threshold("up", 0.1) == 0
-    assert by_hand().sparsity("up", 0.0) == 0.25
 
 
 def test_the_last_level_of_a_measured_calibration_is_reached():

@@ -29,7 +29,7 @@ def make_schedule() -> Schedule:
         recipe="wisparse",
         target=0.47,
         seed=1,
-        search={"budget": 64},
+        search={"trials": 64},
         calibration_text="text",
         calibration_tokens=100,
         fingerprint=FINGERPRINT,

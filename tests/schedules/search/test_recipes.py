@@ -22,7 +22,7 @@ def test_a_published_recipe_is_its_triple(name, score, inside, over):
 
 def test_was_has_its_papers_settings():
     was = RECIPES["was"]
-    assert (was.trials, was.margin, was.order, was.greedy.step, was.scored) == (50, 0.05, "depth", 0.025, 0.5)
+    assert (was.trials, was.margin, was.monotone, was.greedy.step, was.scored) == (50, 0.05, True, 0.025, 0.5)
 
 
 def test_paper_exact_changes_what_ours_does_differently():

@@ -20,8 +20,8 @@ def test_finished_trials_are_found_again(path):
     first.add("trial 0", {"levels": [0.1, 0.2]}, {"value": 1.5})
     again = TrialLog(path, SETTINGS, resume=True)
     assert again.finished == 1
-    assert again.find("trial 0", {"levels": [0.1, 0.2]})["value"] == 1.5
-    assert again.find("trial 1", {}) is None
+    assert again.recorded("trial 0", {"levels": [0.1, 0.2]})["value"] == 1.5
+    assert again.recorded("trial 1", {}) is None
     assert [json.loads(line).get("trial") for line in path.read_text().splitlines()] == [None, "trial 0"]
 
 
@@ -86,7 +86,7 @@ def test_another_task_under_a_known_key_is_refused(path):
     log = TrialLog(path, SETTINGS)
     log.add("trial 0", [0.1], {})
     with pytest.raises(ScheduleError, match="another one than this search would make"):
-        log.find("trial 0", [0.2])
+        log.recorded("trial 0", [0.2])
 
 
 def test_rounding_does_not_make_another_task():

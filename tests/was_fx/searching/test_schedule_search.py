@@ -31,12 +31,12 @@ def find(model, tokens, name, **arguments):
 
 
 @pytest.mark.parametrize(
-    ("name", "budget"),
+    ("name", "trials"),
     [("uniform", None), ("teal", None), ("was", 3), ("wisparse", 3), ("exact", None), ("exact", 2)],
 )
-def test_a_recipe_meets_the_budget_and_leaves_the_model_dense(llama, tokens, name, budget):
+def test_a_recipe_meets_the_budget_and_leaves_the_model_dense(llama, tokens, name, trials):
     before = llama(tokens).logits
-    schedule = find(llama, tokens, name, budget=budget)
+    schedule = find(llama, tokens, name, trials=trials)
     assert abs(schedule.sparsity - TARGET) <= 1e-6
     assert sparse_state(llama) is None
     assert torch.equal(llama(tokens).logits, before)
@@ -47,7 +47,7 @@ def test_a_recipe_meets_the_budget_and_leaves_the_model_dense(llama, tokens, nam
 
 
 def test_refining_starts_at_the_exact_answer(llama, tokens):
-    answer, refined = find(llama, tokens, "exact"), find(llama, tokens, "exact", budget=1)
+    answer, refined = find(llama, tokens, "exact"), find(llama, tokens, "exact", trials=1)
     for name, entry in answer.linears.items():
         assert refined.linears[name].sparsity == pytest.approx(entry.sparsity, abs=1e-9)
 
@@ -61,7 +61,7 @@ def test_what_is_nominal_is_realised(llama, tokens):
 def test_the_loss_of_a_trial_is_that_of_evaluate(llama, tokens, tmp_path):
     recipe = quick("was", inside="uniform", recalibrate=False)
     log = tmp_path / "log.jsonl"
-    found = find(llama, tokens, "was", recipe=recipe, budget=1, log=log)
+    found = find(llama, tokens, "was", recipe=recipe, trials=1, log=log)
     record = json.loads(log.read_text().splitlines()[-1])
     was_fx.sparsify(llama, found, executor="eager")
     result = was_fx.evaluate(llama, tokens)
@@ -71,10 +71,10 @@ def test_the_loss_of_a_trial_is_that_of_evaluate(llama, tokens, tmp_path):
 
 def test_trials_compile_nothing_after_the_first(llama, tokens):
     compiled = []
-    for budget in (1, 6):
+    for trials in (1, 6):
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
-        find(llama, tokens, "was", recipe=quick("was", inside="uniform"), budget=budget)
+        find(llama, tokens, "was", recipe=quick("was", inside="uniform"), trials=trials)
         compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert compiled[0] == compiled[1] > 0
 
@@ -101,10 +101,10 @@ def test_exact_is_better_than_uniform_on_text_it_has_not_seen(embedded_model):
 
 def test_a_resumed_search_ends_as_an_uninterrupted_one(llama, tokens, tmp_path):
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
-    expected = find(llama, tokens, "was", budget=4, log=whole)
+    expected = find(llama, tokens, "was", trials=4, log=whole)
     lines = whole.read_text().splitlines(keepends=True)
     part.write_text("".join(lines[:-2]) + lines[-2][:20])
-    assert find(llama, tokens, "was", budget=4, log=part, resume=True) == expected
+    assert find(llama, tokens, "was", trials=4, log=part, resume=True) == expected
 
 
 def test_other_settings_or_another_model_do_not_resume(llama, tokens, tmp_path):
@@ -170,7 +170,7 @@ def test_a_calibration_of_another_score_or_model_is_refused(llama, tokens, calib
         ({"target": 0.0}, "above 0 and below 1"),
         ({"target": 1.2}, "above 0 and below 1"),
         ({"target": 0.97}, "the bounds allow 0.92 to 0.95"),
-        ({"budget": 0}, "at least one trial"),
+        ({"trials": 0}, "at least one trial"),
         ({"recipe": "wsa"}, "unknown recipe"),
         ({"include_head": True}, "for the recipe 'exact'"),
     ],
