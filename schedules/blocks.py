@@ -38,6 +38,9 @@ def find_blocks(shapes: Mapping[str, tuple[int, int]]) -> list[Block]:
     Args:
         shapes: (N, K) by qualified name.
 
+    Returns:
+        At least one block; together they have all Linears.
+
     Raises:
         ValueError: without a Linear.
     """
@@ -52,7 +55,15 @@ def find_blocks(shapes: Mapping[str, tuple[int, int]]) -> list[Block]:
 
 
 def block_levels(blocks: list[Block], sparsities: Mapping[str, float]) -> Vector:
-    """Weighted mean sparsity of each block, [blocks]."""
+    """Mean sparsity of each block, weighted by N·K.
+
+    Args:
+        blocks: D of them.
+        sparsities: from 0 to 1, of every Linear of the blocks by qualified name.
+
+    Returns:
+        [D], float64.
+    """
     return np.array(
         [
             np.average([sparsities[name] for name in block.shapes], weights=list(block.weights.values()))

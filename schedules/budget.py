@@ -8,7 +8,7 @@ def model_sparsity(sparsities: Mapping[str, float], shapes: Mapping[str, tuple[i
     """Mean sparsity weighted by the number of weights: Σ N·K·s / Σ N·K over the Linears in `sparsities`.
 
     Args:
-        sparsities: share of dropped channels of each scheduled Linear.
+        sparsities: share of dropped channels, from 0 to 1, of each scheduled Linear by qualified name.
         shapes: (N, K) of at least these Linears.
 
     Raises:

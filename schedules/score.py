@@ -40,7 +40,11 @@ class Score:
 
     @classmethod
     def named(cls, name: str) -> "Score":
-        """The score of a published method: `was` (α = 1, p = 1), `teal` (α = 0), `wina` (α = 1, p = 2)."""
+        """The score of a published method: `was` (α = 1, p = 1), `teal` (α = 0), `wina` (α = 1, p = 2).
+
+        Raises:
+            ValueError: for another name.
+        """
         named = {"was": cls(1.0, 1), "teal": cls(0.0, 1), "wina": cls(1.0, 2)}
         if name not in named:
             raise ValueError(f"unknown score {name!r}: expected one of {', '.join(named)}")
@@ -83,7 +87,7 @@ def channel_norms(weight: Tensor, norm: int) -> Tensor:
 
 
 def channel_scale(norms: Tensor, exponent: float) -> Tensor:
-    """What |x| is multiplied with: g^α, fp32 [K] for fp32 norms [K]; ones where α = 0."""
+    """What |x| is multiplied with: g^α, [K] fp32 on the device of the norms g, [K]; ones where α = 0."""
     return norms.float().pow(exponent)
 
 

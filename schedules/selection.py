@@ -29,6 +29,9 @@ def select(
         exclude: a pattern or several to leave out of those.
         default: what is taken without `include`; all names if that is not given.
 
+    Returns:
+        At least one name.
+
     Raises:
         ScheduleError: a pattern matches nothing or is no regular expression, with all of these; or no name is left.
     """

@@ -44,7 +44,11 @@ class LinearSchedule:
     __hash__ = None  # type: ignore[assignment]  # holds a tensor
 
     def channel_thresholds(self, norms: Tensor) -> Tensor:
-        """t, [K] fp32 on the device of the channel norms [K]: channel j is kept iff |x_j| > t_j."""
+        """t, [K] fp32 on the device of the channel norms g, [K]: channel j is kept iff |x_j| > t_j.
+
+        Raises:
+            ValueError: the threshold or exponent is out of range.
+        """
         if self.channel_threshold is not None:
             return self.channel_threshold.to(norms.device)
         return channel_thresholds(self.threshold, norms, self.exponent)

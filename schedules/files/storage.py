@@ -22,6 +22,12 @@ _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata as a file of `kind` (`SCHEDULE` or `CALIBRATION`).
 
+    Args:
+        path: of the file; its folder must exist.
+        kind: what the metadata names as the format.
+        tensors: any shapes and dtypes that safetensors knows, contiguous, none sharing memory with another.
+        metadata: strings.
+
     Raises:
         OSError: if the file cannot be written; an older file at `path` is then untouched.
     """

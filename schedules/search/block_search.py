@@ -23,10 +23,10 @@ class SearchState:
         done: finished trials.
         total: trials to make.
         best: loss of the incumbent, nats per token; infinite before the first trial.
-        levels: levels of the incumbent by block; empty before the first trial.
-        optimizer_seconds: time inside the optimiser.
-        objective_seconds: time waiting for trials.
-        seconds_left: estimate from the trials of this run.
+        levels: levels of the incumbent by block, from 0 to 1; empty before the first trial.
+        optimizer_seconds: time inside the optimiser, in seconds.
+        objective_seconds: time waiting for trials, in seconds.
+        seconds_left: estimate from the trials of this run, None before there are any.
         phase: what is being done, in words.
     """
 
@@ -45,7 +45,7 @@ class BlockResult:
     """The best levels found.
 
     Attributes:
-        levels: [D].
+        levels: by block, [D], float64.
         losses: best loss so far after each trial, nats per token.
         stopped: trials that were stopped early.
     """
@@ -75,15 +75,15 @@ def search_levels(
         space: what points mean.
         optimizer: of the space's dimension.
         runner: evaluates {"linears", "incumbent"} to {"losses", "realised", "tokens", "seconds"}, where the losses
-            are those of the windows it saw: fewer than all if it gave up.
-        entries: what the runner is given as "linears" for block levels.
-        trials: how many, the starts included.
-        starts: levels to try first.
+            (nats per token) are those of the windows it saw: fewer than all if it gave up.
+        entries: what the runner is given as "linears" for block levels, [D].
+        trials: how many, the starts included; at least 1.
+        starts: levels to try first, [D] each.
         batch: trials asked for at once, to run in parallel. It changes which points are tried.
         progress: called after every batch.
 
     Raises:
-        ScheduleError: a loss is not finite.
+        ScheduleError: a loss is not finite, workers keep dying, or the log is of other trials.
     """
     began, resumed = time.perf_counter(), runner.log.finished
     for start in reversed(list(starts)[:trials]):  # Nevergrad gives the suggestions last in first out
@@ -124,6 +124,6 @@ def search_levels(
 
 
 def ramps(space: BlockSpace) -> list[Vector]:
-    """Starting points: the space's center, then levels that rise and that fall over depth by half the bounds' width."""
+    """Starting points, [D] each: the space's center, then levels that rise and that fall over depth by half the bounds' width."""
     depth = np.linspace(-0.5, 0.5, len(space.weights)) * (space.upper - space.lower)
     return [space.center, space.center + depth, space.center - depth]

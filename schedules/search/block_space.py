@@ -72,12 +72,12 @@ def block_space(
 
     Args:
         weights: number of weights of each of D blocks.
-        target: model sparsity.
+        target: model sparsity, above 0 and below 1.
         margin: half the width of the box around the center.
         limit: highest level of any block.
         dimension: number of coordinates; by default one per block.
         monotone: levels must not fall over depth.
-        center: levels at z = 0; by default the target for all.
+        center: levels at z = 0, [D]; by default the target for all.
 
     Raises:
         ValueError: the target is out of range, the bounds can't meet it, or a setting is out of range.

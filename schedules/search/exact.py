@@ -98,7 +98,19 @@ class Problem:
         return np.array(each)
 
     def allocate(self, sensitivities: Vector, target: float, settings: ExactSettings) -> Vector:
-        """The best allocation by these sensitivities that saves what the target saves when it is uniform."""
+        """The best allocation by these sensitivities that saves what the target saves when it is uniform.
+
+        Args:
+            sensitivities: cᵢ, [D], positive, nats per token for all of a Linear's output energy.
+            target: model sparsity, above 0 and below 1.
+            settings: bounds.
+
+        Returns:
+            Sparsities, [D], float64.
+
+        Raises:
+            ValueError: the bounds do not allow the target.
+        """
         curves = Curves(self.levels, sensitivities[:, None] * self.energies, self.savings)
         count = len(self.names)
         lower = np.full(count, max(target - settings.reach, 0.0))
@@ -114,6 +126,9 @@ def sweep(problem: Problem, at: Vector, divergences: Divergences, settings: Exac
         at: sparsities where to measure, [D].
         divergences: called once, with `at` itself and then with each Linear raised.
         settings: the step.
+
+    Returns:
+        Rises and drops, [D] each.
     """
     points = [at]
     for index in range(len(problem.names)):
@@ -127,7 +142,16 @@ def sweep(problem: Problem, at: Vector, divergences: Divergences, settings: Exac
 
 def sensitivities(names: Sequence[str], sweeps: Sequence[Sweep], settings: ExactSettings) -> Vector:
     """cᵢ with the least squared error Σ (rise − cᵢ · drop)² over the sweeps, drawn towards a product of block and
-    projection factors; positive, [D]."""
+    projection factors.
+
+    Args:
+        names: qualified names of the D Linears.
+        sweeps: at least one.
+        settings: how much it is drawn, and the floor.
+
+    Returns:
+        [D], float64, positive, in nats per token for all of a Linear's output energy.
+    """
     rises, drops = np.stack([each.rises for each in sweeps]), np.stack([each.drops for each in sweeps])
     fitted = (rises * drops).sum(0) / (drops**2).sum(0)
     product = _product(names, fitted)

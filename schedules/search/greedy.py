@@ -43,7 +43,7 @@ def greedy_table(block: Block, error: BlockError, settings: Greedy = Greedy(), *
 
     Args:
         block: its Linears.
-        error: how far the block's output is off when its Linears have these sparsities (all of them are given).
+        error: how far the block's output is off, in any unit, when its Linears have these sparsities (all are given).
         settings: step and limit.
         until: stop once the block's level has reached this; by default go on until every Linear is at the limit.
 

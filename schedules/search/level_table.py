@@ -53,14 +53,20 @@ class LevelTable:
 
 
 def uniform_table(block: Block, limit: float) -> LevelTable:
-    """Every Linear of the block gets the block's level, up to `limit`."""
+    """Every Linear of the block gets the block's level, up to `limit`, above 0 and below 1: a table of two rows."""
     names = tuple(block.shapes)
     weights = np.array(list(block.weights.values()), dtype=np.float64)
     return LevelTable(names, weights, np.array([0.0, limit]), np.array([[0.0] * len(names), [limit] * len(names)]))
 
 
 def from_rows(names: tuple[str, ...], weights: Mapping[str, float], rows: list[list[float]]) -> LevelTable:
-    """A table of rows in increasing order; levels are computed from the true numbers of weights."""
+    """A table from its rows; levels are computed from the true numbers of weights.
+
+    Args:
+        names: qualified names of P Linears.
+        weights: N·K by qualified name.
+        rows: R rows of P sparsities, increasing from 0.
+    """
     weight = np.array([weights[name] for name in names], dtype=np.float64)
     sparsities = np.array(rows, dtype=np.float64)
     return LevelTable(names, weight, sparsities @ (weight / weight.sum()), sparsities)

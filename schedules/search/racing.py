@@ -18,7 +18,7 @@ def is_hopeless(losses: Sequence[float], incumbent: Sequence[float]) -> bool:
     Differences between two schedules on one window vary far less than losses between windows, so a few windows tell.
 
     Args:
-        losses: the candidate's mean loss on each window so far.
+        losses: the candidate's mean loss on each window so far, nats per token.
         incumbent: the incumbent's on the same windows first; may be longer. Empty: nothing to compare with.
     """
     seen = len(losses)
@@ -33,7 +33,7 @@ def estimate(losses: Sequence[float], incumbent: Sequence[float]) -> float:
     """Mean loss over all windows; for a candidate that was stopped, the incumbent's plus the mean difference so far.
 
     Args:
-        losses: the candidate's mean loss on the windows it saw.
+        losses: the candidate's mean loss on the windows it saw, nats per token; at least one.
         incumbent: the incumbent's that it was compared with; empty if there was none.
     """
     seen = len(losses)

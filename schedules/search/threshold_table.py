@@ -40,7 +40,11 @@ class ThresholdTable:
         return LinearSchedule(sparsity, self.scores.threshold(name, level), self.exponents[name])
 
     def schedule(self, sparsities: Mapping[str, float], metadata: ScheduleMetadata) -> Schedule:
-        """The schedule with these sparsities of all Linears."""
+        """The schedule with these sparsities, from 0 to below 1, of all Linears by qualified name.
+
+        Raises:
+            ValueError: a sparsity is out of the table's range.
+        """
         linears = {name: self.linear(name, sparsities[name]) for name in self.shapes}
         return Schedule(linears, self.shapes, self.norm, metadata)
 

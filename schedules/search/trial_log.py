@@ -68,7 +68,12 @@ class TrialLog:
         return record
 
     def add(self, key: str, task: Any, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Record a finished trial, and give it back as it will be read."""
+        """Record a finished trial, and give it back as it will be read.
+
+        Raises:
+            ValueError: JSON can't hold it.
+            OSError: the file can't be written.
+        """
         record = json.loads(json.dumps({"trial": key, "task": digest(task), **result}))
         if self._path is not None:
             self._append(record)

@@ -23,6 +23,9 @@ def uniform(
             by default all that were calibrated.
         exclude: those to leave dense; they do not count in the model sparsity.
 
+    Returns:
+        A `Schedule` with the calibration's score and thresholds τ in its units.
+
     Raises:
         ValueError: for a target out of range.
         ScheduleError: for a name or pattern that matches no calibrated Linear, or if none is left.
