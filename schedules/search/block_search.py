@@ -124,6 +124,6 @@ def search_levels(
 
 
 def ramps(space: BlockSpace) -> list[Vector]:
-    """Starting points, [D] each: the space's center, then levels that rise and that fall over depth by half the bounds' width."""
+    """Starting points, [D] each: the space's center, and levels that rise and that fall by half the bounds' width."""
     depth = np.linspace(-0.5, 0.5, len(space.weights)) * (space.upper - space.lower)
     return [space.center, space.center + depth, space.center - depth]
