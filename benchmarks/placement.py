@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 import was_fx
 from was_fx.measure.speed import TokenClock
-from was_fx.sparse.placement import input_device
+from was_fx.modules.placement import input_device
 
 EMBEDDED = Path(was_fx.__file__).parent / "embedded"
 TOLERANCE = 1e-4  # of the largest logit, in fp32

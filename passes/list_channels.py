@@ -1,6 +1,6 @@
 """Split each sparse Linear of a decode step on a GPU into the listing of kept channels and the product with them.
 
-    before   y = was.sparse_linear(x, [W…], [b…], [t…], 1, 0)           x [1, 1, K] -> y [1, 1, ΣN]
+    before   y = was.sparse_siblings(x, [W…], [b…], [t…], None)         x [1, 1, K] -> y [1, 1, ΣN]
              q = narrow(y, -1, 0, Nq)                                     of merged siblings
     after    index, count = was.compact(x, [t…])                         [G, T, SEGMENT] and [G, T] int32
              partial = was.gather_gemv(x, index, count, [W…], [t…], S)   [S, 1, ΣN] fp32
@@ -20,50 +20,51 @@ from was_fx.kernels.linear.gather_gemv import gather_gemv_op
 from was_fx.kernels.ops.compact import compact_op, empty_list
 from was_fx.kernels.parts.gemv_config import gemv_config
 from was_fx.kernels.parts.triton_parts import DTYPES, MAX_SIBLINGS
-from was_fx.passes.graph.context import Context, LinearSite, Part, value
+from was_fx.passes.graph.context import Context, Part, SparseCall, value
 from was_fx.passes.graph.matching import arguments_of
 
 
-def declined(context: Context, node: Node) -> str | None:
+def declined(context: Context, call: SparseCall) -> str | None:
     """Why this call is left whole, or None."""
-    x = value(node.args[0])
+    x = value(call.x)
     if not (x.device.type == "cuda" if context.options.lists is None else context.options.lists):
         return "not on a GPU"
-    if context.phase != "decode":
-        return "not a decode step"
+    if call.tokens is not None:
+        return "some tokens keep every channel"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}"
     if not statically_known_true(math.prod(x.shape[:-1]) == 1):
         return "more than one token"
+    if context.has_gradients:
+        return "it has gradients"
     return None
 
 
 def list_channels(context: Context) -> None:
-    """Rewrite the sparse calls of `context.sites`, and note each Linear's output in `context.parts`."""
-    calls: dict[Node, list[LinearSite]] = {}
-    for site in context.sites:
-        if site.sparse is not None:
-            calls.setdefault(site.sparse.node, []).append(site)
-    for node, sites in calls.items():
-        reason = declined(context, node)
+    """Rewrite the sparse calls of `context.calls`, and note each Linear's output in `context.parts`."""
+    groups: dict[Node, list[SparseCall]] = {}
+    for call in context.calls:
+        groups.setdefault(call.node, []).append(call)
+    for node, calls in groups.items():
+        reason = declined(context, calls[0])
         if reason is not None:
             if reason != "not on a GPU":
-                context.declined += [(site.name, f"channels are not listed: {reason}") for site in sites]
+                context.declined += [(call.name, f"channels are not listed: {reason}") for call in calls]
             continue
-        outputs = [node] if len(sites) == 1 else sorted(node.users, key=lambda user: int(arguments_of(user)[2]))
-        for first in range(0, len(sites), MAX_SIBLINGS):
+        outputs = [node] if len(calls) == 1 else sorted(node.users, key=lambda user: int(arguments_of(user)[2]))
+        for first in range(0, len(calls), MAX_SIBLINGS):
             chosen = slice(first, first + MAX_SIBLINGS)
-            _rewrite(context, node, sites[chosen], outputs[chosen])
+            _rewrite(context, node, calls[chosen], outputs[chosen])
         for output in reversed(outputs):
             context.module.graph.erase_node(output)
-        if len(sites) > 1:
+        if len(calls) > 1:
             context.module.graph.erase_node(node)
-        context.counts["listed"] += len(sites)
+        context.calls = [call for call in context.calls if call.node is not node]
+        context.counts["listed"] += len(calls)
 
 
-def _rewrite(context: Context, node: Node, sites: list[LinearSite], outputs: list[Node]) -> None:
-    graph, x = context.module.graph, node.args[0]
-    calls = [site.sparse for site in sites if site.sparse is not None]
+def _rewrite(context: Context, node: Node, calls: list[SparseCall], outputs: list[Node]) -> None:
+    graph, x = context.module.graph, calls[0].x
     weights, thresholds = [call.weight for call in calls], [call.threshold for call in calls]
     sizes = [int(value(weight).shape[0]) for weight in weights]
     like = value(x)
@@ -74,16 +75,15 @@ def _rewrite(context: Context, node: Node, sites: list[LinearSite], outputs: lis
         index, count = context.outputs(listed, 2)
         partial = graph.call_function(gather_gemv_op, (x, index, count, weights, thresholds, splits))
         partial.meta["example_value"] = like.new_empty((splits, 1, sum(sizes)), dtype=torch.float32)
-        partial.meta["was_linear"] = tuple(site.name for site in sites)
+        partial.meta["was_linear"] = tuple(call.name for call in calls)
         total = graph.call_method("sum", (partial, 0))
         total.meta["example_value"] = value(partial).sum(0)
     start = 0
-    for site, output, size in zip(sites, outputs, sizes, strict=True):
-        part = Part(partial, start, size, site.bias)
+    for call, output, size in zip(calls, outputs, sizes, strict=True):
+        part = Part(partial, start, size, call.bias)
         final = _finish(context, total, part, output)
         context.parts[final] = part
         context.replace(output, final)
-        site.sparse = None
         start += size
 
 

@@ -1,48 +1,50 @@
 """Merge sparse Linears that share their input into one call (q/k/v; gate/up; whatever else reads one tensor).
 
-    before   q = was.sparse_linear(x, [Wq], [bq], [tq], S, d)        x [..., K] -> q [..., Nq]
-             k = was.sparse_linear(x, [Wk], [bk], [tk], S, d)
-    after    y = was.sparse_linear(x, [Wq, Wk], [bq, bk], [tq, tk], S, d)      y [..., Nq + Nk]
+    before   q = was.sparse_linear(x, Wq, bq, tq, tokens)            x [..., K] -> q [..., Nq]
+             k = was.sparse_linear(x, Wk, bk, tk, tokens)
+    after    y = was.sparse_siblings(x, [Wq, Wk], [bq, bk], [tq, tk], tokens)         y [..., Nq + Nk]
              q = narrow(y, -1, 0, Nq)
              k = narrow(y, -1, Nq, Nk)
 
-Each keeps its own thresholds. The groups are listed in `context.siblings`, so that their weights can be laid one after
-the other in one storage.
+Each keeps its own thresholds.
 """
 
 from collections import defaultdict
 from collections.abc import Collection
 
 import torch
+from torch.fx import Node
 
-from was_fx.kernels.linear.sparse_linear import sparse_linear
-from was_fx.passes.graph.context import Context, LinearSite, SparseCall, value, weight_view
-from was_fx.passes.graph.matching import storage, written_storages
-
-Sibling = tuple[LinearSite, SparseCall]
+from was_fx.kernels.linear.sparse_linear import sparse_siblings
+from was_fx.passes.graph.context import Context, SparseCall, value
+from was_fx.passes.graph.matching import storage, view_of_input, written_storages
 
 
-def declined(context: Context, site: LinearSite, written: Collection[int] = ()) -> str | None:
-    """Why this sparse Linear can't be merged with any other, or None; `written` are the storages written in place."""
-    if site.bias is not None and not context.is_input(site.bias):
+def declined(context: Context, call: SparseCall, written: Collection[int] = ()) -> str | None:
+    """Why this call can't be merged with any other, or None; `written` are the storages written in place."""
+    if call.bias is not None and not context.is_input(call.bias):
         return "its bias is computed in the graph"
-    if storage(site.x) in written:
+    if view_of_input(context, call.weight) is None:
+        return "its weight is computed in the graph"
+    if not context.is_input(call.threshold):
+        return "its threshold is computed in the graph"
+    if storage(call.x) in written:
         return "its input is written in place"
+    if context.has_gradients:
+        return "it has gradients"
     return None
 
 
 def merge_siblings(context: Context) -> None:
     """Merge every group of two or more."""
-    groups: dict[tuple, list[Sibling]] = defaultdict(list)
+    groups: dict[tuple, list[SparseCall]] = defaultdict(list)
     written = written_storages(context.module.graph)
-    for site in context.sites:
-        if site.sparse is None:
-            continue
-        reason = declined(context, site, written)
+    for call in context.calls:
+        reason = declined(context, call, written)
         if reason:
-            context.declined.append((site.name, reason))
+            context.declined.append((call.name, reason))
             continue
-        groups[site.x, site.sparse.sequence, site.sparse.dense].append((site, site.sparse))
+        groups[call.x, call.tokens].append(call)
     for group in groups.values():
         if len(group) > 1:
             _merge(context, group)
@@ -50,26 +52,31 @@ def merge_siblings(context: Context) -> None:
             context.counts["merged linears"] += len(group)
 
 
-def _merge(context: Context, group: list[Sibling]) -> None:
+def _merge(context: Context, group: list[SparseCall]) -> None:
     graph = context.module.graph
-    x, first = group[0][0].x, group[0][1]
-    with graph.inserting_before(first.node):
-        weights = [weight_view(graph, site) for site, _ in group]
+    first = group[0].node
+    with graph.inserting_before(first):
+        weights = [_at_insertion_point(context, call.weight) for call in group]
         sizes = [value(weight).shape[0] for weight in weights]
-        biases, thresholds = [site.bias for site, _ in group], [call.threshold for _, call in group]
-        merged = graph.call_function(sparse_linear, (x, weights, biases, thresholds, first.sequence, first.dense))
-        merged.meta["example_value"] = value(x).new_empty(*value(x).shape[:-1], sum(sizes))
-        merged.meta["was_linear"] = tuple(site.name for site, _ in group)
+        biases, thresholds = [call.bias for call in group], [call.threshold for call in group]
+        merged = graph.call_function(sparse_siblings, (group[0].x, weights, biases, thresholds, group[0].tokens))
+        x = value(group[0].x)
+        merged.meta["example_value"] = x.new_empty(*x.shape[:-1], sum(sizes))
+        merged.meta["was_linear"] = tuple(call.name for call in group)
         start = 0
-        for (_, call), size in zip(group, sizes, strict=True):
+        for call, size in zip(group, sizes, strict=True):
             part = graph.call_function(torch.narrow, (merged, -1, start, size))
             part.meta.update(call.node.meta)
             part.meta["example_value"] = torch.narrow(value(merged), -1, start, size)
             context.replace(call.node, part)
             start += size
-    for (site, call), weight in zip(group, weights, strict=True):
+    for call, weight in zip(group, weights, strict=True):
         graph.erase_node(call.node)
-        if call.weight is not site.weight:
-            graph.erase_node(call.weight)
-        site.sparse = SparseCall(merged, weight, call.threshold, call.sequence, call.dense)
-    context.siblings.append([(site.weight, site.binding) for site, _ in group if site.binding])
+        if call.weight is not weight:
+            context.erase_unused(call.weight)
+        call.node, call.weight = merged, weight
+
+
+def _at_insertion_point(context: Context, weight: Node) -> Node:
+    """A weight, or the same view of it again."""
+    return weight if context.is_input(weight) else context.module.graph.node_copy(weight)

@@ -7,19 +7,17 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from was_fx.passes.count_dropped import count_dropped
-from was_fx.passes.extra_inputs import own_copy
-from was_fx.passes.graph.choose_phase import choose_phase
+from was_fx.passes.find_sparse_calls import find_sparse_calls
 from was_fx.passes.graph.context import Context, Options
-from was_fx.passes.graph.errors import RewriteError
-from was_fx.passes.graph.recognize_linears import recognize_linears
+from was_fx.passes.insert import insert
 from was_fx.passes.merge_siblings import merge_siblings
-from was_fx.passes.sparsify_linears import sparsify_linears
 
 log = logging.getLogger(__name__)
 
+Pass = Callable[[Context], None]
 
-def _gpu_passes() -> tuple[Callable[[Context], None], ...]:
+
+def _gpu_passes() -> tuple[Pass, ...]:
     """The passes that put Triton's kernels in place; none where Triton can't be installed."""
     if find_spec("triton") is None:
         return ()
@@ -32,44 +30,44 @@ def _gpu_passes() -> tuple[Callable[[Context], None], ...]:
     return list_channels, fuse_attention, fuse_rms_norms, fuse_gated_products, batch_counters
 
 
-# The phase comes before the rewrite, so that the graph of a dense prompt is never touched.
-PIPELINE: tuple[Callable[[Context], None], ...] = (
-    recognize_linears,
-    choose_phase,
-    sparsify_linears,
-    count_dropped,
-    merge_siblings,
-    *_gpu_passes(),
-)
+# What gives a graph its sparse Linears, and what only makes them fast: any of these may be left out.
+REQUIRED: tuple[Pass, ...] = (insert, find_sparse_calls)
+OPTIONAL: tuple[Pass, ...] = (merge_siblings, *_gpu_passes())
 
 # Each is called with the context of every graph, once it is rewritten: for reports.
 observers: list[Callable[[Context], None]] = []
 
-_REQUIRED = {"recognize_linears", "choose_phase"}
+
+def check_disabled(names: Sequence[str]) -> None:
+    """Refuse names of what is no pass, or can't be left out.
+
+    Raises:
+        ValueError: lists the passes to choose from.
+    """
+    optional = [each.__name__ for each in OPTIONAL]
+    unknown = sorted(set(names) - set(optional))
+    if unknown:
+        raise ValueError(f"disable names {', '.join(unknown)}; the passes to choose from are {', '.join(optional)}")
 
 
 def run(module: GraphModule, inputs: Sequence[Any], options: Options) -> Context:
-    """Run the passes over a copy of Dynamo's graph.
+    """Run the passes over Dynamo's graph.
 
     Args:
-        module: Dynamo's graph module; it is not changed.
+        module: Dynamo's graph module; it is changed.
         inputs: one example per graph input, weights as the Parameters themselves.
         options: what the passes may do.
 
     Returns:
-        The context: the rewritten module, the inputs it needs beyond Dynamo's, and what was done.
+        The context: the rewritten module and what was done.
 
     Raises:
-        RewriteError: a scheduled Linear can't be made sparse; names it.
+        RewriteError: a Linear of `options.schedule` can't be made sparse; names it.
         ValueError: `options.disable` names no pass, or one that can't be left out.
     """
-    names = [each.__name__ for each in PIPELINE]
-    optional = [name for name in names if name not in _REQUIRED]
-    unknown = sorted(set(options.disable) - set(optional))
-    if unknown:
-        raise ValueError(f"disable names {', '.join(unknown)}; the passes to choose from are {', '.join(optional)}")
-    context = Context(own_copy(module), list(inputs), options)
-    for each in PIPELINE:
+    check_disabled(options.disable)
+    context = Context(module, list(inputs), options)
+    for each in (*REQUIRED, *OPTIONAL):
         if each.__name__ not in options.disable:
             each(context)
     context.module.graph.lint()
@@ -78,6 +76,3 @@ def run(module: GraphModule, inputs: Sequence[Any], options: Options) -> Context
     for observer in observers:
         observer(context)
     return context
-
-
-__all__ = ["PIPELINE", "Context", "Options", "RewriteError", "observers", "run"]

@@ -1,45 +1,47 @@
-"""The op every rewritten Linear becomes: `torch.ops.was.sparse_linear`.
+"""The op that a sparse Linear is: `torch.ops.was.sparse_linear`, and the same for siblings that share an input.
 
-Meaning, for each of G Linears that share the input x [..., K]:
+    sparse_linear    y = (x ⊙ [not |x| ≤ t]) Wᵀ + b           x [..., K], W [N, K], b [N], t [K] fp32 -> y [..., N]
+    sparse_siblings  y = concat(y_1, …, y_G)                   W_i [N_i, K] -> y [..., ΣN_i]
 
-    y_i = (x ⊙ [not |x| ≤ t_i]) W_iᵀ + b_i          W_i [N_i, K], b_i [N_i], t_i [K] fp32
-    y   = concat(y_1, …, y_G)                        y [..., ΣN_i]
+`tokens`, bool with one element for each row of x, says which tokens drop channels; the others keep all. Without it
+every token drops. A channel whose magnitude is NaN is kept, so NaN travels as it does in a dense Linear.
 
-A channel whose magnitude is NaN is kept, so NaN travels as it does in a dense Linear.
-
-Row r of x, flattened to [M, K], is token `r % sequence` of its sequence; the first `dense` tokens of
-every sequence keep all their channels. Decode uses sequence = 1, dense = 0.
-
-`reference` is the meaning and runs anywhere. `implementation` is the one place that chooses.
+`reference` is the meaning and runs anywhere. `choose` is the one place that picks an implementation.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from was_fx.kernels.linear import cpu_embedding_bag, cpu_gather
+from was_fx.kernels.parts.served import note_served
 
 Implementation = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]], Tensor]
 
 
-def dropped_channels(x: Tensor, threshold: Tensor, sequence: int, dense: int) -> Tensor:
+class Choice(NamedTuple):
+    """What serves a call, and why; without a function, the reference."""
+
+    name: str
+    reason: str
+    function: Implementation | None
+
+
+def dropped_channels(x: Tensor, threshold: Tensor, tokens: Tensor | None = None) -> Tensor:
     """Which channels of which tokens are dropped.
 
     Args:
-        x: [M, K], any floating dtype.
+        x: [..., K], any floating dtype.
         threshold: [K] fp32, compared with |x| in fp32.
-        sequence: tokens per sequence.
-        dense: leading tokens of each sequence that keep every channel.
+        tokens: bool, one element for each row of x: whether the token drops channels at all; None for all.
 
     Returns:
-        bool [M, K].
+        bool like x.
     """
     dropped = x.abs() <= threshold
-    if dense:
-        token = torch.arange(x.shape[0], device=x.device) % sequence
-        dropped &= (token >= dense)[:, None]
-    return dropped
+    return dropped if tokens is None else dropped & tokens.reshape(*x.shape[:-1], 1)
 
 
 def reference(
@@ -47,8 +49,7 @@ def reference(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     thresholds: Sequence[Tensor],
-    sequence: int = 1,
-    dense: int = 0,
+    tokens: Tensor | None = None,
 ) -> Tensor:
     """The op's meaning in plain PyTorch; any device, floating dtype and strides.
 
@@ -57,67 +58,143 @@ def reference(
         weights: G tensors [N_i, K] of x's dtype.
         biases: G entries, [N_i] or None.
         thresholds: G tensors [K] fp32.
-        sequence: tokens per sequence, for `dense`.
-        dense: leading tokens of each sequence that keep every channel.
+        tokens: see `dropped_channels`.
 
     Returns:
         [..., ΣN_i], x's dtype.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    outputs = []
-    for weight, bias, threshold in zip(weights, biases, thresholds, strict=True):
-        kept = rows.masked_fill(dropped_channels(rows, threshold, sequence, dense), 0)
-        outputs.append(torch.nn.functional.linear(kept, weight, bias))
-    y = torch.cat(outputs, dim=-1)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    outputs = [
+        torch.nn.functional.linear(x.masked_fill(dropped_channels(x, threshold, tokens), 0), weight, bias)
+        for weight, bias, threshold in zip(weights, biases, thresholds, strict=True)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
-def implementation(x: Tensor, weights: Sequence[Tensor], dense: int) -> Implementation:
-    """The implementation that serves these arguments: the first whose `supports` says yes, else the reference."""
-    if dense:
-        return reference
+def choose(x: Tensor, weights: Sequence[Tensor], tokens: Tensor | None = None) -> Choice:
+    """What serves x [..., K] and weights [N_i, K]: the first whose `supports` says yes, else the reference.
+
+    Nothing is read but shapes, dtypes, strides and devices.
+    """
+    if tokens is not None:
+        return Choice("reference", "some tokens keep every channel", None)
     if x.is_cuda:
         from was_fx.kernels.linear import gpu_gather  # imports triton
 
-        return gpu_gather.sparse_linear if gpu_gather.supports(x, weights) else reference
-    for candidate in (cpu_gather, cpu_embedding_bag):
-        if candidate.supports(x, weights):
-            return candidate.sparse_linear
-    return reference
+        if gpu_gather.supports(x, weights):
+            return Choice("gpu_gather", "few tokens on a GPU, rows of Wᵀ contiguous", gpu_gather.sparse_linear)
+        return Choice("reference", _why_reference(x, weights), None)
+    if cpu_gather.supports(x, weights):
+        return Choice("cpu_gather", "few tokens on a CPU, rows of Wᵀ contiguous", cpu_gather.sparse_linear)
+    if cpu_embedding_bag.supports(x, weights):
+        return Choice("cpu_embedding_bag", "no C++ compiler was found", cpu_embedding_bag.sparse_linear)
+    return Choice("reference", _why_reference(x, weights), None)
 
 
-def _sparse_linear(
+def _why_reference(x: Tensor, weights: Sequence[Tensor]) -> str:
+    if not all(weight.t().is_contiguous() for weight in weights):
+        return "rows of Wᵀ are not contiguous"
+    return f"{x.numel() // max(x.shape[-1], 1)} tokens of {x.dtype} on {x.device.type}"
+
+
+def compute(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     thresholds: Sequence[Tensor],
-    sequence: int,
-    dense: int,
+    tokens: Tensor | None = None,
 ) -> Tensor:
-    chosen = implementation(x, weights, dense)
-    if chosen is reference:
-        return reference(x, weights, biases, thresholds, sequence, dense)
-    return chosen(x, weights, biases, thresholds)
+    """See `reference`; by what `choose` chooses."""
+    for weight, bias, threshold in zip(weights, biases, thresholds, strict=True):
+        check_arguments(x, weight, bias, threshold, tokens)
+    if tokens is not None and tokens.device.type == "cpu" and bool(tokens.all()):
+        tokens = None
+    choice = choose(x, weights, tokens)
+    note_served(weights, choice.name, choice.reason)
+    if choice.function is None:
+        return reference(x, weights, biases, thresholds, tokens)
+    return choice.function(x, weights, biases, thresholds)
 
 
-def _fake(
+def check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, tokens: Tensor | None) -> None:
+    """Refuse arguments that don't fit each other.
+
+    Raises:
+        ValueError: says what was found and what was expected.
+    """
+    channels = x.shape[-1] if x.dim() else 0
+    if weight.dim() != 2 or weight.shape[1] != channels or threshold.dim() != 1 or threshold.shape[0] != channels:
+        raise ValueError(
+            f"sparse_linear: x is {list(x.shape)}, the weight {list(weight.shape)} and the threshold "
+            f"{list(threshold.shape)}; expected x [..., K], weight [N, K], threshold [K]"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        raise ValueError(f"sparse_linear: the bias is {list(bias.shape)}; expected [{weight.shape[0]}]")
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype) or threshold.dtype != torch.float32:
+        raise ValueError(
+            f"sparse_linear: x is {x.dtype}, the weight {weight.dtype}, the bias {getattr(bias, 'dtype', None)} and "
+            f"the threshold {threshold.dtype}; expected one dtype, and fp32 for the threshold"
+        )
+    if not x.device == weight.device == threshold.device or (bias is not None and bias.device != x.device):
+        raise ValueError(
+            f"sparse_linear: x is on {x.device}, the weight on {weight.device}, the threshold on {threshold.device}; "
+            "expected one device: move the whole model by model.to(device)"
+        )
+    if tokens is not None and (tokens.dtype != torch.bool or tokens.numel() * channels != x.numel()):
+        raise ValueError(
+            f"sparse_linear: tokens is {tokens.dtype} {list(tokens.shape)}; expected bool, one for each row of x "
+            f"{list(x.shape)}"
+        )
+
+
+def _one(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, tokens: Tensor | None) -> Tensor:
+    return compute(x, (weight,), (bias,), (threshold,), tokens)
+
+
+def _one_fake(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, tokens: Tensor | None) -> Tensor:
+    check_arguments(x, weight, bias, threshold, tokens)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _siblings_fake(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     thresholds: Sequence[Tensor],
-    sequence: int,
-    dense: int,
+    tokens: Tensor | None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
 
 
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, threshold, tokens = inputs
+    ctx.save_for_backward(x, weight, threshold, tokens)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of y = x̃ Wᵀ + b, x̃ = x without its dropped channels, as if the choice of channels were a constant."""
+    x, weight, threshold, tokens = ctx.saved_tensors
+    dropped = dropped_channels(x, threshold, tokens)
+    grad_x = (grad @ weight).masked_fill(dropped, 0) if ctx.needs_input_grad[0] else None
+    rows = grad.reshape(-1, grad.shape[-1])
+    kept = x.masked_fill(dropped, 0).reshape(-1, x.shape[-1])
+    grad_weight = rows.t() @ kept if ctx.needs_input_grad[1] else None
+    return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
+
+
 _library = torch.library.Library("was", "FRAGMENT")
 _library.define(
-    "sparse_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] thresholds, "
-    "SymInt sequence, SymInt dense) -> Tensor",
+    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor threshold, Tensor? tokens) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("sparse_linear", _sparse_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("was::sparse_linear", _fake, lib=_library)
+_library.impl("sparse_linear", _one, "CompositeExplicitAutograd")
+torch.library.register_fake("was::sparse_linear", _one_fake, lib=_library)
+torch.library.register_autograd("was::sparse_linear", _backward, setup_context=_save_for_backward, lib=_library)
+_library.define(
+    "sparse_siblings(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] thresholds, Tensor? tokens) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("sparse_siblings", compute, "CompositeExplicitAutograd")
+torch.library.register_fake("was::sparse_siblings", _siblings_fake, lib=_library)
 
 sparse_linear = torch.ops.was.sparse_linear.default
+sparse_siblings = torch.ops.was.sparse_siblings.default

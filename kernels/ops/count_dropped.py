@@ -7,32 +7,31 @@ counts[1] += number of channels of those tokens
 import torch
 from torch import Tensor
 
-from was_fx.kernels.linear.sparse_linear import dropped_channels
 
-
-def reference(x: Tensor, threshold: Tensor, counts: Tensor, sequence: int, dense: int) -> None:
+def count_dropped(x: Tensor, threshold: Tensor, counts: Tensor, tokens: Tensor | None) -> None:
     """Add to `counts` in place.
 
     Args:
         x: [..., K], any floating dtype.
         threshold: [K] fp32.
         counts: [2] int64.
-        sequence, dense: as in `was::sparse_linear`.
+        tokens: bool, one element for each row of x: which tokens are sparse; None for all.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    sparse = rows.shape[0]
-    if dense:
-        sparse -= (rows.shape[0] // sequence) * min(dense, sequence)
-    counts[0] += dropped_channels(rows, threshold, sequence, dense).sum()
-    counts[1] += sparse * rows.shape[1]
+    dropped = x.abs() <= threshold
+    if tokens is None:
+        counts[1] += x.numel()
+    else:
+        dropped = dropped & tokens.reshape(*x.shape[:-1], 1)
+        counts[1] += tokens.sum() * x.shape[-1]
+    counts[0] += dropped.sum()
 
 
 _library = torch.library.Library("was", "FRAGMENT")
 _library.define(
-    "count_dropped(Tensor x, Tensor threshold, Tensor(a!) counts, SymInt sequence, SymInt dense) -> ()",
+    "count_dropped(Tensor x, Tensor threshold, Tensor(a!) counts, Tensor? tokens) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("count_dropped", reference, "CompositeExplicitAutograd")
-torch.library.register_fake("was::count_dropped", lambda x, threshold, counts, sequence, dense: None, lib=_library)
+_library.impl("count_dropped", count_dropped, "CompositeExplicitAutograd")
+torch.library.register_fake("was::count_dropped", lambda x, threshold, counts, tokens: None, lib=_library)
 
-count_dropped = torch.ops.was.count_dropped.default
+count_dropped_op = torch.ops.was.count_dropped.default

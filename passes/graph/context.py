@@ -1,19 +1,34 @@
-"""What the passes of one graph share: options, graph inputs, the Linears found, the inputs added, the counts."""
+"""What the passes of one graph share: options, graph inputs, the sparse calls found, what was done."""
 
 import operator
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from functools import cached_property
+from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
-from was_fx.passes.bindings import Binding
-from was_fx.passes.extra_inputs import ExtraInput, add_placeholder
 
-Prefill = Literal["dense", "sparse", "half", "all"]
-Phase = Literal["decode", "prefill"]
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """What `insert` needs to know of a scheduled Linear.
+
+    Attributes:
+        shape: (N, K).
+        threshold: τ.
+        exponent: α.
+        norm: p of the channel norms.
+        channel_threshold: t [K] fp32, which takes the place of τ / g^α; or None.
+    """
+
+    shape: tuple[int, int]
+    threshold: float
+    exponent: float
+    norm: int
+    channel_threshold: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -21,76 +36,44 @@ class Options:
     """What the passes may do.
 
     Attributes:
-        prefill: which tokens of a prompt are sparse: "dense" none; "sparse" all but the first 1 % (WAS); "half" the
-            last half (TEAL); "all" every one. A decode step is always sparse.
-        observe: count dropped channels, for realised sparsity.
+        schedule: by qualified name, for a dense model; None for one that is sparsified, or stays dense.
+        sparse_prompts: with a schedule: all tokens of prompts are sparse too.
         disable: names of passes to leave out.
         lists: whether a decode step lists its kept channels for the kernels of a GPU; None: when it runs on one.
     """
 
-    prefill: Prefill = "dense"
-    observe: bool = False
+    schedule: Mapping[str, Numbers] | None = None
+    sparse_prompts: bool = False
     disable: tuple[str, ...] = ()
     lists: bool | None = None
 
-    def __post_init__(self) -> None:
-        if self.prefill not in get_args(Prefill):
-            raise ValueError(f"prefill is {self.prefill!r}; it must be one of {', '.join(get_args(Prefill))}")
-
 
 @dataclass(eq=False)
-class LinearSite:
-    """One use of a Linear's weight in the graph.
+class SparseCall:
+    """One sparse Linear in the graph.
 
     Attributes:
-        node: computes y.
+        node: computes y [..., N] of this Linear, or of this Linear and its siblings.
         x: [..., K].
-        weight: graph input, [N, K], or [K, N] when `input_major`.
+        weight: [N, K], a graph input or a view of one.
         bias: [N], or None.
-        path: dotted path of its module, relative to the compiled one, as far as Dynamo knows it.
-        binding: its schedule entry, or None when it is not scheduled.
-        shard: this rank's part of `weight`, when that is a DTensor; x and y are then this rank's parts too.
-        sparse: the call that replaced it.
+        threshold: [K] fp32.
+        tokens: bool, which tokens are sparse, or None for all.
+        name: dotted path of its module, as far as it is known.
     """
 
     node: Node
     x: Node
     weight: Node
     bias: Node | None
-    input_major: bool
-    path: str | None
-    binding: Binding | None
-    shard: Node | None = None
-    sparse: "SparseCall | None" = None
-
-    @property
-    def name(self) -> str:
-        """Qualified name in the sparsified model, or what is known of it."""
-        return self.binding.name if self.binding else self.path or self.weight.name
-
-
-@dataclass(eq=False)
-class SparseCall:
-    """A `was.sparse_linear` node with its arguments by name, and the Linear's own part of them.
-
-    Attributes:
-        node: computes y [..., N] of this Linear, or of this Linear and its siblings.
-        weight: [N, K], the graph input or a transposed view of it.
-        threshold: [K] fp32, a graph input.
-        sequence: tokens per sequence.
-        dense: leading tokens of each sequence that stay dense.
-    """
-
-    node: Node
-    weight: Node
     threshold: Node
-    sequence: Node | int
-    dense: Node | int
+    tokens: Node | None
+    name: str
 
 
 @dataclass(eq=False)
 class Part:
-    """A Linear's output before its parts are added: one of the parts' columns.
+    """A Linear's output before its split-K partials are added: some of their columns.
 
     Attributes:
         partial: [S, 1, ΣN] fp32, of the Linear and its siblings.
@@ -106,15 +89,14 @@ class Part:
 
 @dataclass(eq=False)
 class Context:
-    """State of one run of the pipeline over `module`, a copy of Dynamo's graph module.
+    """State of one run of the pipeline over `module`, Dynamo's graph module.
 
     Attributes:
         inputs: the example of every graph input, in order; a weight's is the Parameter itself.
-        sites: Linears found in the graph, in order.
-        phase: decode or prefill, once chosen.
-        extra: inputs added after Dynamo's own.
-        parts: what computes a Linear's output from parts, and those.
-        siblings: per merged call, the weights (graph inputs) it reads.
+        calls: sparse Linears in the graph, in order, that no pass has rewritten into something else.
+        decode: one new token per sequence, as far as the sparse calls show it.
+        weights: with a schedule: weights [N, K] that it names.
+        parts: what computes a Linear's output from split-K partials, and those.
         counts: what each pass did.
         declined: (name, reason) of what a pass left alone.
     """
@@ -122,11 +104,10 @@ class Context:
     module: GraphModule
     inputs: list[Any]
     options: Options
-    sites: list[LinearSite] = field(default_factory=list)
-    phase: Phase = "decode"
-    extra: dict[ExtraInput, Node] = field(default_factory=dict)
+    calls: list[SparseCall] = field(default_factory=list)
+    decode: bool = False
+    weights: list[torch.Tensor] = field(default_factory=list)
     parts: dict[Node, Part] = field(default_factory=dict)
-    siblings: list[list[tuple[Node, Binding]]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     declined: list[tuple[str, str]] = field(default_factory=list)
 
@@ -138,7 +119,7 @@ class Context:
         return self.inputs[self._positions[placeholder]]
 
     def is_input(self, node: object) -> bool:
-        """Whether `node` is one of Dynamo's graph inputs."""
+        """Whether `node` is a graph input."""
         return isinstance(node, Node) and node in self._positions
 
     def outputs(self, node: Node, count: int) -> list[Node]:
@@ -155,11 +136,11 @@ class Context:
             self.erase_unused(item)
 
     def replace(self, old: Node, new: Node) -> None:
-        """Let all users of `old`, and the Linears of `sites` among them, read `new`; `old` stays, unused."""
+        """Let all users of `old`, and the calls among them, read `new`; `old` stays, unused."""
         old.replace_all_uses_with(new)
-        for site in self.sites:
-            site.x = new if site.x is old else site.x
-            site.bias = new if site.bias is old else site.bias
+        for call in self.calls:
+            call.x = new if call.x is old else call.x
+            call.bias = new if call.bias is old else call.bias
 
     def erase_unused(self, node: Node) -> None:
         """Erase `node`, and what only it reads, when nothing reads it and it changes nothing in place."""
@@ -171,14 +152,12 @@ class Context:
         for each in inputs:
             self.erase_unused(each)
 
-    def extra_input(self, site: LinearSite, attribute: Literal["threshold", "counts"]) -> Node:
-        """The graph input that carries a tensor of the binding of `site`, added when it is asked for first."""
-        assert site.binding is not None
-        tensor = getattr(site.binding, attribute)
-        key = ExtraInput(self._positions[site.weight], site.binding.name, site.path, attribute, tensor.shape[0])
-        if key not in self.extra:
-            self.extra[key] = add_placeholder(self.module.graph, f"was_{attribute}_{len(self.extra)}", tensor)
-        return self.extra[key]
+    @cached_property
+    def has_gradients(self) -> bool:
+        """Whether the graph is one to be differentiated."""
+        return torch.is_grad_enabled() and any(
+            isinstance(each, torch.Tensor) and each.requires_grad for each in self.inputs
+        )
 
 
 def module_path(node: Node) -> str | None:
@@ -187,20 +166,17 @@ def module_path(node: Node) -> str | None:
     if not stack:
         return None
     path, _ = list(stack.values())[-1]
-    return re.sub(r"^[LG]\['[^']*'\]\.?", "", path).replace("_modules['", "").replace("']", "")
+    return re.sub(r"^[LG](\[[^\]]*\])+\.?", "", path).replace("_modules['", "").replace("']", "")
+
+
+def module_classes(graph: Graph) -> Iterator[type]:
+    """The classes of the modules that the nodes of a graph came from."""
+    for node in graph.nodes:
+        for _, kind in (node.meta.get("nn_module_stack") or {}).values():
+            if isinstance(kind, type):
+                yield kind
 
 
 def value(node: object) -> Any:
     """The fake value Dynamo recorded for a node; anything else is its own value."""
     return node.meta.get("example_value") if isinstance(node, Node) else node
-
-
-def weight_view(graph: Graph, site: LinearSite) -> Node:
-    """W [N, K] of a Linear at the graph's insertion point: its graph input, or a new view or shard of it."""
-    node = site.weight
-    if site.shard is not None:
-        node = graph.node_copy(site.shard)
-    if site.input_major:
-        before, node = node, graph.call_method("t", (node,))
-        node.meta["example_value"] = value(before).t()
-    return node

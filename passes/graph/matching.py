@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node, map_arg
 
-from was_fx.passes.graph.context import value
+from was_fx.passes.graph.context import Context, value
 
 # Names of what writes to its first argument: add_, iadd, setitem, __setitem__.
 _IN_PLACE = re.compile(
@@ -16,6 +16,13 @@ _IN_PLACE = re.compile(
 
 _CASTS = {"to", "float", "type_as", "type", "bfloat16", "half"}
 _VIEWS = {"view", "reshape", "transpose", "permute", "contiguous", "flatten", "squeeze", "unsqueeze", "swapaxes"}
+
+
+def view_of_input(context: Context, node: object) -> Node | None:
+    """The graph input that `node` is, or is the transpose of; None for what is computed."""
+    if isinstance(node, Node) and kind(node) == "t" and len(node.args) == 1:
+        node = node.args[0]
+    return node if isinstance(node, Node) and context.is_input(node) else None
 
 
 def arguments_of(node: Node) -> Any:

@@ -11,6 +11,7 @@ the graph reads them.
 
 import contextlib
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar
@@ -19,6 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from was_fx.compat.dynamo import is_static_input
+from was_fx.passes.graph.context import Context
+from was_fx.passes.graph.matching import storage, written_storages
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +34,7 @@ MAX_GRAPHS = 8
 @dataclass(eq=False)
 class _Captured:
     graph: torch.cuda.CUDAGraph
+    lock: threading.Lock  # its inputs and outputs are one caller's at a time
     copied: list[Tensor]  # where the graph reads the inputs that move
     outputs: Sequence[Any]
     aliases: list[bool]  # outputs that are an input's memory
@@ -75,7 +81,7 @@ class CudaGraphs:
         self._in_place = tuple(sorted(in_place))
         self._others: tuple[int, ...] | None = None  # positions of all other inputs
         self._graphs: OrderedDict[tuple[Any, ...], _Captured | None] = OrderedDict()
-        self._pool: Any = None
+        self._lock = threading.Lock()
         self.captures = 0
 
     def __call__(self, *inputs: Any) -> Any:
@@ -89,22 +95,23 @@ class CudaGraphs:
         key, moving = self._key(inputs)
         if not all(each.is_contiguous() for each in moving):
             return self._compiled(*inputs)  # a copy has other strides than those it was compiled for
-        if key not in self._graphs:
-            self._graphs[key] = None
-            if len(self._graphs) > MAX_GRAPHS:
-                self._graphs.popitem(last=False)
-            return self._compiled(*inputs)
-        self._graphs.move_to_end(key)
-        found = self._graphs[key]
-        if found is None:
-            found = self._graphs[key] = self._capture(inputs, moving)
-        else:
+        with self._lock:
+            if key not in self._graphs:
+                self._graphs[key] = None
+                if len(self._graphs) > MAX_GRAPHS:
+                    self._graphs.popitem(last=False)
+                return self._compiled(*inputs)
+            self._graphs.move_to_end(key)
+            found = self._graphs[key]
+            if found is None:
+                found = self._graphs[key] = self._capture(inputs, moving)
+        with found.lock:
             torch._foreach_copy_(found.copied, moving)
-        found.graph.replay()
-        return [
-            output.clone() if isinstance(output, Tensor) and not alias else output
-            for output, alias in zip(found.outputs, found.aliases, strict=True)
-        ]
+            found.graph.replay()
+            return [
+                output.clone() if isinstance(output, Tensor) and not alias else output
+                for output, alias in zip(found.outputs, found.aliases, strict=True)
+            ]
 
     def _key(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor]]:
         """What a graph depends on, and the inputs that it doesn't read where they are."""
@@ -123,17 +130,16 @@ class CudaGraphs:
         for position in self._others or ():
             if isinstance(inputs[position], Tensor):
                 fixed[position] = next(places)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Memory of its own, so that threads may replay graphs of different caches at the same time.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = self._compiled(*fixed)
         self.captures += 1
         log.info("captured CUDA graph %d of a decode step", self.captures)
         memory = {each.untyped_storage().data_ptr() for each in inputs if isinstance(each, Tensor)}
         aliases = [isinstance(each, Tensor) and each.untyped_storage().data_ptr() in memory for each in outputs]
-        return _Captured(graph, copied, outputs, aliases)
+        return _Captured(graph, threading.Lock(), copied, outputs, aliases)
 
 
 def graphable(inputs: Sequence[Any]) -> bool:
@@ -143,3 +149,20 @@ def graphable(inputs: Sequence[Any]) -> bool:
         return False
     devices = {each.device for each in inputs if isinstance(each, Tensor)}
     return len(devices) == 1 and next(iter(devices)).type == "cuda" and not torch.is_grad_enabled()
+
+
+def fixed_inputs(context: Context) -> list[int]:
+    """Positions of the inputs that stay where they are in memory from one call to the next: weights, buffers, and what
+    the graph writes in place."""
+    written = written_storages(context.module.graph)
+    return [
+        position
+        for position, node in enumerate(context.module.graph.find_nodes(op="placeholder"))
+        if storage(node) in written or isinstance(context.input_of(node), torch.nn.Parameter) or is_static_input(node)
+    ]
+
+
+def has_state(context: Context) -> bool:
+    """Whether the graph writes to an input, as with a static cache; a cache that grows is a new input each time."""
+    written = written_storages(context.module.graph)
+    return any(storage(node) in written for node in context.module.graph.find_nodes(op="placeholder"))

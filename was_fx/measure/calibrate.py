@@ -1,29 +1,30 @@
 """`calibrate`: run text through a dense model and keep the distribution of every Linear's scores.
 `recalibrate`: the same for a schedule's thresholds, while the model drops what the schedule says."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from was_fx.modules.linears import body_linears, check_tokens, find_linears, looking_at_inputs
+from was_fx.modules.linears import body_linears, dropping, find_linears, looking_at_inputs
+from was_fx.modules.placement import input_device, refuse_sharded, whole_channel_norms
+from was_fx.modules.tokens import Tokens, batches
 from was_fx.schedules.files.calibration import Calibration, CalibrationBuilder
 from was_fx.schedules.files.schedule import Schedule
+from was_fx.schedules.progress import Progress
 from was_fx.schedules.score import Score, channel_scale
 from was_fx.schedules.search.threshold_table import ThresholdTable
 from was_fx.schedules.selection import select
-from was_fx.sparse.placement import input_device, refuse_sharded, whole_channel_norms
-from was_fx.sparse.sparsify import check_schedule, model_fingerprint, sparse_state
-
-Progress = Callable[[int, int], None]
+from was_fx.sparse.sparsify import check_schedule, prompts_treated
+from was_fx.sparse.state import model_fingerprint, sparse_state
 
 
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
-    tokens: Tensor,
+    tokens: Tokens,
     *,
     score: Score | None = None,
     text: str = "",
@@ -38,7 +39,8 @@ def calibrate(
 
     Args:
         model: a dense causal LM; its dtype and device are used as they are.
-        tokens: LongTensor [n, seq] of token ids, any device.
+        tokens: token ids: a LongTensor [n, seq], sequences of unequal length, or a tokenizer's output with
+            `input_ids` and `attention_mask`; padding is left out.
         score: WAS's |x|·‖W‖₁ by default.
         text: what the tokens are, for the record.
         include: qualified names of the Linears to measure, or patterns of them (see `was_fx.schedules.selection`), the
@@ -57,7 +59,6 @@ def calibrate(
     """
     if sparse_state(model) is not None:
         raise ValueError("the model is sparsified; calibration needs the dense one: was_fx.densify(model) first")
-    check_tokens(model, tokens)
     refuse_sharded(model)
     score = score or Score()
     everything, body = find_linears(model), body_linears(model)
@@ -74,7 +75,7 @@ def calibrate(
 def recalibrate(
     model: nn.Module,
     schedule: Schedule,
-    tokens: Tensor,
+    tokens: Tokens,
     *,
     rounds: int = 2,
     batch_size: int = 1,
@@ -89,7 +90,7 @@ def recalibrate(
     Args:
         model: the dense model of the schedule.
         schedule: its sparsities are kept. Linears with thresholds of their own for each channel are kept as they are.
-        tokens: LongTensor [n, seq] of token ids, any device; a few thousand tokens do.
+        tokens: as for `calibrate`; a few thousand tokens do.
         rounds: how often. At high sparsity the first still drifts, the third changes little.
         batch_size: sequences per forward pass.
         progress: called with (sequences done, n · rounds).
@@ -103,14 +104,13 @@ def recalibrate(
     """
     if sparse_state(model) is not None:
         raise ValueError("the model is sparsified; give the dense one: was_fx.densify(model) first")
-    check_tokens(model, tokens)
     refuse_sharded(model)
     check_schedule(model, schedule, find_linears(model))
     for done in range(rounds):
         exponents = {name: entry.exponent for name, entry in schedule.linears.items()}
         step = None if progress is None else partial(_later_round, progress, done, rounds)
         table = measure_thresholds(
-            model, exponents, tokens, norm=schedule.norm, dropping=schedule, batch_size=batch_size, progress=step
+            model, exponents, tokens, norm=schedule.norm, schedule=schedule, batch_size=batch_size, progress=step
         )
         schedule = schedule.replace(
             {
@@ -126,10 +126,10 @@ def recalibrate(
 def measure_thresholds(
     model: nn.Module,
     exponents: Mapping[str, float],
-    tokens: Tensor,
+    tokens: Tokens,
     *,
     norm: int,
-    dropping: Schedule | None = None,
+    schedule: Schedule | None = None,
     signed: bool = False,
     batch_size: int = 1,
     progress: Progress | None = None,
@@ -137,11 +137,11 @@ def measure_thresholds(
     """Thresholds by sparsity of Linears with a score |x_j|·g_j^α of their own, dense or while the model drops.
 
     Args:
-        model: a causal LM; run uncompiled and dense but for `dropping`, also if it is sparsified.
+        model: a causal LM; run dense but for `schedule`, also if it is sparsified.
         exponents: α by qualified name of the Linears to measure, which may include the head.
         tokens: LongTensor [n, seq] of token ids.
         norm: p of the channel norms.
-        dropping: what the model drops meanwhile, in all tokens: entries for all of these Linears; by default nothing.
+        schedule: what the model drops meanwhile, in all tokens: entries for all of these Linears; by default nothing.
         signed: measure max(x_j, 0) for `ThresholdTable.signed`.
         batch_size: sequences per forward pass.
         progress: called with (sequences done, n).
@@ -156,30 +156,27 @@ def measure_thresholds(
     scales = {name: channel_scale(norms[name], exponent) for name, exponent in exponents.items()}
     builder = CalibrationBuilder(Score(1.0, norm), {name: linear.shape for name, linear in linears.items()}, scales)
     thresholds = {
-        name: None if dropping is None else dropping.linears[name].channel_thresholds(norms[name]) for name in linears
+        name: None if schedule is None else schedule.linears[name].channel_thresholds(norms[name]) for name in linears
     }
 
-    def record_and_drop(name: str, x: Tensor) -> Tensor | None:
+    def record(name: str, x: Tensor) -> None:
         builder.add(name, x.clamp(min=0) if signed else x)
-        threshold = thresholds[name]
-        return None if threshold is None else x.masked_fill(x.abs() <= threshold, 0)
 
-    with looking_at_inputs(linears, record_and_drop):
+    with dropping(linears, thresholds, look=record):
         _run(model, tokens, batch_size, progress)
     return ThresholdTable(builder.build(text="", fingerprint={}), dict(exponents), norm, signed)
 
 
-def _run(model: nn.Module, tokens: Tensor, batch_size: int, progress: Progress | None) -> None:
-    """Run the text through the model."""
+def _run(model: nn.Module, tokens: Tokens, batch_size: int, progress: Progress | None) -> None:
+    """Run the text through the model, every Linear dense."""
     training = model.training
     model.eval()
     try:
-        device = input_device(model)
-        for start in range(0, tokens.shape[0], batch_size):
-            # Not the model's own call, which is compiled when it is sparsified.
-            model.forward(input_ids=tokens[start : start + batch_size].to(device), use_cache=False)
-            if progress is not None:
-                progress(min(start + batch_size, tokens.shape[0]), tokens.shape[0])
+        with prompts_treated(model, "dense"):
+            for batch, done, total in batches(model, tokens, batch_size):
+                model(input_ids=batch.to(input_device(model)), use_cache=False)
+                if progress is not None:
+                    progress(done, total)
     finally:
         model.train(training)
 

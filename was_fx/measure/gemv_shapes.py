@@ -27,7 +27,7 @@ def gemv_shapes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[tuple[
         text.layer_types = text.layer_types[:2]
     model = random_model(small, dtype=dtype, device="cuda")
     ids = torch.randint(text.vocab_size, (1, 16))
-    sparsify(model, uniform_while_dropping(model, ids, 0.5), executor="eager")
+    sparsify(model, uniform_while_dropping(model, ids, 0.5), lowering="eager")
     before = set(REQUESTED)
     REQUESTED.clear()
     model.generate(ids.cuda(), attention_mask=torch.ones_like(ids).cuda(), max_new_tokens=3, do_sample=False)  # type: ignore[operator]

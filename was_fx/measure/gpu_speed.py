@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from was_fx.compile.backend import raise_recompile_limit
 from was_fx.measure.sequential import realised_sparsity, uniform_while_dropping
-from was_fx.modules.linears import vocabulary, weight_bytes_per_token
+from was_fx.modules.linears import weight_bytes_per_token
+from was_fx.modules.tokens import vocabulary
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.score import Score
-from was_fx.sparse.sparsify import sparse_state, sparsify
+from was_fx.sparse.sparsify import sparsify
+from was_fx.sparse.state import sparse_state
 
 Progress = Callable[[str], None]
 

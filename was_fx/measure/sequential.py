@@ -7,7 +7,8 @@ what the Linears before it have left. Works on the module's own hooks: nothing i
 import torch
 from torch import Tensor, nn
 
-from was_fx.modules.linears import body_linears, check_tokens, looking_at_inputs, weight_bytes_per_token
+from was_fx.modules.linears import body_linears, dropping, looking_at_inputs, weight_bytes_per_token
+from was_fx.modules.tokens import check_tokens
 from was_fx.schedules.files.linear_schedule import LinearSchedule
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.score import Score, channel_norms, channel_scale
@@ -55,14 +56,15 @@ def realised_sparsity(model: nn.Module, schedule: Schedule, tokens: Tensor) -> t
     body = body_linears(model)
     linears = {name: linear for name, linear in body.items() if name in schedule.linears}
     shares: dict[str, float] = {}
+    thresholds: dict[str, Tensor | None] = {
+        name: schedule.linears[name].channel_thresholds(channel_norms(linear.weight, schedule.norm))
+        for name, linear in linears.items()
+    }
 
-    def drop(name: str, x: Tensor) -> Tensor:
-        norms = channel_norms(linears[name].weight, schedule.norm)
-        dropped = x.abs() <= schedule.linears[name].channel_thresholds(norms)
-        shares[name] = float(dropped.mean(dtype=torch.float32))
-        return x.masked_fill(dropped, 0)
+    def note(name: str, weak: Tensor) -> None:
+        shares[name] = float(weak.mean(dtype=torch.float32))
 
-    with looking_at_inputs(linears, drop):
+    with dropping(linears, thresholds, dropped=note):
         model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
     sizes = {name: linears[name].weight.numel() for name in shares}
     skipped = sum(share * sizes[name] for name, share in shares.items())

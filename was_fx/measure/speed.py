@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from was_fx.compile.backend import Executor
+from was_fx.compile.options import Lowering
 from was_fx.measure.calibrate import calibrate, recalibrate
 from was_fx.measure.evaluate import evaluate
-from was_fx.modules.linears import vocabulary, weight_bytes_per_token
+from was_fx.modules.linears import weight_bytes_per_token
+from was_fx.modules.tokens import vocabulary
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.score import Score
 from was_fx.schedules.search.uniform import uniform
-from was_fx.sparse.sparsify import sparse_state, sparsify
+from was_fx.sparse.sparsify import sparsify
+from was_fx.sparse.state import sparse_state
 
 Progress = Callable[[int, int], None]
 
@@ -90,7 +92,7 @@ def decode_speed(
     repetitions: int = 5,
     score: Score | None = None,
     cache: str = "dynamic",
-    executor: Executor | None = None,
+    lowering: Lowering | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[SpeedRow]:
@@ -143,10 +145,10 @@ class _Runs:
         schedules: Sequence[Schedule],
         start: Tensor,
         arguments: dict[str, Any],
-        executor: Executor | None,
+        lowering: Lowering | None,
     ) -> None:
         self.dense, self.sparse, self.schedules = dense, sparse, list(schedules)
-        self.start, self.arguments, self.executor = start, arguments, executor
+        self.start, self.arguments, self.lowering = start, arguments, executor
         self.texts: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -160,7 +162,7 @@ class _Runs:
         try:
             # As `sparsify` compiles: one graph for every length, and never a silent fall back to no graph.
             with torch._dynamo.config.patch(recompile_limit=64, specialize_float=True):
-                if self.executor != "eager":
+                if self.lowering != "eager":
                     self.dense.compile(dynamic=True, fullgraph=True)
                 for done in range(total):
                     index = done % len(times)
@@ -184,7 +186,7 @@ class _Runs:
         return statistics.fmean(clock.steps())
 
     def _sparsified(self, index: int) -> nn.Module:
-        return sparsify(self.sparse, self.schedules[index - 1], executor=self.executor)
+        return sparsify(self.sparse, self.schedules[index - 1], executor=self.lowering)
 
     def rows(self, times: list[list[float]]) -> list[SpeedRow]:
         """Medians, with the sparsity that each schedule had on the tokens it was timed on."""
@@ -192,7 +194,7 @@ class _Runs:
         dense = statistics.median(times[0])
         rows = [SpeedRow(0.0, 0.0, dense, tuple(times[0]), 1.0, everything)]
         for index, schedule in enumerate(self.schedules, start=1):
-            found = evaluate(self._sparsified(index), self.texts[index], prefill="all", executor="eager")
+            found = evaluate(self._sparsified(index), self.texts[index], prefill="all", lowering="eager")
             median = statistics.median(times[index])
             read = round(everything * (1 - found.bytes_saved))
             rows.append(SpeedRow(schedule.sparsity, found.realised, median, tuple(times[index]), dense / median, read))

@@ -5,9 +5,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from was_fx.modules.weights import is_sharded
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,21 +63,83 @@ def find_linears(model: nn.Module) -> dict[str, LinearModule]:
             f"{type(model).__name__} wraps a model with adapters; give that model instead, which keeps its adapters: "
             "model.get_base_model()"
         )
-    head = _embedding(model, "get_output_embeddings")
+    head = embedding(model, "get_output_embeddings")
     found = {}
     for name, module in _modules_without_adapters(model):
-        input_major = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
         weight = getattr(module, "weight", None)
-        if not (isinstance(module, nn.Linear) or input_major) or not isinstance(weight, Tensor):
+        if not (isinstance(module, nn.Linear) or is_conv1d(module)) or not isinstance(weight, Tensor):
             continue
-        if weight.dim() == 2 and weight.is_floating_point():
-            found[name] = LinearModule(name, module, input_major, module is head)
+        stored = unsupported_format(weight)
+        if stored is not None:
+            raise ValueError(_no_plain_weights(f"{name} is stored as {stored}", model))
+        if weight.dim() == 2 and weight.is_floating_point() and computes_product(module):
+            found[name] = LinearModule(name, module, is_conv1d(module), module is head)
+    if not any(not linear.head for linear in found.values()):
+        method = getattr(getattr(_config(model), "quantization_config", None), "quant_method", None)
+        if method is not None:
+            raise ValueError(_no_plain_weights(f"{type(model).__name__} is quantised by {_text(method)}", model))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no Linear with a floating-point weight; "
             "expected a causal LM such as AutoModelForCausalLM.from_pretrained(...) returns"
         )
     return found
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' `Conv1D`, a Linear that stores Wᵀ [K, N]."""
+    return hasattr(module, "nf") and any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+
+
+def unsupported_format(weight: Tensor) -> str | None:
+    """How a weight is stored, if not as plain floating-point numbers that a Linear can be multiplied with."""
+    if type(weight) not in (Tensor, nn.Parameter) and not is_sharded(weight):
+        return f"a {type(weight).__name__}"
+    if weight.dtype not in _DTYPES:
+        return str(weight.dtype)
+    return None
+
+
+def _no_plain_weights(what: str, model: nn.Module) -> str:
+    return (
+        f"{what}, and was-fx needs weights in bf16, fp16 or fp32: load the checkpoint without quantisation, or call "
+        f"model.dequantize() first where {type(model).__name__} has it"
+    )
+
+
+@torch.no_grad()
+def computes_product(module: nn.Module) -> bool:
+    """Whether a Linear's class computes x Wᵀ + b; tried on one input where the class has a forward of its own."""
+    kind = type(module)
+    if kind.forward is nn.Linear.forward or is_conv1d(module) or hasattr(module, "was_threshold"):
+        return True
+    if kind not in _computes_product:
+        _computes_product[kind] = _try_product(module)
+    return _computes_product[kind]
+
+
+_computes_product: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+
+
+def _try_product(module: Any) -> bool:
+    weight = module.weight
+    if weight.is_meta or is_sharded(weight):
+        return True
+    x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(2, -1).to(weight.dtype)
+    expected = torch.nn.functional.linear(x, weight, getattr(module, "bias", None))
+    try:
+        y = type(module).forward(module, x)
+    except Exception:
+        return False  # it takes other arguments, or other inputs
+    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-2, atol=1e-2)
+
+
+def _config(model: nn.Module) -> Any:
+    return getattr(model, "config", None)
+
+
+def _text(method: Any) -> str:
+    return str(getattr(method, "value", method))
 
 
 def body_linears(model: nn.Module) -> dict[str, LinearModule]:
@@ -134,8 +201,7 @@ def looking_at_inputs(
 ) -> Iterator[None]:
     """Call `look(name, x)` with the input x [..., K] of each Linear before it runs, while the context lasts.
 
-    A tensor that it returns takes the place of x. The compiled call of a sparsified model does not see this: use the
-    model's `forward`.
+    A tensor that it returns takes the place of x.
     """
 
     def hook(name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -150,31 +216,40 @@ def looking_at_inputs(
         yield
 
 
-def vocabulary(model: nn.Module) -> int | None:
-    """Number of token ids the model's input embedding knows, or None when it can't be told."""
-    weight = getattr(_embedding(model, "get_input_embeddings"), "weight", None)
-    return weight.shape[0] if isinstance(weight, Tensor) else None
+@contextmanager
+def dropping(
+    linears: Mapping[str, LinearModule],
+    thresholds: Mapping[str, Tensor | None],
+    *,
+    first: int = 0,
+    look: Callable[[str, Tensor], None] | None = None,
+    dropped: Callable[[str, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Zero the weak channels of each Linear's input while the context lasts: the meaning of a schedule, by hooks.
 
-
-def check_tokens(model: nn.Module, tokens: Tensor) -> None:
-    """Check that `tokens` is a LongTensor [n, seq] within the model's vocabulary.
-
-    Raises:
-        TypeError: not an integer tensor.
-        ValueError: wrong rank, empty, or an id outside the vocabulary.
+    Args:
+        linears: by qualified name.
+        thresholds: t [K] fp32 by qualified name; None drops nothing.
+        first: leading tokens of each sequence that keep every channel.
+        look: called with the name and the whole input x [..., K] first.
+        dropped: called with the name and a mask [..., K] of what is dropped.
     """
-    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"tokens is {kind}; expected a LongTensor [n, seq] of token ids")
-    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected [n ≥ 1, seq ≥ 2]")
-    size = vocabulary(model)
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or (size is not None and high >= size):
-        raise ValueError(
-            f"tokens holds ids {low} to {high}, but the model's vocabulary is 0 to {(size or 0) - 1}; "
-            "tokenise the text with this model's own tokenizer"
-        )
+
+    def zero(name: str, x: Tensor) -> Tensor | None:
+        if look is not None:
+            look(name, x)
+        threshold = thresholds[name]
+        if threshold is None:
+            return None
+        weak = x.abs() <= threshold
+        if first:
+            weak[..., :first, :] = False
+        if dropped is not None:
+            dropped(name, weak)
+        return x.masked_fill(weak, 0)
+
+    with looking_at_inputs(linears, zero):
+        yield
 
 
 def _modules_without_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -190,7 +265,7 @@ def _modules_without_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module
             yield inside[-1], module
 
 
-def _embedding(model: nn.Module, getter: str) -> nn.Module | None:
+def embedding(model: nn.Module, getter: str) -> nn.Module | None:
     """What a model of transformers answers; None for any other module."""
     get: Any = getattr(model, getter, None)
     return get() if get is not None else None

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from was_fx.compilation import compile_call
-from was_fx.measure.evaluate import Realised, realised, reset_counts
-from was_fx.passes.graph.context import Prefill
+from was_fx.measure.realised import Counting, Realised
+from was_fx.modules.token_rule import Prefill
 from was_fx.schedules.files.schedule import Schedule
-from was_fx.sparse.sparsify import densify, sparse_state, sparsify
+from was_fx.sparse.sparsify import densify, sparsify
+from was_fx.sparse.state import sparse_state
 
 try:
     from lm_eval.models.huggingface import HFLM
@@ -44,7 +44,7 @@ class WasLM(HFLM):
             that, the model is dense.
         prefill: which tokens of a prompt are sparse: "sparse" all but the first 1 % (WAS's convention), "half" the
             last half (TEAL's), "all" every one. Not "dense": tasks that compare likelihoods consist of prompts only.
-        executor: as for `sparsify`.
+        lowering: as for `sparsify`.
         allow_other_model: as for `sparsify`.
         arguments: lm-eval's own, such as device, dtype and batch_size.
 
@@ -58,7 +58,7 @@ class WasLM(HFLM):
         pretrained: str | nn.Module = "embedded",
         schedule: Schedule | str | Path | None = None,
         prefill: Prefill = "sparse",
-        executor: Any = None,
+        lowering: Any = None,
         allow_other_model: bool = False,
         **arguments: Any,
     ) -> None:
@@ -69,7 +69,8 @@ class WasLM(HFLM):
 
             pretrained = str(embedded.path())
         super().__init__(pretrained, **arguments)  # type: ignore[arg-type]
-        self._how = {"prefill": prefill, "executor": executor, "allow_other_model": allow_other_model}
+        self._how = {"prefill": prefill, "lowering": lowering, "allow_other_model": allow_other_model}
+        self._counts = Counting(self.model)
         known = sparse_state(self.model)
         if schedule is None and known is not None:
             schedule = known.schedule
@@ -77,14 +78,12 @@ class WasLM(HFLM):
 
     def use(self, schedule: Schedule | str | Path | None) -> None:
         """Score by another schedule from now on; None makes the model dense."""
+        self._counts.stop()
         if schedule is None:
             densify(self.model)
-            return
-        sparsify(self.model, schedule, **self._how)  # type: ignore[arg-type]
-        state: Any = sparse_state(self.model)
-        options = {"prefill": state.options.prefill, "executor": state.options.executor, "observe": True}
-        self.model._compiled_call_impl = compile_call(self.model._call_impl, options)
-        reset_counts(self.model)
+        else:
+            sparsify(self.model, schedule, **self._how)  # type: ignore[arg-type]
+        self._counts = Counting(self.model)
 
     def _create_model(self, *arguments: Any, **keywords: Any) -> None:
         """Without the warning that the checkpoint says already how it decodes: that is where lm-eval read it."""
@@ -94,8 +93,8 @@ class WasLM(HFLM):
 
     @property
     def realised(self) -> Realised:
-        """Sparsity measured since the last `use`, over the tokens that were sparse, padding included."""
-        return realised(self.model)
+        """Sparsity measured since the last `use`, over the tokens that were sparse; padding is not counted."""
+        return self._counts.realised()
 
 
 def minimal_pairs(path: str | Path | None = None) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from was_fx.compat.quantizers import let_given_attributes_win
+from was_fx.sparse.saving import METHOD, SCHEDULE_FILE, config_entry
+from was_fx.sparse.sparsify import sparsify
+
 if TYPE_CHECKING:
     from was_fx.schedules.files.schedule import Schedule
-
-METHOD = "was"
-SCHEDULE_FILE = "schedule.was.safetensors"
 
 
 @register_quantization_config(METHOD)
@@ -30,8 +31,8 @@ class WasConfig(QuantizationConfigMixin):
     Args:
         schedule: a `Schedule` or the path of one. In a config.json, the name of the file beside it.
         prefill: as for `sparsify`.
-        executor: as for `sparsify`; not saved.
-        allow_other_model: as for `sparsify`; not saved.
+        lowering: as for `sparsify`; not saved.
+        allow_other_model: as for `sparsify`; saved where the weights have changed since the schedule was made.
         quant_method: always "was".
         was_fx_version: the version that saved the checkpoint, for the record.
 
@@ -43,7 +44,7 @@ class WasConfig(QuantizationConfigMixin):
         self,
         schedule: Schedule | str | Path = SCHEDULE_FILE,
         prefill: str = "dense",
-        executor: str | None = None,
+        lowering: str | None = None,
         allow_other_model: bool = False,
         quant_method: str = METHOD,
         was_fx_version: str | None = None,
@@ -59,21 +60,23 @@ class WasConfig(QuantizationConfigMixin):
         self.quant_method: Any = quant_method
         self.schedule = schedule
         self.prefill = prefill
-        self.executor = executor
+        self.lowering = lowering
         self.allow_other_model = allow_other_model
         self.was_fx_version = was_fx_version
+        self.beside_checkpoint = True
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds. A `Schedule` stands there under the name of its file."""
-        from was_fx import __version__
-
         name = str(self.schedule) if isinstance(self.schedule, str | Path) else SCHEDULE_FILE
-        return {
-            "quant_method": METHOD,
-            "schedule": name,
-            "prefill": self.prefill,
-            "was_fx_version": self.was_fx_version or __version__,
-        }
+        return config_entry(self.prefill, schedule=name, allow_other_model=self.allow_other_model)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What takes the place of a checkpoint's own, when this is given to `from_pretrained` beside it."""
+        found = {name: getattr(self, name) for name in ("schedule", "prefill", "lowering", "allow_other_model")}
+        return {**found, "beside_checkpoint": self.schedule == SCHEDULE_FILE}
+
+
+let_given_attributes_win(WasConfig)
 
 
 @register_quantizer(METHOD)
@@ -83,11 +86,9 @@ class WasQuantizer(HfQuantizer):
     quantization_config: WasConfig
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        from was_fx.sparse.sparsify import sparsify
-
         config = self.quantization_config
         schedule = config.schedule
-        if self.pre_quantized and isinstance(schedule, str | Path):
+        if self.pre_quantized and config.beside_checkpoint and isinstance(schedule, str | Path):
             schedule = _beside_checkpoint(model.config, str(schedule))
         # From here on it is a model that `sparsify` made, and has none of the limits of a quantised one.
         self.remove_quantization_config(model)
@@ -95,7 +96,7 @@ class WasQuantizer(HfQuantizer):
             model,
             schedule,
             prefill=config.prefill,  # type: ignore[arg-type]
-            executor=config.executor,  # type: ignore[arg-type]
+            lowering=config.lowering,  # type: ignore[arg-type]
             allow_other_model=config.allow_other_model,
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from was_fx.modules.linears import find_linears, looking_at_inputs
+from was_fx.modules.linears import dropping, find_linears, looking_at_inputs
 from was_fx.schedules.blocks import Block
 from was_fx.schedules.score import channel_norms, channel_scale
 from was_fx.schedules.search.threshold_table import ThresholdTable
@@ -34,7 +34,7 @@ class BlockInputs:
         ]
         try:
             with torch.no_grad():
-                model.forward(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
+                model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -87,12 +87,7 @@ class BlockError:
         }
         self.calls += 1
 
-        def drop(name: str, x: Tensor) -> Tensor:
-            dropped = x.abs() <= thresholds[name]
-            dropped[..., : self._first, :] = False
-            return x.masked_fill(dropped, 0)
-
-        with looking_at_inputs({name: self._linears[name] for name in thresholds}, drop):
+        with dropping({name: self._linears[name] for name in thresholds}, thresholds, first=self._first):
             difference = self._inputs.output(self._block) - self._dense
         return float(difference[:, self._first :].float().norm())
 

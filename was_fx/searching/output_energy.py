@@ -48,5 +48,5 @@ def dropped_energy(
         curves[name] = np.interp(levels, ranks, np.concatenate([[0.0], total]) / max(total[-1], 1e-300))
 
     with looking_at_inputs(linears, measure):
-        model.forward(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
+        model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
     return np.stack([curves[name] for name in exponents])

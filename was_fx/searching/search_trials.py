@@ -10,7 +10,7 @@ from was_fx.schedules.search.trial_runner import Evaluate, Task, TrialRunner
 from was_fx.searching.search_context import SearchContext
 from was_fx.searching.trial_evaluation import TrialEvaluator
 from was_fx.searching.workers import RemoteEvaluator, checkpoint_of
-from was_fx.sparse.sparsify import densify, sparsify
+from was_fx.sparse.sparsify import densify, prompts_treated, sparsify
 
 
 @contextmanager
@@ -18,11 +18,11 @@ def running(context: SearchContext, table: ThresholdTable) -> Iterator[TrialRunn
     """What runs trials: this process with the model sparsified meanwhile, or workers with models of their own."""
     metadata = ScheduleMetadata(fingerprint=context.calibration.fingerprint)
     schedule = table.schedule(dict.fromkeys(context.shapes, context.target), metadata)
-    model, size, executor = context.model, context.batch_size, context.executor
+    model, size = context.model, context.batch_size
     evaluate: Evaluate
     if context.workers is None:
-        sparsify(model, schedule, executor=executor)
-        evaluate = TrialEvaluator(model, schedule, context.tokens, batch_size=size, executor=executor)
+        sparsify(model, schedule)
+        evaluate = TrialEvaluator(model, schedule, context.tokens, batch_size=size)
     else:
         parameter = next(model.parameters())
         evaluate = RemoteEvaluator(
@@ -32,10 +32,10 @@ def running(context: SearchContext, table: ThresholdTable) -> Iterator[TrialRunn
             schedule=schedule,
             tokens=tuple(map(tuple, context.tokens.tolist())),
             batch_size=size,
-            executor=executor,
         )
     try:
-        with TrialRunner(evaluate, context.log, context.workers) as runner:
+        # What else looks at the model meanwhile sees the dense one.
+        with prompts_treated(model, "dense"), TrialRunner(evaluate, context.log, context.workers) as runner:
             yield runner
             context.spent["trials"] += runner.tokens
     finally:

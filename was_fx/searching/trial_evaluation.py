@@ -8,15 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
-from was_fx.compilation import compile_call
-from was_fx.compile.backend import Executor
-from was_fx.modules.linears import find_linears
-from was_fx.passes.bindings import bindings
-from was_fx.schedules.budget import model_sparsity
+from was_fx.measure.realised import Counting
+from was_fx.modules.token_rule import Prefill
 from was_fx.schedules.files.linear_schedule import LinearSchedule
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.search.racing import is_hopeless
-from was_fx.sparse.sparsify import set_thresholds
+from was_fx.sparse.sparsify import prompts_treated, set_entries
 
 
 class TrialEvaluator:
@@ -30,17 +27,11 @@ class TrialEvaluator:
         schedule: the one it was sparsified with.
         tokens: LongTensor [n, seq], the validation windows.
         batch_size: windows per forward pass.
-        executor: "eager" runs the rewritten graph node by node, "inductor" compiles it first.
     """
 
-    def __init__(
-        self, model: nn.Module, schedule: Schedule, tokens: Tensor, *, batch_size: int, executor: Executor
-    ) -> None:
+    def __init__(self, model: nn.Module, schedule: Schedule, tokens: Tensor, *, batch_size: int) -> None:
         self._model, self._schedule, self._tokens, self._batch = model, schedule, tokens, batch_size
-        linears = find_linears(model)
-        self._linears = {name: linears[name] for name in schedule.linears}
-        options = {"prefill": "sparse", "observe": True, "executor": executor}
-        self._forward = compile_call(model.forward, options)
+        self._counts = Counting(model)
         self._device = next(model.parameters()).device
         self._reference: tuple[Tensor, Tensor] | None = None
 
@@ -66,19 +57,22 @@ class TrialEvaluator:
         else:
             losses = self._losses(inputs["incumbent"])
             result = {"losses": losses, "tokens": len(losses) * self._tokens.shape[1]}
-        return {**result, "realised": self._realised(), "seconds": round(time.perf_counter() - start, 4)}
+        return {
+            **result,
+            "realised": self._counts.realised().sparsity,
+            "seconds": round(time.perf_counter() - start, 4),
+        }
 
     def _set(self, linears: Mapping[str, Any]) -> None:
         entries = {name: LinearSchedule(*numbers) for name, numbers in linears.items()}
-        set_thresholds(self._linears, self._schedule.replace(entries))
-        for name, linear in self._linears.items():
-            bindings(linear.parameter)[name].counts.zero_()
+        set_entries(self._model, self._schedule.replace(entries))
+        self._counts.reset()
 
     def _losses(self, incumbent: list[float]) -> list[float]:
         losses: list[float] = []
         for batch in self._tokens.split(self._batch):
             ids = batch.to(self._device)
-            logits = self._forward(input_ids=ids, use_cache=False).logits
+            logits = self._logits(ids, "sparse")
             for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True):  # one at a time: fp32 logits are large
                 losses.append(float(cross_entropy(row.float(), targets)))
             if is_hopeless(losses, incumbent):
@@ -87,12 +81,11 @@ class TrialEvaluator:
 
     def _divergence(self, ids: Tensor) -> float:
         if self._reference is None or not torch.equal(self._reference[0], ids):
-            dense = self._model.forward(input_ids=ids, use_cache=False).logits  # uncompiled, so dense
-            self._reference = (ids, dense[0].float().log_softmax(-1))
-        sparse = self._forward(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+            self._reference = (ids, self._logits(ids, "dense")[0].float().log_softmax(-1))
+        sparse = self._logits(ids, "sparse")[0].float().log_softmax(-1)
         return float(kl_div(sparse, self._reference[1], log_target=True, reduction="sum")) / ids.shape[1]
 
-    def _realised(self) -> float:
-        counts = {name: bindings(linear.parameter)[name].counts.tolist() for name, linear in self._linears.items()}
-        shares = {name: dropped / seen if seen else 0.0 for name, (dropped, seen) in counts.items()}
-        return model_sparsity(shares, self._schedule.shapes)
+    def _logits(self, ids: Tensor, prefill: Prefill) -> Tensor:
+        with prompts_treated(self._model, prefill):
+            logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
+        return logits

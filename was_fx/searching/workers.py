@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from was_fx.compile.backend import Executor as GraphExecutor
 from was_fx.schedules.files.schedule import Schedule
 
 
@@ -26,7 +25,6 @@ class RemoteEvaluator:
         schedule: the model is sparsified with it first; its fingerprint proves that the checkpoint is the same model.
         tokens: the validation windows, rows of token ids.
         batch_size: windows per forward pass.
-        executor: of the rewritten graph.
     """
 
     checkpoint: str
@@ -35,7 +33,6 @@ class RemoteEvaluator:
     schedule: Schedule
     tokens: tuple[tuple[int, ...], ...]
     batch_size: int
-    executor: GraphExecutor
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Evaluate a trial; see `TrialEvaluator`."""
@@ -65,9 +62,9 @@ def _evaluator(key: _Key) -> Any:
 
     remote = key.remote
     model: Any = AutoModelForCausalLM.from_pretrained(remote.checkpoint, dtype=getattr(torch, remote.dtype))
-    model = sparsify(model.to(remote.device).eval(), remote.schedule, executor=remote.executor)
+    model = sparsify(model.to(remote.device).eval(), remote.schedule)
     tokens = torch.tensor(remote.tokens, dtype=torch.long)
-    return TrialEvaluator(model, remote.schedule, tokens, batch_size=remote.batch_size, executor=remote.executor)
+    return TrialEvaluator(model, remote.schedule, tokens, batch_size=remote.batch_size)
 
 
 def checkpoint_of(model: nn.Module) -> str:

@@ -7,7 +7,6 @@ The text is the dense model's own, for the dense model verifies every token; onl
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from was_fx.compile.backend import Executor
-from was_fx.passes.bindings import bindings
+from was_fx.compile.options import Lowering
 from was_fx.schedules.files.schedule import Schedule
+from was_fx.schedules.progress import Progress
 from was_fx.sparse import saving
-from was_fx.sparse.sparsify import sparse_state, sparsify
-
-Progress = Callable[[int, int], None]
+from was_fx.sparse.sparsify import sparsify
+from was_fx.sparse.state import sparse_state
 
 
 def draft(
@@ -30,7 +28,7 @@ def draft(
     *,
     tokens: int = 5,
     confidence: float = 0.0,
-    executor: Executor | None = None,
+    lowering: Lowering | None = None,
     allow_other_model: bool = False,
 ) -> nn.Module:
     """Make a sparse draft of a dense model, for `model.generate(..., assistant_model=draft)`.
@@ -40,34 +38,28 @@ def draft(
     everything back.
 
     Args:
-        model: a dense causal LM of transformers; it stays dense. Compile it, if at all, with another backend than
-            "was", which would take it for sparsified.
+        model: a dense causal LM of transformers; it stays dense.
         schedule: a `Schedule` or the path of one.
         tokens: how many tokens the draft guesses before they are checked.
         confidence: the draft stops guessing earlier at a token with a smaller probability.
-        executor: as for `sparsify`.
+        lowering: as for `sparsify`.
         allow_other_model: as for `sparsify`.
 
     Returns:
         A model of the same class. Its `generation_config` holds `tokens` and `confidence`.
 
     Raises:
-        ValueError: the model is sparsified, so its own text would not be the dense model's; it has a draft already; or
-            an argument is out of range.
+        ValueError: the model is sparsified, so its own text would not be the dense model's; or an argument is out of
+            range.
         ScheduleError: the schedule doesn't fit the model.
     """
     if sparse_state(model) is not None:
         raise ValueError("the model is sparsified, so it can't verify as the dense one: was_fx.densify(model) first")
-    if any(bindings(parameter) for parameter in model.parameters()):
-        raise ValueError(
-            "the model's weights have a schedule already, of another draft or of torch.compile; give that draft other "
-            "numbers by was_fx.sparsify(draft, schedule), or take them off by was_fx.densify(model)"
-        )
     if tokens < 1 or not 0 <= confidence < 1:
         raise ValueError(f"tokens is {tokens} and confidence {confidence}; expected at least 1, and 0 ≤ confidence < 1")
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     sparse = copy.deepcopy(model, shared)
-    sparsify(sparse, schedule, executor=executor, allow_other_model=allow_other_model)
+    sparsify(sparse, schedule, lowering=lowering, allow_other_model=allow_other_model)
     saving.attach(model)  # its weights have moved too
     config: Any = sparse.generation_config
     config.num_assistant_tokens = tokens

@@ -5,25 +5,32 @@ repository gets a tag and a section of the model card. `sparsify` attaches this 
 as it is.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
+from was_fx.modules.linears import find_linears
+from was_fx.schedules.files.fingerprint import differences
 from was_fx.schedules.files.schedule import Schedule
+from was_fx.sparse.model_card import update_card
+from was_fx.sparse.state import model_fingerprint, sparse_state
 
+METHOD = "was"
+SCHEDULE_FILE = "schedule.was.safetensors"
 _METHODS = ("save_pretrained", "_upload_modified_files")
 
 
 def attach(model: nn.Module) -> None:
     """Let the saving methods of a model of transformers know what `sparsify` did to it."""
     if hasattr(model, "save_pretrained"):
-        # Bound to the object, so that a copy of the model saves itself and not the original.
-        model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
-        model._upload_modified_files = MethodType(_upload_modified_files, model)  # type: ignore[assignment]
+        # Of the object, so that a copy of the model saves itself and not the original.
+        model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[assignment]
+        model._upload_modified_files = partial(_upload_modified_files, model)  # type: ignore[assignment]
 
 
 def detach(model: nn.Module) -> None:
@@ -68,8 +75,6 @@ def _save_pretrained(
     if state_dict is None:
         state_dict = plain_state_dict(self)
     if schedule is not None and is_main_process:
-        from was_fx.plugins.quantizer import SCHEDULE_FILE
-
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         schedule.save(Path(save_directory) / SCHEDULE_FILE)  # first: a config never names a file that is not there
     with _config_names_schedule(self, schedule):
@@ -82,9 +87,6 @@ def _upload_modified_files(self: Any, working_dir: str | Path, *arguments: Any, 
     """Add the schedule, a tag and a section of the model card to what is uploaded."""
     schedule = _schedule_of(self)
     if schedule is not None:
-        from was_fx.plugins.quantizer import SCHEDULE_FILE
-        from was_fx.sparse.model_card import update_card
-
         repository = keywords.get("repo_id") or (arguments[0] if arguments else None)
         schedule.save(Path(working_dir) / SCHEDULE_FILE)  # newer than the upload's first look at the folder
         update_card(Path(working_dir) / "README.md", schedule, repository)
@@ -92,13 +94,12 @@ def _upload_modified_files(self: Any, working_dir: str | Path, *arguments: Any, 
 
 
 def _schedule_of(model: nn.Module) -> Schedule | None:
-    """The schedule in force, with the fingerprint of the weights as they are now; None for a dense model."""
-    from was_fx.modules.linears import find_linears
-    from was_fx.sparse.sparsify import model_fingerprint, sparse_state
-
+    """The schedule in force, with the fingerprint of the model that it was made for; None for a dense model."""
     state = sparse_state(model)
     if state is None:
         return None
+    if state.schedule.metadata.fingerprint:
+        return state.schedule
     return state.schedule.replace({}, fingerprint=model_fingerprint(model, find_linears(model)))
 
 
@@ -108,10 +109,15 @@ def _config_names_schedule(model: Any, schedule: Schedule | None) -> Iterator[No
     if schedule is None:
         yield
         return
-    from was_fx.plugins.quantizer import SCHEDULE_FILE, WasConfig
-
     before = vars(model.config).get("quantization_config")
-    model.config.quantization_config = WasConfig(SCHEDULE_FILE, prefill=model._was_state.options.prefill)
+    others = differences(schedule.metadata.fingerprint, model_fingerprint(model, find_linears(model)))
+    if others:
+        warnings.warn(
+            "the model is no longer the one that its schedule was made for (" + "; ".join(others) + "); it is saved "
+            "with that schedule all the same. Calibrate it anew for a schedule of its own",
+            stacklevel=4,
+        )
+    model.config.quantization_config = config_entry(model._was_state.rule.prefill, allow_other_model=bool(others))
     try:
         yield
     finally:
@@ -119,3 +125,11 @@ def _config_names_schedule(model: Any, schedule: Schedule | None) -> Iterator[No
             del model.config.quantization_config
         else:
             model.config.quantization_config = before
+
+
+def config_entry(prefill: str, *, schedule: str = SCHEDULE_FILE, allow_other_model: bool = False) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint's config.json."""
+    from was_fx import __version__
+
+    entry = {"quant_method": METHOD, "schedule": schedule, "prefill": prefill, "was_fx_version": __version__}
+    return {**entry, "allow_other_model": True} if allow_other_model else entry

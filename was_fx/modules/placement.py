@@ -1,9 +1,7 @@
 """Where a model's weights are: here, offloaded to CPU memory or disk, on several devices, sharded over ranks.
 
-`device_map=` wraps modules in hooks of accelerate. Those that only move activations between devices are set aside
-while a model is sparse, and moves that Dynamo can trace take their place. Offloaded weights exist only while
-accelerate's hook runs, so nothing can be compiled over them: see `was_fx.offloading`. `tp_plan=` makes DTensors of
-weights.
+`device_map=` wraps modules in hooks of accelerate; offloaded weights exist only while such a hook runs. `tp_plan=`
+makes DTensors of weights, of which each rank holds a part.
 """
 
 import contextlib
@@ -14,18 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.modules.linears import LinearModule
-from was_fx.passes.bindings import local
+from was_fx.modules.weights import is_offloaded, is_sharded, local
 from was_fx.schedules.score import channel_norms
-
-
-def is_sharded(weight: object) -> bool:
-    """Whether a weight is a DTensor, which holds this rank's part only."""
-    return hasattr(weight, "placements") and hasattr(weight, "to_local")
-
-
-def is_offloaded(weight: Tensor) -> bool:
-    """Whether a weight has no values until accelerate's hook loads it."""
-    return weight.is_meta
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -137,54 +125,3 @@ def _dim(placement: Any, weight: Tensor) -> int | None:
     """The dimension of W [N, K] that a placement shards."""
     dim = getattr(placement, "dim", None)
     return None if dim is None else dim % weight.dim()
-
-
-def trace_through_devices(model: nn.Module) -> Callable[[], None]:
-    """Set accelerate's hooks aside, and move activations where its device map says by hooks that Dynamo traces.
-
-    Returns:
-        What undoes it.
-    """
-    hooked = [(module, module._hf_hook) for module in model.modules() if hasattr(module, "_hf_hook")]
-    if not hooked:
-        return lambda: None
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-    lost = []  # what accelerate put on modules beside the hooks, such as a `to` that warns
-    for module, _ in hooked:
-        before = dict(module.__dict__)
-        remove_hook_from_module(module)
-        gone = before.keys() - module.__dict__.keys() - {"_hf_hook", "_old_forward"}
-        lost.append((module, {name: before[name] for name in gone}))
-    handles = []
-    for name, device in getattr(model, "hf_device_map", {}).items():
-        part = model.get_submodule(name)
-        handles.append(part.register_forward_pre_hook(_mover(torch.device(device)), with_kwargs=True))
-
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
-        for module, hook in hooked:
-            add_hook_to_module(module, hook)
-        for module, attributes in lost:
-            module.__dict__.update(attributes)
-
-    return undo
-
-
-def _mover(device: torch.device) -> Callable[..., Any]:
-    def move(module: nn.Module, args: Any, keywords: Any) -> Any:
-        return _to(args, device), _to(keywords, device)
-
-    return move
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Tensors in tuples, lists and dicts on `device`; anything else, such as a cache, as it is."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if type(value) in (tuple, list):
-        return type(value)(_to(each, device) for each in value)
-    if type(value) is dict:
-        return {key: _to(each, device) for key, each in value.items()}
-    return value

@@ -1,0 +1,101 @@
+"""Private names of torch's compiler, each with what it is for. `tests/was_fx/compat` fails when one is gone."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+# What Dynamo writes for `F.linear` and `nn.Linear`.
+linear_function: Any = torch._C._nn.linear
+
+
+def source_name(node: Node) -> str:
+    """Where a graph input comes from, such as "L['past_key_values'].layers[0].keys"; "" when it can't be told."""
+    source = getattr(node, "_dynamo_source", None)  # set by Dynamo on every placeholder
+    if source is None:
+        argument = node.meta.get("grapharg")  # while the backend runs
+        source = getattr(argument, "source", None)
+    name = getattr(source, "name", "")
+    return name() if callable(name) else name  # a method until torch 2.12
+
+
+def is_static_input(node: Node) -> bool:
+    """Whether a graph input is marked as keeping its address: parameters, buffers, static caches."""
+    return bool((node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"))
+
+
+def add_constant(module: GraphModule, name: str, tensor: Tensor) -> None:
+    """Give Dynamo's graph module a tensor of its own, for `get_attr`. AOTAutograd asks each for a source."""
+    from torch._dynamo.source import SyntheticLocalSource
+
+    module.register_buffer(name, tensor)
+    sources = getattr(module, "_param_name_to_source", None)
+    if sources is not None:
+        sources[name] = SyntheticLocalSource(name)
+
+
+def like_in_graph(tensor: Tensor, module: GraphModule) -> Tensor:
+    """A fake tensor like `tensor`, in the fake mode of the module's inputs; itself where there is none."""
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode([node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")])
+    return mode.from_tensor(tensor, static_shapes=True) if mode else tensor
+
+
+def inductor(module: GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
+    """Compile a graph of Dynamo by Inductor, with its settings changed by `patches` for this graph."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Any = compile_fx(module, list(inputs), config_patches=dict(patches))
+    return compiled
+
+
+def inductor_options() -> set[str]:
+    """Names of Inductor's settings."""
+    import torch._inductor
+
+    return set(torch._inductor.list_options())
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """The settings of Inductor that a mode of torch.compile, such as "reduce-overhead", stands for.
+
+    Raises:
+        RuntimeError: there is no such mode.
+    """
+    import torch._inductor
+
+    return dict(torch._inductor.list_mode_options(mode)) if mode else {}
+
+
+def register_backend(name: str, location: str) -> None:
+    """Make `name` known to torch.compile without an installed entry point, and without importing it early (two
+    registrations of one name are an error)."""
+    from importlib.metadata import EntryPoint
+
+    from torch._dynamo.backends import registry
+
+    registry._BACKENDS.setdefault(name, EntryPoint(name, location, "torch_dynamo_backends"))
+
+
+def settings_for_models() -> contextlib.AbstractContextManager[Any]:
+    """Settings of Dynamo under which a model of transformers is compiled and called; they hold within the context only.
+
+    - 64 graphs per code object instead of 8: transformers runs every model through one, so that all models, schedules
+      and shapes share them; past the limit a model runs uncompiled.
+    - Floats are constants: otherwise each is an input under dynamic=True, and Inductor turns it down.
+    - Hooks that are registered on a module later are seen.
+    """
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=64, specialize_float=True, skip_nnmodule_hook_guards=False)
+
+
+def unsupported_errors() -> tuple[type[Exception], ...]:
+    """What Dynamo and its backends raise for code that can't be compiled as one graph."""
+    import torch._dynamo.exc
+
+    return (torch._dynamo.exc.TorchDynamoException,)

@@ -1,0 +1,54 @@
+"""What differs between versions of transformers in `generate()`, and the private names of it that are used.
+
+Each says what it is for; `tests/was_fx/compat` fails when one is gone.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+# The name of the cache among a model's arguments: until 5.23, from 5.24, and of models with linear attention only.
+CACHE_NAMES = ("past_key_values", "cache", "cache_params")
+
+
+def cache_among(arguments: Mapping[str, Any]) -> tuple[str, Any]:
+    """(name, cache) of the cache among arguments of a model or of `generate()`; ("", None) without one."""
+    return next(((name, arguments[name]) for name in CACHE_NAMES if arguments.get(name) is not None), ("", None))
+
+
+def is_callers(cache: Any) -> bool:
+    """Whether `generate()` was given this cache, and has not made it."""
+    return bool(getattr(cache, "_is_user_defined", False))  # set by `_prepare_cache_for_generation`
+
+
+def decoding_method(model: Any, config: Any, arguments: Mapping[str, Any]) -> Any:
+    """The decoding method of transformers for these settings: `_sample`, `_beam_search`, …"""
+    from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+    return getattr(model, GENERATION_MODES_MAPPING[config.get_generation_mode(arguments.get("assistant_model"))])
+
+
+def pad_token(config: Any) -> Any:
+    """The padding token as a tensor on the inputs' device; None where there is none. Set by `generate()`."""
+    return getattr(config, "_pad_token_tensor", None)
+
+
+def static_layers(cache: Any) -> list[Any] | None:
+    """The layers of a cache if all of them are static and nothing is offloaded; else None."""
+    from transformers.cache_utils import StaticLayer
+
+    layers = getattr(cache, "layers", None)
+    if not layers or not all(isinstance(layer, StaticLayer) for layer in layers) or getattr(cache, "offloading", False):
+        return None
+    return list(layers)
+
+
+def uses_flash_attention(model: Any) -> bool:
+    """Whether a model's attention needs a cache that grows: flash attention reads no mask."""
+    return "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
+
+
+def compile_config(**settings: Any) -> Any:
+    """transformers' own settings for the decode steps that its `generate()` compiles."""
+    from transformers import CompileConfig
+
+    return CompileConfig(**settings)

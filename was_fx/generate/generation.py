@@ -1,0 +1,195 @@
+"""`model.generate` of a sparsified model: transformers' own, with fast decode steps on a GPU."""
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from was_fx.compat.dynamo import settings_for_models
+from was_fx.compat.generation import (
+    CACHE_NAMES,
+    cache_among,
+    compile_config,
+    static_layers,
+    uses_flash_attention,
+)
+from was_fx.compile.backend import register, was
+from was_fx.compile.options import BackendOptions, Lowering
+from was_fx.generate.compiled_step import CompiledStep
+from was_fx.generate.decode_loop import AHEAD, decode
+from was_fx.modules.weights import is_sharded
+
+log = logging.getLogger(__name__)
+
+# Arguments of `generate()` by which a caller's code runs in the loop: it must not see steps past the end.
+_CALLBACKS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
+# Arguments by which another loop than ours is asked for. A draft's guesses are taken out of its cache, which a static
+# one can't do.
+_OTHER_LOOPS = ("custom_generate", "assistant_model", "prompt_lookup_num_tokens", "synced_gpus")
+# Shares of the GPU's memory: the free part that a static cache may take unasked, and all that is kept between calls.
+_CACHE_SHARE, _KEPT_SHARE = 0.25, 0.01
+
+
+def use_own_generate(model: nn.Module, options: BackendOptions, lowering: Lowering | None) -> None:
+    """Let `model.generate` be fast, or take new options for it. With "inductor" on a CPU, compile the whole model."""
+    before = vars(model).get("generate")
+    if hasattr(model, "generate") and not (isinstance(before, Generation) and before.settings == (options, lowering)):
+        model.generate = Generation(model, options, lowering)  # type: ignore[assignment]
+    first = next(model.parameters(), None)
+    if lowering == "inductor" and first is not None and not first.is_cuda and model._compiled_call_impl is None:
+        register()
+        model.compile(backend=was, dynamic=True, options=options.given)
+        vars(model)["_was_compiled"] = True
+    elif lowering != "inductor":
+        _drop_compiled(model)
+
+
+def use_plain_generate(model: nn.Module) -> None:
+    """Undo `use_own_generate`."""
+    if isinstance(vars(model).get("generate"), Generation):
+        del model.generate
+    _drop_compiled(model)
+
+
+def _drop_compiled(model: nn.Module) -> None:
+    """Take back the compilation of the whole model, if it is ours."""
+    if vars(model).pop("_was_compiled", False):
+        vars(model).pop("_compiled_call_impl", None)  # the class has a None
+
+
+class Generation:
+    """`model.generate(...)`; a copy or a pickle of it compiles anew.
+
+    Attributes:
+        settings: the options of the backend and the lowering.
+        step: calls the model for one token, compiled; None until it is needed.
+    """
+
+    def __init__(self, model: Any, options: BackendOptions, lowering: Lowering | None) -> None:
+        self.settings = options, lowering
+        self.step: CompiledStep | None = None
+        self._model = model
+        # The static cache of the last call, where `generate` made it itself: the next call of the same size takes it,
+        # so that the decode steps captured with it serve again.
+        self._kept: Any = None
+        functools.update_wrapper(self, type(model).generate)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """See `transformers.GenerationMixin.generate`."""
+        model, (_, lowering) = self._model, self.settings
+        generate = functools.partial(type(model).generate, model)
+        if lowering == "eager" or not _is_on_one_gpu(model):
+            return generate(*arguments, **keywords)
+        with settings_for_models():
+            if self._takes(keywords):
+                return self._own(generate, arguments, keywords)
+            self._let_transformers_compile(keywords)
+            return generate(*arguments, **keywords)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Generation":
+        return Generation(memo.get(id(self._model), self._model), *self.settings)
+
+    def __reduce__(self) -> Any:
+        return Generation, (self._model, *self.settings)
+
+    def _takes(self, keywords: dict[str, Any]) -> bool:
+        """Whether our own loop may be asked to serve a call."""
+        config = keywords.get("generation_config") or self._model.generation_config
+        plain = not any(keywords.get(name) for name in _OTHER_LOOPS) and not config.is_assistant
+        own = all(keywords.get(name) is None for name in CACHE_NAMES)
+        return plain and own and (keywords.get("num_beams", config.num_beams) or 1) == 1
+
+    def _own(self, generate: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        config = keywords.get("generation_config") or self._model.generation_config
+        chosen = keywords.get("cache_implementation", config.cache_implementation)
+        if chosen is None and keywords.get("use_cache", config.use_cache) is not False:
+            reason = self._why_no_static_cache(arguments, keywords, config)
+            if reason:
+                log.warning("generate() uses a cache that grows, with which decode steps are slower: %s", reason)
+            else:
+                keywords["cache_implementation"] = "static"
+        ahead = 0 if any(keywords.get(name) for name in _CALLBACKS) else AHEAD
+        # generate() itself keeps the streamer from a custom loop.
+        streamer = keywords.get("streamer")
+        keywords["custom_generate"] = functools.partial(self._decode, streamer=streamer, ahead=ahead)
+        return generate(*arguments, **keywords)
+
+    def _decode(self, model: Any, input_ids: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        name, cache = cache_among(keywords)
+        if cache is not None:
+            cache = keywords[name] = self._reused(cache, len(input_ids))
+        if self.step is None:
+            self.step = CompiledStep(model, self.settings[0].given)
+        text = decode(model, input_ids, *arguments, step=self.step, **keywords)
+        if cache is not None and static_layers(cache) and self._may_be_kept(cache):
+            self._kept = cache
+        return text
+
+    def _let_transformers_compile(self, keywords: dict[str, Any]) -> None:
+        """A static cache makes transformers compile decode steps: with our backend, unless it is told otherwise."""
+        config = keywords.get("generation_config") or self._model.generation_config
+        _, cache = cache_among(keywords)
+        chosen = keywords.get("cache_implementation", config.cache_implementation)
+        static = str(chosen or "").startswith("static") or static_layers(cache)
+        if static and keywords.get("compile_config", config.compile_config) is None:
+            register()
+            keywords["compile_config"] = compile_config(
+                backend="was", mode=None, dynamic=True, options=self.settings[0].given
+            )
+
+    def _why_no_static_cache(self, arguments: tuple[Any, ...], keywords: dict[str, Any], config: Any) -> str:
+        """Why `generate` should not make a static cache unasked, or ""."""
+        if uses_flash_attention(self._model):
+            return "flash attention can't read a static one"
+        inputs = keywords.get("input_ids", keywords.get("inputs", arguments[0] if arguments else None))
+        rows, prompt = (inputs.shape[0], inputs.shape[1]) if isinstance(inputs, Tensor) else (1, 0)
+        new = keywords.get("max_new_tokens", config.max_new_tokens)
+        length = prompt + new if new else keywords.get("max_length", config.max_length) or prompt + 20
+        free, _ = torch.cuda.mem_get_info(self._model.device)
+        wanted = rows * length * _bytes_per_token(self._model)
+        if wanted > _CACHE_SHARE * free:
+            return (
+                f"a static one for {length} tokens takes {wanted / 2**30:.1f} GiB, of {free / 2**30:.1f} that are free; "
+                "give a smaller max_new_tokens, or cache_implementation='static' to have it all the same"
+            )
+        return ""
+
+    def _reused(self, cache: Any, batch: int) -> Any:
+        """The kept cache, emptied, if it is like `cache`, which has not been used; else `cache`."""
+        kept, self._kept = self._kept, None  # nobody else's while it is in use
+        ours, theirs = static_layers(kept), static_layers(cache)
+        if ours is None or theirs is None or len(ours) != len(theirs):
+            return cache
+        for mine, other in zip(ours, theirs, strict=True):
+            if type(mine) is not type(other) or (mine.max_cache_len, mine.batch_size) != (other.max_cache_len, batch):
+                return cache
+            keys = mine.keys
+            if keys is None or (keys.dtype, keys.device) != (self._model.dtype, self._model.device):
+                return cache
+        kept.reset()
+        return kept
+
+    def _may_be_kept(self, cache: Any) -> bool:
+        """Whether a cache is small enough to stay in memory until the next call."""
+        held = [each for layer in cache.layers for each in (layer.keys, layer.values) if each is not None]
+        if not held or not held[0].is_cuda:
+            return False
+        total = torch.cuda.get_device_properties(held[0].device).total_memory
+        return sum(each.nbytes for each in held) <= _KEPT_SHARE * total
+
+
+def _is_on_one_gpu(model: Any) -> bool:
+    """Whether all of a model is on one GPU, and whole: ranks that queue steps must not run apart."""
+    places = set(getattr(model, "hf_device_map", {}).values())
+    return model.device.type == "cuda" and len(places) <= 1 and not is_sharded(next(model.parameters()))
+
+
+def _bytes_per_token(model: Any) -> int:
+    """Bytes that one token takes in a static cache, as far as the configuration tells."""
+    config = model.config.get_text_config()
+    layers, heads = getattr(config, "num_hidden_layers", 0), getattr(config, "num_attention_heads", 0)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) // max(heads, 1))
+    return 2 * layers * shared * width * model.dtype.itemsize

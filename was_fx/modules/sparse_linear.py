@@ -1,0 +1,138 @@
+"""`SparseLinear`: a Linear that drops its weak input channels. The meaning of a sparsified model lies here.
+
+`make_sparse` turns a Linear into one in place: the module stays the same object, with the same Parameters, hooks and
+place in the model; its class becomes a subclass of its own, and its thresholds a buffer that no state dict holds. Its
+forward is one op, so it is right in eager mode, under any compiler, copied, pickled and moved.
+"""
+
+from functools import cache
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from was_fx.kernels.linear.sparse_linear import sparse_linear
+from was_fx.kernels.ops.count_dropped import count_dropped_op
+from was_fx.modules.linears import LinearModule
+from was_fx.modules.placement import own_channels, whole_channel_norms
+from was_fx.modules.token_rule import TokenRule, decided
+from was_fx.schedules.files.linear_schedule import LinearSchedule
+
+
+class SparseLinear:
+    """What a sparse Linear has beyond the class that it was.
+
+    Attributes:
+        was_threshold: channel thresholds t [K] fp32, a non-persistent buffer; of this rank's channels if sharded.
+        was_norms: channel norms g [K] fp32 of the whole weight, a non-persistent buffer.
+        was_counts: [2] int64, dropped channels and channels seen of sparse tokens, while they are counted; else None.
+        was_entry: the numbers of its schedule.
+        was_norm: p of the channel norms.
+        was_rule: which tokens are sparse when it is called by itself.
+        was_is_head: it computes the logits, after the model's body.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    was_threshold: Tensor
+    was_norms: Tensor
+    was_counts: Tensor | None
+    was_entry: LinearSchedule
+    was_norm: int
+    was_rule: TokenRule
+    was_is_head: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y [..., N] of x [..., K]; dense where the call's tokens are, else `was::sparse_linear`."""
+        dense, tokens = decided(self, input)  # type: ignore[arg-type]
+        if dense:
+            return super().forward(input)  # type: ignore[misc]
+        weight, bias = self.weight.t() if hasattr(self, "nf") else self.weight, self.bias
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+            input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        if self.was_counts is not None:
+            count_dropped_op(input, self.was_threshold, self.was_counts, tokens)
+        return sparse_linear(input, weight, bias, self.was_threshold, tokens)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self).__mro__[2],), self.__dict__
+
+
+def make_sparse(linear: LinearModule, entry: LinearSchedule, norm: int, rule: TokenRule) -> None:
+    """Turn a Linear into a sparse one, in place.
+
+    Args:
+        linear: W [N, K], loaded or offloaded, whole or a rank's part.
+        entry: its numbers.
+        norm: p of the channel norms.
+        rule: which tokens are sparse.
+    """
+    module: Any = linear.module
+    before = type(module)
+    norms = whole_channel_norms(linear, norm)
+    module.register_buffer("was_norms", norms, persistent=False)
+    module.register_buffer("was_threshold", own_channels(entry.channel_thresholds(norms), linear), persistent=False)
+    module.register_buffer("was_counts", None, persistent=False)
+    module.was_entry, module.was_norm, module.was_rule, module.was_is_head = entry, norm, rule, linear.head
+    module.__class__ = _sparse_class(before)
+    _rebind_forward(module, before)
+
+
+def make_dense(module: nn.Module) -> None:
+    """Undo `make_sparse`."""
+    before = type(module)
+    for name in ("was_norms", "was_threshold", "was_counts"):
+        del module._buffers[name]
+        module._non_persistent_buffers_set.discard(name)
+    for name in ("was_entry", "was_norm", "was_rule", "was_is_head"):
+        delattr(module, name)
+    module.__class__ = before.__mro__[2]
+    _rebind_forward(module, before)
+
+
+def set_numbers(linear: LinearModule, entry: LinearSchedule) -> None:
+    """Give a sparse Linear other numbers; its threshold buffer stays where it is."""
+    module: Any = linear.module
+    module.was_entry = entry
+    module.was_threshold.copy_(own_channels(entry.channel_thresholds(module.was_norms), linear))
+
+
+def take_norms(linear: LinearModule) -> None:
+    """Take a sparse Linear's channel norms from its weight as it is now, and its thresholds from them."""
+    module: Any = linear.module
+    module.was_norms.copy_(whole_channel_norms(linear, module.was_norm))
+    set_numbers(linear, module.was_entry)
+
+
+def sparse_linears(model: nn.Module) -> dict[str, Any]:
+    """The sparse Linears of a model, by the qualified name that they have now (PEFT adds `base_layer` to it)."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+@cache
+def _sparse_class(kind: type) -> type:
+    """The sparse subclass of a Linear's class: `SparseLinear` of `Linear`, `SparseConv1D` of `Conv1D`, …"""
+    return type(f"Sparse{kind.__name__}", (SparseLinear, kind), {"__module__": kind.__module__})
+
+
+def _rebuild(kind: type) -> nn.Module:
+    sparse = _sparse_class(kind)
+    return sparse.__new__(sparse)
+
+
+def _rebind_forward(module: nn.Module, before: type) -> None:
+    """Let what wraps the module's forward (accelerate's hooks, tensor parallelism) call that of its present class."""
+
+    def ours(found: object) -> bool:
+        return isinstance(found, MethodType) and found.__self__ is module and found.__func__ is before.forward
+
+    own = module.__dict__
+    present = MethodType(type(module).forward, module)
+    for name in ("forward", "_old_forward"):
+        if ours(own.get(name)):
+            own[name] = present
+        for cell in getattr(own.get(name), "__closure__", None) or ():
+            if ours(cell.cell_contents):
+                cell.cell_contents = present

@@ -1,0 +1,48 @@
+"""What a sparsified model remembers, and which model it is."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from was_fx.compile.options import Lowering
+from was_fx.modules.freshness import Freshness
+from was_fx.modules.linears import LinearModule
+from was_fx.modules.token_rule import TokenRule
+from was_fx.modules.weights import is_offloaded, is_sharded
+from was_fx.schedules.files.fingerprint import fingerprint, fingerprint_without_weights
+from was_fx.schedules.files.schedule import Schedule
+
+
+@dataclass(eq=False)
+class SparseState:
+    """What `sparsify` keeps of a model: `model._was_state`.
+
+    Attributes:
+        schedule: the schedule in force.
+        rule: which tokens are sparse.
+        freshness: looks after weights that change.
+        lowering: see `sparsify`.
+        handles: of the hooks on the model.
+        strides: by qualified name of a Linear, its weight's (this rank's part's) before it was moved.
+    """
+
+    schedule: Schedule
+    rule: TokenRule
+    freshness: Freshness
+    lowering: Lowering | None
+    handles: list[Any] = field(default_factory=list)
+    strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def sparse_state(model: nn.Module) -> SparseState | None:
+    """What `sparsify` left on `model`; None for a dense model."""
+    return getattr(model, "_was_state", None)
+
+
+def model_fingerprint(model: nn.Module, linears: dict[str, LinearModule]) -> dict:
+    """The fingerprint of a model: architecture, and shapes and a sample of the weights of all its Linears. Without the
+    sample where weights are offloaded or sharded."""
+    if any(is_offloaded(linear.parameter) or is_sharded(linear.parameter) for linear in linears.values()):
+        return fingerprint_without_weights(type(model).__name__, {name: each.shape for name, each in linears.items()})
+    return fingerprint(type(model).__name__, {name: linear.weight for name, linear in linears.items()})
