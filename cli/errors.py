@@ -16,6 +16,7 @@ from was_fx.cli.render.console import stderr
 from was_fx.schedules.names import visible
 
 INTERRUPTED = 130
+_USAGE_ERROR: Any = typer.BadParameter.__base__  # which Typer doesn't name
 _OURS = Path(__file__).resolve().parent.parent
 
 
@@ -55,8 +56,9 @@ class Commands(TyperGroup):
 def _usage_as_text() -> Iterator[None]:
     try:
         yield
-    except typer.BadParameter.__base__ as error:  # UsageError, which Typer doesn't name
-        error.message = visible(error.message)
+    except Exception as error:
+        if isinstance(error, _USAGE_ERROR):
+            error.message = visible(error.message)  # type: ignore[attr-defined]
         raise
 
 

@@ -111,10 +111,7 @@ def calibrated(loaded: Loaded, size: Size) -> "dict[str, dict[float, Schedule]]"
 def measured(
     loaded: Loaded, schedules: "dict[str, dict[float, Schedule]]", size: Size
 ) -> "dict[tuple[str, float], Evaluation]":
-    """Evaluations on the test text by (score, level); the dense one is ("dense", 0.0).
-
-    The graph runs node by node: for so small a model that takes less time than compiling it.
-    """
+    """Evaluations on the test text by (score, level); the dense one is ("dense", 0.0)."""
     from was_fx import embedded
 
     ids = embedded.tokens("test", 512)[:: size.stride][: size.limit]
@@ -123,7 +120,7 @@ def measured(
         found["dense", 0.0] = was_fx.evaluate(loaded.model, ids, batch_size=4, progress=advance)
     for level in size.levels:
         for name in SCORES:
-            was_fx.sparsify(loaded.model, schedules[name][level], executor="eager")
+            was_fx.sparsify(loaded.model, schedules[name][level])
             with progress(f"Scoring the test text, {name.upper()} at {100 * level:.0f} %") as advance:
                 found[name, level] = was_fx.evaluate(loaded.model, ids, batch_size=4, progress=advance)
     was_fx.densify(loaded.model)
@@ -135,7 +132,7 @@ def samples(loaded: Loaded, schedule: "Schedule") -> dict[str, str]:
     texts = {}
     with progress("Writing with the dense model"):
         texts["dense"] = continuation(loaded, PROMPT, max_new_tokens=60, seed=1, temperature=0.6)["text"]
-    was_fx.sparsify(loaded.model, schedule, executor="eager")
+    was_fx.sparsify(loaded.model, schedule)
     with progress("Writing with the sparse model"):
         texts["sparse"] = continuation(loaded, PROMPT, max_new_tokens=60, seed=1, temperature=0.6)["text"]
     was_fx.densify(loaded.model)

@@ -50,7 +50,7 @@ def evaluate(
     ] = None,
     prefill: options.PrefillOption = options.Prefill.sparse,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Texts per forward pass.")] = 16,
-    executor: options.ExecutorOption = None,
+    lowering: options.LoweringOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     allow_other_model: options.OtherModel = False,
@@ -88,7 +88,7 @@ def evaluate(
             tokenizer=loaded.tokenizer,
             batch_size=batch_size,
             prefill=prefill.value,
-            executor=executor.value if executor else None,
+            lowering=lowering.value if lowering else None,
             allow_other_model=allow_other_model,
         )
     for path in missing:
@@ -147,7 +147,7 @@ def _quiet() -> None:
 
 
 def _sparsity(harness: "WasLM") -> dict[str, float]:
-    from was_fx.sparse.sparsify import sparse_state
+    from was_fx.sparse.state import sparse_state
 
     state = sparse_state(harness.model)
     if state is None:

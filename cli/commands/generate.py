@@ -32,7 +32,7 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(metavar="N", help="With --sample: the same seed gives the same text.")] = 0,
     dense_too: Annotated[bool, typer.Option("--dense-too", help="The dense model's text first, to compare.")] = False,
-    executor: options.ExecutorOption = None,
+    lowering: options.LoweringOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     allow_other_model: options.OtherModel = False,
@@ -40,7 +40,7 @@ def generate(
 ) -> None:
     """Generate text, token by token, on stdout.
 
-    The prompt is read densely; each new token is sparse. The first ones wait for the compiler.
+    The prompt is read densely; each new token is sparse. On a GPU the first ones wait for the compiler.
     """
     found = load_schedule(schedule) if schedule else None
     if not prompt:
@@ -57,7 +57,7 @@ def generate(
         was_fx.sparsify(
             loaded.model,
             found,
-            executor=executor.value if executor else None,
+            lowering=lowering.value if lowering else None,
             allow_other_model=allow_other_model,
         )
         heading = f"sparse, {100 * found.sparsity:.0f} % nominal" if headings else None

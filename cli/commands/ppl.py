@@ -34,7 +34,6 @@ def ppl(
         int | None, typer.Option(min=1, metavar="N", help="Score at most so many windows.", show_default=False)
     ] = None,
     batch_size: options.BatchSize = 4,
-    executor: options.ExecutorOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     allow_other_model: options.OtherModel = False,
@@ -54,12 +53,11 @@ def ppl(
     loaded = load_model(model, dtype, device)
     ids = windows(loaded, content, name, length=length, limit=limit)
     arguments: dict[str, Any] = {"prefill": prefill.value, "batch_size": batch_size}
-    runner: Any = executor.value if executor else None
     results: list[tuple[Path | None, Evaluation]] = []
     for path, each in zip([None, *paths], [None, *schedules], strict=True):
         label = "dense" if path is None else str(path)
         if each is not None:
-            was_fx.sparsify(loaded.model, each, executor=runner, allow_other_model=allow_other_model)
+            was_fx.sparsify(loaded.model, each, allow_other_model=allow_other_model)
         with progress(f"Scoring {label}") as advance:
             results.append((path, was_fx.evaluate(loaded.model, ids, progress=advance, **arguments)))
     if json:

@@ -140,9 +140,6 @@ def search(
     ] = False,
     length: options.Length = None,
     batch_size: options.BatchSize = 4,
-    executor: Annotated[
-        options.Executor, typer.Option(help="What runs the trials. inductor starts slowly; it pays on a GPU.")
-    ] = options.Executor.eager,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     force: options.Force = False,
@@ -186,7 +183,6 @@ def search(
             resume=resume,
             batch=workers,
             batch_size=batch_size,
-            executor=executor.value,
             text=name,
             progress=display.update,
             **arguments,

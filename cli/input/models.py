@@ -83,8 +83,9 @@ def _from_pretrained(name: str, dtype: Dtype) -> tuple[Any, Any]:
 
 def _dense(name: str, model: Any) -> Any:
     """A checkpoint that a sparsified model was saved as comes back sparsified; here schedules are given by option."""
-    from was_fx.plugins.quantizer import SCHEDULE_FILE
-    from was_fx.sparse.sparsify import densify, sparse_state
+    from was_fx.sparse.saving import SCHEDULE_FILE
+    from was_fx.sparse.sparsify import densify
+    from was_fx.sparse.state import sparse_state
 
     if sparse_state(model) is not None:
         note(f"{name} was saved with a schedule, which counts here only if given: --schedule {name}/{SCHEDULE_FILE}")

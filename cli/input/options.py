@@ -17,8 +17,8 @@ class Prefill(StrEnum):
     all = "all"
 
 
-class Executor(StrEnum):
-    """What runs the rewritten graph."""
+class Lowering(StrEnum):
+    """What decode steps are run by."""
 
     inductor = "inductor"
     eager = "eager"
@@ -101,11 +101,11 @@ Device = Annotated[
     str,
     typer.Option(metavar="cpu|cuda|auto", help="Device to run on. auto: a CUDA device if there is one."),
 ]
-ExecutorOption = Annotated[
-    Executor | None,
+LoweringOption = Annotated[
+    Lowering | None,
     typer.Option(
-        help="inductor: compiled, fast, takes a while to start. eager: the rewritten graph node by node, starts at "
-        "once. By default inductor, unless a CPU has no C++ compiler.",
+        help="inductor: decode steps are compiled, which takes a while to start. eager: nothing is compiled. By "
+        "default inductor on a GPU, eager elsewhere.",
         show_default=False,
     ),
 ]

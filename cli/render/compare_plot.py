@@ -39,7 +39,7 @@ def draw(path: Path, compared: Sequence[Compared], results: Results | None, sear
     columns = min(len(panels), 2)
     buffer = io.BytesIO()
     # A fixed salt and no date: SVG identifiers and metadata are the same each time. Names are no formulas.
-    settings = {"svg.hashsalt": "was-fx", "axes.grid": True, "grid.alpha": 0.3, "text.parse_math": False}
+    settings: Any = {"svg.hashsalt": "was-fx", "axes.grid": True, "grid.alpha": 0.3, "text.parse_math": False}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(6.4 * columns, 4.4 * rows + 0.25 * len(compared)), layout="constrained", dpi=150)
         for position, panel in enumerate(panels, start=1):

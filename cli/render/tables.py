@@ -29,9 +29,10 @@ def new_table(*columns: str, texts: int = 1, **settings: Any) -> NameTable:
     """
     table = NameTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", **settings)
     for index, name in enumerate(columns):
-        number = index >= texts
-        justify, overflow = ("right", "ellipsis") if number else ("left", "fold")
-        table.add_column(visible(name), justify=justify, overflow=overflow, no_wrap=number)
+        if index < texts:
+            table.add_column(visible(name), overflow="fold")
+        else:
+            table.add_column(visible(name), justify="right", no_wrap=True)
     return table
 
 

@@ -60,7 +60,7 @@ def tiny():
 def test_decode_speed_gives_the_dense_row_and_one_per_target(tiny):
     runs = []
     rows = decode_speed(
-        tiny, [0.5, 0.75], tokens=4, prompt=4, repetitions=2, executor="eager", progress=lambda *done: runs.append(done)
+        tiny, [0.5, 0.75], tokens=4, prompt=4, repetitions=2, lowering="eager", progress=lambda *done: runs.append(done)
     )
     assert [row.target for row in rows] == pytest.approx([0.0, 0.5, 0.75])
     assert [row.realised for row in rows] == pytest.approx([0.0, 0.5, 0.75], abs=0.1)
@@ -74,7 +74,7 @@ def test_decode_speed_leaves_the_model_dense(tiny):
 
     model = random_model(tiny)
     before = {name: (value.clone(), value.stride()) for name, value in model.state_dict().items()}
-    decode_speed(model, [0.5], tokens=2, prompt=2, repetitions=1, executor="eager")
+    decode_speed(model, [0.5], tokens=2, prompt=2, repetitions=1, lowering="eager")
     after = model.state_dict()
     assert all(
         torch.equal(after[name], value) and after[name].stride() == stride for name, (value, stride) in before.items()

@@ -7,7 +7,7 @@ import pytest
 
 from was_fx.plugins.lm_eval import PAIRS
 
-FAST = ("--executor", "eager", "--limit", 6, "--batch-size", 8)
+FAST = ("--limit", 6, "--batch-size", 8)
 
 
 def test_table_has_a_row_per_schedule(was, schedule):

@@ -2,7 +2,7 @@
 
 import pytest
 
-PROMPT = ("--prompt", "It was a dark night", "--max-new-tokens", 6, "--executor", "eager")
+PROMPT = ("--prompt", "It was a dark night", "--max-new-tokens", 6)
 
 
 def test_text_goes_to_stdout_and_its_speed_to_stderr(was):

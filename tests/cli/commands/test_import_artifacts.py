@@ -36,7 +36,7 @@ def test_a_level_for_all_blocks(was, tmp_path, folder):
 def test_the_schedule_fits_the_model_that_was_named(was, tmp_path, folder):
     out = tmp_path / "s.was.safetensors"
     assert was("import", folder, "--model", "embedded", "--level", "0.2", "--out", out).code == 0
-    outcome = was("ppl", "embedded", "--schedule", out, "--limit", 1, "--length", 32, "--executor", "eager", "--json")
+    outcome = was("ppl", "embedded", "--schedule", out, "--limit", 1, "--length", 32, "--json")
     assert outcome.code == 0, outcome.stderr
     assert outcome.json["results"][1]["nominal"] == pytest.approx(0.2)
 

@@ -5,9 +5,7 @@ import torch
 
 
 def test_json_holds_the_dense_model_and_each_schedule(was, schedule):
-    outcome = was(
-        "ppl", "embedded", "--schedule", schedule, "--limit", 2, "--length", 128, "--executor", "eager", "--json"
-    )
+    outcome = was("ppl", "embedded", "--schedule", schedule, "--limit", 2, "--length", 128, "--json")
     assert outcome.code == 0, outcome.stderr
     dense, sparse = outcome.json["results"]
     assert (dense["schedule"], dense["realised"], dense["tokens"]) == (None, 0.0, 2 * 127)
@@ -18,7 +16,7 @@ def test_json_holds_the_dense_model_and_each_schedule(was, schedule):
 
 
 def test_table_fits_eighty_columns(was, schedule):
-    outcome = was("ppl", "embedded", "--schedule", schedule, "--limit", 1, "--length", 64, "--executor", "eager")
+    outcome = was("ppl", "embedded", "--schedule", schedule, "--limit", 1, "--length", 64)
     assert outcome.code == 0, outcome.stderr
     assert max(map(len, outcome.stdout.splitlines())) <= 80
     assert "63 tokens in windows of 64" in outcome.stdout
@@ -28,7 +26,7 @@ def test_table_fits_eighty_columns(was, schedule):
 def test_a_schedule_counts_the_same_after_one_of_another_norm(was, schedule, tmp_path):
     wina = tmp_path / "wina.was.safetensors"
     calibration = tmp_path / "wina.safetensors"
-    common = ("--limit", 1, "--length", 64, "--executor", "eager", "--json")
+    common = ("--limit", 1, "--length", 64, "--json")
     was("calibrate", "embedded", "--score", "wina", "--tokens", 512, "--length", 256, "--out", calibration)
     was("make", calibration, "--target", "0.5", "--out", wina)
     alone = was("ppl", "embedded", "--schedule", wina, *common).json["results"][-1]
@@ -50,7 +48,7 @@ def test_the_remedy_names_the_option_of_the_command_line(was, schedule, tmp_path
     stranger = found.replace({}, fingerprint={**found.metadata.fingerprint, "weights": "0" * 64})
     path = tmp_path / "s.was.safetensors"
     stranger.save(path)
-    arguments = ("ppl", "embedded", "--schedule", path, "--limit", 1, "--length", 32, "--executor", "eager")
+    arguments = ("ppl", "embedded", "--schedule", path, "--limit", 1, "--length", 32)
     assert "--allow-other-model skips" in was(*arguments).error
     assert was(*arguments, "--allow-other-model").code == 0
 
@@ -80,7 +78,7 @@ def test_a_checkpoint_that_was_saved_sparse_is_dense_here(was, other_model, text
 
     loaded = load_model(str(other_model), device="cpu")
     calibration = was_fx.calibrate(loaded.model, torch.randint(2, 4096, (2, 64)))
-    was_fx.sparsify(loaded.model, was_fx.uniform(calibration, 0.5), executor="eager").save_pretrained(tmp_path)
+    was_fx.sparsify(loaded.model, was_fx.uniform(calibration, 0.5)).save_pretrained(tmp_path)
     loaded.tokenizer.save_pretrained(tmp_path)
     dense = was("ppl", other_model, "--text", text, "--length", 64, "--json")
     saved = was("ppl", tmp_path, "--text", text, "--length", 64, "--json")
