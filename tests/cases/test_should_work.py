@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.cache_utils import Cache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import was_fx
 
@@ -121,7 +123,7 @@ def test_intermediate_results_of_a_call(block, what, how):
         block.logits(model, block.prompt)
         with torch.no_grad():
             found.append(getattr(model(block.prompt, **{f"output_{what}": True}), what))
-    assert len(found[0]) == len(found[1]) > 1
+    assert len(found[0]) == len(found[1]) > 0
     for ours, theirs in zip(found[0], found[1], strict=True):
         block.assert_close(ours, theirs)
     block.assert_apart(found[0][-1], found[2][-1])
@@ -487,8 +489,7 @@ def test_quantised_weights_work_or_are_named_at_once(case, method, function):
 # Memory.
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("how", HOW, ids=["plain", "compiled"])
+@pytest.mark.parametrize(("kind", "how"), [("dynamic", {}), ("static", {}), ("static", {"lowering": "eager"})], ids=str)
 def test_generate_keeps_no_more_caches_than_transformers_does(block, kind, how):
     def kept(model):
         found = weakref.WeakSet()
@@ -518,10 +519,8 @@ def test_check_says_which_attention_a_cache_can_not_be_captured_with(case, monke
     model = case.sparse()
     model.generation_config.cache_implementation = "static"
     model.config._attn_implementation = "flash_attention_2"
-    monkeypatch.setattr(type(model.model.layers[0].self_attn), "config", model.config, raising=False)
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        monkeypatch.setitem(functions._global_mapping, "flash_attention_2", functions["sdpa"])
     report = was_fx.check(model, case.prompt)
     assert report.ok
     assert any("flash_attention_2" in note for note in report.notes)
