@@ -7,11 +7,10 @@ import typer
 
 from was_fx.cli.input import options
 from was_fx.cli.input.models import load_model, torch_device, torch_dtype
-from was_fx.cli.render.console import note, print_json, progress, say, stdout
+from was_fx.cli.render.console import print_json, progress, say, stdout
 from was_fx.cli.render.tables import new_table, percent
 
 if TYPE_CHECKING:
-    from was_fx.measure.gpu_speed import GpuRow
     from was_fx.measure.speed import SpeedRow
 
 EXAMPLES = options.examples(
@@ -44,25 +43,15 @@ def bench(
     """Time greedy decoding of one sequence, dense and at uniform sparsities, in turns.
 
     The text is random, and thresholds are read off the model's own activations: this is about speed, not quality. On a
-    GPU the cache is static and decode steps are CUDA graphs; on a CPU the cache is dynamic.
+    GPU the cache is static and decode steps are CUDA graphs, dense and sparse; the speed-up is that of a step. On a CPU
+    the cache is dynamic, the dense model is compiled, and the sparse one runs eagerly, as it does after `sparsify`.
     """
+    from was_fx.measure.speed import decode_speed
+
     targets = [options.parse_share(each) for each in target or ["50%", "75%"]]
     loaded = _model(model, dtype, device)
-    if next(loaded.parameters()).is_cuda:
-        from was_fx.measure.gpu_speed import gpu_speed
-
-        rows: Any = gpu_speed(
-            loaded,
-            targets,
-            tokens=tokens,
-            repetitions=repetitions,
-            progress=lambda text: note(f"{text} …"),
-        )
-    else:
-        from was_fx.measure.speed import decode_speed
-
-        with progress("Timing") as advance:
-            rows = decode_speed(loaded, targets, tokens=tokens, repetitions=repetitions, progress=advance)
+    with progress("Compiling, then timing in turns") as advance:
+        rows = decode_speed(loaded, targets, tokens=tokens, repetitions=repetitions, progress=advance)
     if json:
         print_json({"model": model, "rows": [asdict(row) for row in rows]})
         return
@@ -81,17 +70,22 @@ def _model(name: str, dtype: options.Dtype, device: str) -> Any:
         return random_model(config(name), dtype=number, device=str(torch_device(device)))
 
 
-def _show(model: str, rows: "list[GpuRow] | list[SpeedRow]") -> None:
-    table = new_table("target", "realised", "ms/token", "speed-up", "GB read/token", "GB/s")
+def _show(model: str, rows: "list[SpeedRow]") -> None:
+    steps = any(row.step_ms is not None for row in rows)
+    columns = ["target", "realised", *(["ms/step"] if steps else []), "ms/token", "speed-up", "GB read/token", "GB/s"]
+    table = new_table(*columns, "prompt ms")
     for row in rows:
-        ms: float = getattr(row, "step_ms", None) or row.ms_per_token  # type: ignore[union-attr]
         table.add_row(
             percent(row.target) if row.target else "dense",
             percent(row.realised) if row.target else "–",
-            f"{ms:.2f}",
+            *([f"{row.step_ms:.2f}"] if steps else []),
+            f"{row.ms_per_token:.2f}",
             f"{row.ratio:.2f}×",
             f"{row.bytes_per_token / 1e9:.2f}",
-            f"{row.bytes_per_token / ms / 1e6:.0f}",
+            f"{row.bytes_per_token / row.ms / 1e6:.0f}",
+            f"{row.prompt_ms:.0f}",
         )
     say(f"{model}, decode, batch 1", style="bold")
     stdout().print(table)
+    first = next((row.first_generate_s for row in rows if row.target), None)
+    say(f"ms/token: generate(). Prompt: {rows[0].prompt_tokens} tokens. First sparse generate(): {first:.1f} s.", "dim")

@@ -3,6 +3,7 @@
 Each says what it is for; `tests/was_fx/compat` fails when one is gone.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,19 @@ CACHE_NAMES = ("past_key_values", "cache", "cache_params")
 def cache_among(arguments: Mapping[str, Any]) -> tuple[str, Any]:
     """(name, cache) of the cache among arguments of a model or of `generate()`; ("", None) without one."""
     return next(((name, arguments[name]) for name in CACHE_NAMES if arguments.get(name) is not None), ("", None))
+
+
+def cache_argument(model: Any) -> str:
+    """The name of the cache among the arguments of a model's forward.
+
+    Raises:
+        ValueError: it takes none.
+    """
+    takes = inspect.signature(type(model).forward).parameters
+    found = next((name for name in CACHE_NAMES if name in takes), None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} takes no cache (none of {', '.join(CACHE_NAMES)})")
+    return found
 
 
 def is_callers(cache: Any) -> bool:

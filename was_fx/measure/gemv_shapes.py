@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from was_fx.compat.generation import cache_argument
+from was_fx.generate.compiled_step import CompiledStep
 from was_fx.measure.sequential import uniform_while_dropping
 from was_fx.measure.speed import random_model
 from was_fx.sparse.sparsify import sparsify
@@ -18,6 +20,8 @@ def gemv_shapes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[tuple[
         config: a causal LM's configuration.
         dtype: of the weights.
     """
+    from transformers import StaticCache
+
     from was_fx.kernels.parts.gemv_config import REQUESTED
 
     small = copy.deepcopy(config)
@@ -27,10 +31,14 @@ def gemv_shapes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[tuple[
         text.layer_types = text.layer_types[:2]
     model = random_model(small, dtype=dtype, device="cuda")
     ids = torch.randint(text.vocab_size, (1, 16))
-    sparsify(model, uniform_while_dropping(model, ids, 0.5), lowering="eager")
+    sparsify(model, uniform_while_dropping(model, ids, 0.5))
+    # The passes merge Linears that share an input, so the shapes are the compiled step's; Inductor adds nothing to them.
+    step = CompiledStep(model, {"lowering": "eager", "cuda_graphs": False})
     before = set(REQUESTED)
     REQUESTED.clear()
-    model.generate(ids.cuda(), attention_mask=torch.ones_like(ids).cuda(), max_new_tokens=3, do_sample=False)  # type: ignore[operator]
+    cache = {cache_argument(model): StaticCache(config=small, max_cache_len=32), "use_cache": True}
+    model(input_ids=ids.cuda(), **cache)
+    step(input_ids=ids[:, :1].cuda(), position_ids=torch.tensor([[ids.shape[1]]], device="cuda"), **cache)
     found = sorted(REQUESTED, key=str)
     REQUESTED.update(before)
     return found

@@ -1,77 +1,74 @@
-"""`decode_speed`: time per token of a model, dense under torch.compile and sparse, interleaved in one process."""
+"""`decode_speed`: time per token of a model, dense under torch.compile and sparse, in turns in one process."""
 
+import contextlib
 import copy
-import itertools
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from was_fx.compat.dynamo import settings_for_dense_models
 from was_fx.compile.options import Lowering
-from was_fx.measure.calibrate import calibrate, recalibrate
-from was_fx.measure.evaluate import evaluate
+from was_fx.generate.compiled_step import CompiledStep
+from was_fx.measure.sequential import realised_sparsity, uniform_while_dropping
+from was_fx.measure.timed_model import WARM_UP, Load, TimedModel, Turn
+from was_fx.measure.token_clock import TokenClock
 from was_fx.modules.linears import weight_bytes_per_token
+from was_fx.modules.placement import input_device
 from was_fx.modules.tokens import vocabulary
 from was_fx.schedules.files.schedule import Schedule
+from was_fx.schedules.progress import Progress
 from was_fx.schedules.score import Score
-from was_fx.schedules.search.uniform import uniform
 from was_fx.sparse.sparsify import sparsify
 from was_fx.sparse.state import sparse_state
 
-Progress = Callable[[int, int], None]
+# Runs of decode steps on a GPU whose tokens must be the same.
+REPEATS = 20
 
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """Decode speed at one sparsity.
+    """Decode speed at one sparsity. What was not measured is None.
 
     Attributes:
         target: nominal model sparsity; 0.0 for the dense model.
-        realised: model sparsity measured on the prompt and the tokens that were timed.
-        ms_per_token: median over the repetitions.
-        repetitions: ms per token of each repetition.
-        ratio: dense ms per token over this one's; 1.0 for the dense model.
+        realised: model sparsity on the prompt and the tokens that were timed, all of them sparse.
+        ms_per_token: wall time of a new token in `generate()`, median over the repetitions.
+        repetitions: what `ratio` compares, of each repetition: `step_ms` where it was measured, else `ms_per_token`.
+        ratio: the dense model's time over this one's, decode steps where they were timed, else `generate()`.
         bytes_per_token: bytes of weights read for one token, the head's included.
+        step_ms: median time of a decode step by the GPU's clock.
+        prompt_tokens: length of the prompt of `prompt_ms`.
+        prompt_ms: forward of a prompt with an empty cache, the time to the first token.
+        first_generate_s: wall time of the first `generate()`, everything compiled anew; of one sparsity only.
+        recompiled: graphs compiled by `generate()` calls with other lengths.
+        kernels: launched in one decode step.
+        repeatable: whether all repeated runs gave the same tokens.
+        peak_bytes: of GPU memory, the dense and the sparse model included.
     """
 
     target: float
     realised: float
     ms_per_token: float
     repetitions: tuple[float, ...]
-    ratio: float
+    ratio: float | None
     bytes_per_token: int
+    step_ms: float | None = None
+    prompt_tokens: int | None = None
+    prompt_ms: float | None = None
+    first_generate_s: float | None = None
+    recompiled: int | None = None
+    kernels: int | None = None
+    repeatable: bool | None = None
+    peak_bytes: int | None = None
 
-
-class TokenClock:
-    """A streamer for `generate()` that notes when each token arrives, and hands them to another streamer.
-
-    Attributes:
-        times: seconds, by `time.perf_counter`; the first entry is the prompt, the second the first new token.
-    """
-
-    def __init__(self, inner: Any = None) -> None:
-        self.times: list[float] = []
-        self._inner = inner
-
-    def put(self, tokens: Tensor) -> None:
-        """Called by `generate()` with the prompt, and then with each new token on the CPU."""
-        self.times.append(time.perf_counter())
-        if self._inner is not None:
-            self._inner.put(tokens)
-
-    def end(self) -> None:
-        """Called by `generate()` at the end."""
-        if self._inner is not None:
-            self._inner.end()
-
-    def steps(self) -> list[float]:
-        """Milliseconds of each decode step: from one new token to the next, so that the prompt does not count."""
-        arrived = self.times[1:]
-        return [1e3 * (after - before) for before, after in itertools.pairwise(arrived)]
+    @property
+    def ms(self) -> float:
+        """The time that `ratio` compares."""
+        return self.ms_per_token if self.step_ms is None else self.step_ms
 
 
 def random_model(config: Any, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", seed: int = 0) -> nn.Module:
@@ -83,122 +80,214 @@ def random_model(config: Any, *, dtype: torch.dtype = torch.bfloat16, device: st
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+@torch.no_grad()
 def decode_speed(
-    config_or_model: Any,
+    model_or_config: Any,
     targets: Sequence[float],
     *,
-    tokens: int = 32,
-    prompt: int = 16,
+    prompt: int | None = None,
+    tokens: int | None = None,
+    long_prompt: int | None = None,
     repetitions: int = 5,
+    cache: str | None = None,
     score: Score | None = None,
-    cache: str = "dynamic",
-    lowering: Lowering | None = None,
+    with_dense: bool = True,
     seed: int = 0,
+    lowering: Lowering | None = None,
     progress: Progress | None = None,
 ) -> list[SpeedRow]:
     """Time greedy decoding of one sequence, dense and at uniform sparsities.
 
-    The dense model is compiled by `torch.compile`, the sparse one is a copy of it that shares no storage, sparsified
-    after a calibration and a recalibration on random tokens. They take turns in the same process, so a slow moment of
-    the machine hits all of them. Compilation and prompts are not part of any time.
+    The sparse model is a copy of the dense one that shares no storage, and runs as `sparsify` leaves it: on a CPU
+    eager, on a GPU with compiled decode steps. The dense one is compiled as its users would: on a CPU the whole model
+    (dynamic shapes), on a GPU its decode steps with CUDA graphs (mode "reduce-overhead", fixed shapes), and
+    `generate()` as transformers does for a static cache. They take turns in the same process, so a slow moment of the
+    machine hits all of them. Compilation is not part of any time. Thresholds are read off the model's own activations
+    on random tokens, while it drops channels: this is about speed, not quality.
 
     Args:
-        config_or_model: a dense causal LM, or a configuration for one with random bf16 weights on the CPU.
+        model_or_config: a dense causal LM, or a configuration for one with random bf16 weights on the CPU.
         targets: model sparsities, each at least 0 and below 1.
-        tokens: new tokens per repetition, at least 2.
-        prompt: random tokens before them.
+        prompt: random tokens before those that are decoded; by default 128 on a GPU, 16 on a CPU.
+        tokens: new tokens per repetition; at least 2, on a GPU 25; by default 64 on a GPU, 32 on a CPU.
+        long_prompt: tokens of the prompt whose forward is timed alone; by default 2048 on a GPU, 128 on a CPU, and no
+            more than the model has positions.
         repetitions: how often each is timed.
-        score: WAS's by default.
-        cache: "dynamic" or "static", the KV cache.
-        executor: "inductor" (default), or "eager" to compile neither model (tests; no statement about speed).
+        cache: "static" or "dynamic", the KV cache; by default static on a GPU, dynamic on a CPU.
+        score: of the thresholds; WAS's by default.
+        with_dense: time the dense model too; without it, `ratio` is None.
         seed: of the random weights and tokens.
+        lowering: of the sparse model, as for `sparsify`; "eager" compiles the dense one neither (tests; no statement
+            about speed).
         progress: called with (runs done, all runs).
 
     Returns:
         The dense row, then one per target.
+
+    Raises:
+        ValueError: an argument is out of range, or the model is sparsified.
     """
-    if tokens < 2 or prompt < 1 or repetitions < 1:
-        raise ValueError(
-            f"tokens is {tokens}, prompt {prompt} and repetitions {repetitions}; expected at least 2, 1 and 1"
-        )
-    dense = config_or_model if isinstance(config_or_model, nn.Module) else random_model(config_or_model, seed=seed)
-    if sparse_state(dense) is not None:
+    model = model_or_config if isinstance(model_or_config, nn.Module) else random_model(model_or_config, seed=seed)
+    if sparse_state(model) is not None:
         raise ValueError("the model is sparsified; the dense one is needed: was_fx.densify(model) first")
-    sparse = copy.deepcopy(dense)
+    on_gpu = input_device(model).type == "cuda"
+    prompt, tokens = prompt or (128 if on_gpu else 16), tokens or (64 if on_gpu else 32)
+    least = 3 * WARM_UP + 1 if on_gpu else 2
+    if tokens < least or prompt < 1 or repetitions < 1:
+        raise ValueError(
+            f"tokens is {tokens}, prompt {prompt} and repetitions {repetitions}; expected at least {least}, 1 and 1"
+        )
+    ids, load = _load(model, prompt, tokens, long_prompt, cache, seed)
+    schedules = [uniform_while_dropping(model, ids, target, score) for target in targets]
+    sparse = copy.deepcopy(model)
+    subjects: list[Schedule | None] = [*([None] if with_dense else []), *schedules]
+    with _compiled_dense(model, load, lowering) as dense_step:
+        sparse_step = sparse if lowering == "eager" else CompiledStep(sparse, {})
+        runs = _Runs(
+            TimedModel(model, load, dense_step), TimedModel(sparse, load, sparse_step), subjects, repetitions, lowering
+        )
+        details = runs.warm_up(progress)
+        turns = runs.turns(progress)
+    return _rows(model, load, subjects, details, turns)
+
+
+def _load(
+    model: nn.Module, prompt: int, tokens: int, long_prompt: int | None, cache: str | None, seed: int
+) -> tuple[Tensor, Load]:
+    """Random tokens [4, seq] to take thresholds from, and what is timed."""
+    device = input_device(model)
+    on_gpu = device.type == "cuda"
+    longest = getattr(model.config, "max_position_embeddings", None) or 2048  # type: ignore[union-attr]
+    length = min(long_prompt or (2048 if on_gpu else 128), longest)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary(dense) or 2, (8, max(prompt, 64)), generator=generator)
-    calibration = calibrate(sparse, ids, score=score, text="random tokens")
-    schedules = [recalibrate(sparse, uniform(calibration, target), ids, rounds=1) for target in targets]
-    start = ids[:1, :prompt].to(next(dense.parameters()).device)
-    arguments = {"max_new_tokens": tokens, "min_new_tokens": tokens, "cache_implementation": cache}
-    runs = _Runs(dense, sparse, schedules, start, arguments, executor)
-    return runs.rows(runs.time(repetitions, progress))
+    ids = torch.randint(vocabulary(model) or 2, (4, max(prompt, length, 128)), generator=generator)
+    row = ids[:1].to(device)
+    load = Load(row[:, :prompt], row[:, :length], tokens, cache or ("static" if on_gpu else "dynamic"))
+    return ids[:, : min(128, longest)], load
+
+
+@contextlib.contextmanager
+def _compiled_dense(model: Any, load: Load, lowering: Lowering | None) -> Iterator[Any]:
+    """Compile the dense model as its users would while the context lasts; gives what makes its decode steps."""
+    if lowering == "eager":
+        yield model
+        return
+    if load.prompt.is_cuda:
+        yield torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        return
+    before = model._compiled_call_impl
+    try:
+        model.compile(dynamic=True, fullgraph=True)
+        yield model
+    finally:
+        model._compiled_call_impl = before
 
 
 class _Runs:
-    """The dense model (index 0) and the sparse one at each schedule (1, 2, …), ready to take turns."""
+    """The dense model (None) and the sparse one at each schedule, taking turns."""
 
     def __init__(
         self,
-        dense: nn.Module,
-        sparse: nn.Module,
-        schedules: Sequence[Schedule],
-        start: Tensor,
-        arguments: dict[str, Any],
+        dense: TimedModel,
+        sparse: TimedModel,
+        subjects: Sequence[Schedule | None],
+        repetitions: int,
         lowering: Lowering | None,
     ) -> None:
-        self.dense, self.sparse, self.schedules = dense, sparse, list(schedules)
-        self.start, self.arguments, self.lowering = start, arguments, executor
-        self.texts: dict[int, Tensor] = {}
+        self._dense, self._sparse, self._lowering = dense, sparse, lowering
+        self._subjects, self._repetitions = subjects, repetitions
+        self._done = 0
 
-    @torch.no_grad()
-    def time(self, repetitions: int, progress: Progress | None) -> list[list[float]]:
-        """Milliseconds per token: per model, one number per repetition. The first round compiles and is left out."""
-        import torch._dynamo
+    def warm_up(self, progress: Progress | None) -> list[dict[str, Any]]:
+        """What is measured once of each, with everything compiled and captured on the way."""
+        found: list[dict[str, Any]] = []
+        for schedule in self._subjects:
+            with self._ready(schedule) as timed:
+                first = schedule is None or schedule is next(each for each in self._subjects if each is not None)
+                found.append(_measured_once(timed, first=first, sparse=schedule is not None))
+            self._note(progress)
+        return found
 
-        times: list[list[float]] = [[] for _ in range(1 + len(self.schedules))]
-        total = (1 + repetitions) * len(times)
-        before = self.dense._compiled_call_impl
-        try:
-            # As `sparsify` compiles: one graph for every length, and never a silent fall back to no graph.
-            with torch._dynamo.config.patch(recompile_limit=64, specialize_float=True):
-                if self.lowering != "eager":
-                    self.dense.compile(dynamic=True, fullgraph=True)
-                for done in range(total):
-                    index = done % len(times)
-                    elapsed = self._once(index)
-                    if done >= len(times):
-                        times[index].append(elapsed)
-                    if progress is not None:
-                        progress(done + 1, total)
-        finally:
-            self.dense._compiled_call_impl = before
-        return times
+    def turns(self, progress: Progress | None) -> list[list[Turn]]:
+        """The turns of each."""
+        found: list[list[Turn]] = [[] for _ in self._subjects]
+        for _ in range(self._repetitions):
+            for schedule, turns in zip(self._subjects, found, strict=True):
+                with self._ready(schedule) as timed:
+                    turns.append(timed.turn())
+                self._note(progress)
+        return found
 
-    def _once(self, index: int) -> float:
-        model = self.dense if index == 0 else self._sparsified(index)
-        clock = TokenClock()
-        mask = torch.ones_like(self.start)
-        text = model.generate(  # type: ignore[operator]
-            self.start, attention_mask=mask, do_sample=False, streamer=clock, **self.arguments
+    @contextlib.contextmanager
+    def _ready(self, schedule: Schedule | None) -> Iterator[TimedModel]:
+        """The model with this schedule, under the settings it is compiled with."""
+        if schedule is None:
+            with settings_for_dense_models():
+                yield self._dense
+            return
+        sparsify(self._sparse.model, schedule, lowering=self._lowering)
+        yield self._sparse
+
+    def _note(self, progress: Progress | None) -> None:
+        self._done += 1
+        if progress is not None:
+            progress(self._done, (1 + self._repetitions) * len(self._subjects))
+
+
+def _measured_once(timed: TimedModel, *, first: bool, sparse: bool) -> dict[str, Any]:
+    """Fields of a row; some of the first of several schedules only."""
+    found: dict[str, Any] = {}
+    on_gpu = timed.load.prompt.is_cuda
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    if first:
+        found["first_generate_s"] = timed.seconds(timed.generate)
+        timed.turn()
+    if first and on_gpu:
+        found["kernels"] = timed.kernels()
+    if on_gpu and sparse:
+        found["recompiled"] = timed.recompiled()
+    if on_gpu:
+        timed.turn()
+        found["repeatable"] = timed.repeats_itself(REPEATS)
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def _rows(
+    model: nn.Module,
+    load: Load,
+    subjects: Sequence[Schedule | None],
+    details: Sequence[dict[str, Any]],
+    turns: Sequence[Sequence[Turn]],
+) -> list[SpeedRow]:
+    """Medians, with the sparsity that each schedule has on the tokens it was timed on."""
+    rows: list[SpeedRow] = []
+    for schedule, detail, found in zip(subjects, details, turns, strict=True):
+        realised, read = 0.0, weight_bytes_per_token(model)
+        if schedule is not None:
+            realised, read = realised_sparsity(model, schedule, found[0].text)
+        token_ms = [each.token_ms for each in found]
+        step_ms = [each.step_ms for each in found if each.step_ms is not None]
+        compared = step_ms or token_ms
+        median = statistics.median(compared)
+        dense = rows[0].ms if rows else median
+        same = all(each.text.equal(found[0].text) for each in found)
+        rows.append(
+            SpeedRow(
+                target=schedule.sparsity if schedule else 0.0,
+                realised=realised,
+                ms_per_token=statistics.median(token_ms),
+                repetitions=tuple(compared),
+                ratio=dense / median if subjects[0] is None else None,
+                bytes_per_token=read,
+                step_ms=median if step_ms else None,
+                prompt_tokens=load.long_prompt.shape[1],
+                prompt_ms=statistics.median(each.prompt_ms for each in found),
+                **{**detail, "repeatable": same and detail.get("repeatable") is not False},
+            )
         )
-        self.texts[index] = text
-        return statistics.fmean(clock.steps())
-
-    def _sparsified(self, index: int) -> nn.Module:
-        return sparsify(self.sparse, self.schedules[index - 1], executor=self.lowering)
-
-    def rows(self, times: list[list[float]]) -> list[SpeedRow]:
-        """Medians, with the sparsity that each schedule had on the tokens it was timed on."""
-        everything = weight_bytes_per_token(self.dense)
-        dense = statistics.median(times[0])
-        rows = [SpeedRow(0.0, 0.0, dense, tuple(times[0]), 1.0, everything)]
-        for index, schedule in enumerate(self.schedules, start=1):
-            found = evaluate(self._sparsified(index), self.texts[index], prefill="all", lowering="eager")
-            median = statistics.median(times[index])
-            read = round(everything * (1 - found.bytes_saved))
-            rows.append(SpeedRow(schedule.sparsity, found.realised, median, tuple(times[index]), dense / median, read))
-        return rows
+    return rows
 
 
 __all__ = ["SpeedRow", "TokenClock", "decode_speed", "random_model"]

@@ -1,0 +1,174 @@
+"""A model that decodes, prompted and timed again and again, on a CPU or a GPU."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from was_fx.compat.dynamo import graphs_compiled
+from was_fx.compat.generation import cache_argument
+from was_fx.measure.token_clock import TokenClock
+
+# New tokens on a GPU that don't count at the start of a sequence: the first steps capture a CUDA graph, and Python is
+# not yet ahead of the GPU.
+WARM_UP = 8
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a model is timed on.
+
+    Attributes:
+        prompt: LongTensor [1, seq] of token ids, on the model's device.
+        long_prompt: the same, of the prompt whose forward is timed alone.
+        tokens: new tokens of a repetition.
+        cache: "static" or "dynamic".
+    """
+
+    prompt: Tensor
+    long_prompt: Tensor
+    tokens: int
+    cache: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One repetition: milliseconds per token of `generate()`, per decode step (on a GPU with a static cache), and of
+    the long prompt's forward; and the tokens [1, prompt and new] that `generate()` gave."""
+
+    token_ms: float
+    step_ms: float | None
+    prompt_ms: float
+    text: Tensor
+
+
+class TimedModel:
+    """A model with the call that makes its decode steps, and a cache for them.
+
+    Attributes:
+        load: what it is timed on.
+        has_steps: decode steps are timed by themselves: on a GPU with a static cache.
+    """
+
+    def __init__(self, model: Any, load: Load, step: Any) -> None:
+        """
+        Args:
+            model: a causal LM, dense or sparsified.
+            load: what it is timed on.
+            step: called with the arguments of `model` for one token, as `generate()` calls it.
+        """
+        self.model, self.load, self._step = model, load, step
+        self._on_gpu = load.prompt.is_cuda
+        self.has_steps = self._on_gpu and load.cache == "static"
+        self._cache_name = cache_argument(model)
+        self._cache: Any = None
+
+    def turn(self) -> Turn:
+        """Time everything once."""
+        clock = TokenClock()
+        text = self.generate(streamer=clock)
+        skipped = WARM_UP if self._on_gpu else 0
+        step_ms = self.steps()[0] if self.has_steps else None
+        return Turn(statistics.fmean(clock.steps()[skipped:]), step_ms, self.prompt_ms(), text)
+
+    def generate(self, new: int | None = None, prompt: Tensor | None = None, streamer: Any = None) -> Tensor:
+        """Tokens [1, prompt and new] by greedy decoding; the load's prompt and number of tokens by default."""
+        new, prompt = new or self.load.tokens, self.load.prompt if prompt is None else prompt
+        text: Tensor = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            cache_implementation=self.load.cache,
+            streamer=streamer,
+        )
+        return text
+
+    def steps(self, count: int | None = None) -> tuple[float, Tensor]:
+        """Median milliseconds of a decode step, from one to the next by the GPU's clock, and the new tokens [1, count].
+
+        The cache is static and stays the same from call to call.
+        """
+        count = count or self.load.tokens
+        if self._cache is None:
+            self._cache = self._static_cache(self.load.prompt.shape[1] + self.load.tokens)
+        self._cache.reset()
+        arguments = {self._cache_name: self._cache, "use_cache": True, "logits_to_keep": 1}
+        logits = self.model(input_ids=self.load.prompt, **arguments).logits
+        position = torch.tensor([[self.load.prompt.shape[1]]], device=self.load.prompt.device)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        text = []
+        for event in events[:-1]:
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            text.append(token)
+            event.record()
+            torch.compiler.cudagraph_mark_step_begin()
+            logits = self._step(input_ids=token, position_ids=position, **arguments).logits
+            position = position + 1
+        events[-1].record()
+        torch.cuda.synchronize()
+        gaps = [a.elapsed_time(b) for a, b in zip(events[WARM_UP:-1], events[WARM_UP + 1 :], strict=True)]
+        return statistics.median(gaps) if gaps else 0.0, torch.cat(text, dim=1)
+
+    def prompt_ms(self) -> float:
+        """Milliseconds from a prompt on the device to the logits after it, with an empty cache: what the first new
+        token takes, but for choosing it."""
+
+        def forward() -> None:
+            from transformers import DynamicCache
+
+            tokens = self.load.long_prompt
+            static = self.load.cache == "static"
+            cache = self._static_cache(tokens.shape[1]) if static else DynamicCache(config=self.model.config)
+            self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{self._cache_name: cache})
+
+        return 1e3 * self.seconds(forward)
+
+    def recompiled(self) -> int:
+        """Graphs that `generate()` compiles for other lengths of prompt and text than those it has served."""
+        before, prompt = graphs_compiled(), self.load.prompt
+        for cut, new in ((0, 16), (7, 40), (50, 20)):
+            self.generate(new, prompt[:, min(cut, prompt.shape[1] - 1) :])
+        return graphs_compiled() - before
+
+    def kernels(self) -> int | None:
+        """Kernels that one decode step launches; None where steps are not timed."""
+        if not self.has_steps:
+            return None
+        counts = [self._kernels_of(count) for count in (WARM_UP, 2 * WARM_UP)]
+        return round((counts[1] - counts[0]) / WARM_UP)
+
+    def repeats_itself(self, times: int) -> bool:
+        """Whether so many runs give the same tokens: of decode steps where they are timed, else of `generate()`."""
+        runs = [self.steps()[1] if self.has_steps else self.generate() for _ in range(times)]
+        return all(each.equal(runs[0]) for each in runs)
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Wall time of a call, to the end of what it starts on the GPU."""
+        self._wait()
+        start = time.perf_counter()
+        function()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+
+    def _static_cache(self, length: int) -> Any:
+        from transformers import StaticCache
+
+        return StaticCache(config=self.model.config, max_cache_len=length)
+
+    def _kernels_of(self, count: int) -> int:
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            self.steps(count)
+        return sum(event.device_type == DeviceType.CUDA for event in profiled.events() or [])
