@@ -102,8 +102,12 @@ class Case:
         return copy.deepcopy(self._model)
 
     def sparse(self, schedule: was_fx.Schedule | None = None, **how: Any) -> nn.Module:
-        """A sparsified copy."""
-        return was_fx.sparsify(self.dense(), schedule or self.schedule, **how)
+        """A sparsified copy. With lowering="eager", compiled as a whole by the backend, its graphs run node by node."""
+        model = was_fx.sparsify(self.dense(), schedule or self.schedule, **how)
+        if how.get("lowering") == "eager":
+            options = {"lowering": "eager", "disable": how.get("disable", ())}
+            model.compile(backend="was", dynamic=True, options=options)
+        return model
 
     def oracle(
         self, prefill: str = "all", *, schedule: was_fx.Schedule | None = None, model: nn.Module | None = None

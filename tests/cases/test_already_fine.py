@@ -269,7 +269,7 @@ def test_twelve_shards(case, tmp_path):
 
 
 def test_a_search_that_is_killed_goes_on_where_it_was(case, tmp_path):
-    recipe = {"tokens": case.tokens[:, :24], "target": 0.5, "recipe": "exact", "budget": 2, "batch_size": 4}
+    recipe = {"tokens": case.tokens[:, :24], "target": 0.5, "recipe": "exact", "trials": 2, "batch_size": 4}
     whole = tmp_path / "whole.jsonl"
     expected = was_fx.search(case.dense(), case.calibration, log=whole, **recipe)
     trials = whole.read_text().splitlines()

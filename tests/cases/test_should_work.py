@@ -289,6 +289,7 @@ def test_what_was_saved_is_loaded_sparse(each, tmp_path):
 # Offloading.
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # weights wait on the meta device
 @pytest.mark.parametrize("first", ["sparsify", "offload"])
 @pytest.mark.parametrize("what", ["cpu_offload", "dispatch_model", "disk_offload", "hook"])
 def test_weights_that_accelerate_moves(case, what, first, tmp_path):

@@ -526,10 +526,12 @@ def test_a_pruned_weight_stays_sparse(case):
     from torch.nn.utils import prune
 
     model, dense = case.sparse(prefill="all"), case.dense()
+    shape = dense.model.layers[0].mlp.gate_proj.weight.shape
+    mask = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.3).float()
     for each in (model, dense):
-        prune.l1_unstructured(each.model.layers[0].mlp.gate_proj, "weight", amount=0.3)
+        prune.custom_from_mask(each.model.layers[0].mlp.gate_proj, "weight", mask)
         prune.remove(each.model.layers[0].mlp.gate_proj, "weight")
-        prune.l1_unstructured(each.model.layers[1].mlp.gate_proj, "weight", amount=0.3)
+        prune.custom_from_mask(each.model.layers[1].mlp.gate_proj, "weight", mask)
     found = case.logits(model, case.prompt)
     prune.remove(dense.model.layers[1].mlp.gate_proj, "weight")
     expected = case.logits(case.oracle(model=dense), case.prompt)
@@ -720,7 +722,10 @@ def test_check_leaves_the_model_as_it_was(case):
 
 
 def test_check_names_the_compiled_path(case):
-    report = was_fx.check(case.sparse(lowering="eager"), case.prompt)
+    model = case.sparse()
+    assert was_fx.check(model, case.prompt).path == "eager"
+    model.compile(backend="was", dynamic=True, options={"lowering": "eager"})
+    report = was_fx.check(model, case.prompt)
     assert report.ok
     assert report.path == "compiled"
 
