@@ -10,6 +10,7 @@ import typer
 from was_fx.cli.commands import (
     bench,
     calibrate,
+    check,
     compare,
     coverage,
     demo,
@@ -94,6 +95,7 @@ _add("ppl", ppl.ppl, ppl.EXAMPLES)
 _add("eval", evaluate.evaluate, evaluate.EXAMPLES)
 _add("coverage", coverage.coverage, coverage.EXAMPLES)
 _add("generate", generate.generate, generate.EXAMPLES)
+_add("check", check.check, check.EXAMPLES)
 _add("bench", bench.bench, bench.EXAMPLES)
 _add("tune", tune.tune, tune.EXAMPLES)
 

@@ -27,6 +27,7 @@ _HOMES = {
     "Score": "was_fx.schedules.score",
     "WasConfig": "was_fx.plugins.quantizer",
     "calibrate": "was_fx.measure.calibrate",
+    "check": "was_fx.measure.check",
     "decode": "was_fx.generate.decode_loop",
     "densify": "was_fx.sparse.sparsify",
     "draft": "was_fx.sparse.drafting",
@@ -51,6 +52,7 @@ __all__ = [
     "WasConfig",
     "__version__",
     "calibrate",
+    "check",
     "decode",
     "densify",
     "draft",
@@ -67,6 +69,7 @@ __all__ = [
 if TYPE_CHECKING:
     from was_fx.generate.decode_loop import decode
     from was_fx.measure.calibrate import calibrate, recalibrate
+    from was_fx.measure.check import check
     from was_fx.measure.evaluate import Evaluation, evaluate, perplexity
     from was_fx.passes.graph.errors import RewriteError
     from was_fx.plugins.quantizer import WasConfig

@@ -24,8 +24,17 @@ class Loaded:
         return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
-def load_model(name: str, dtype: Dtype = Dtype.auto, device: str = "auto") -> Loaded:
+def load_model(
+    name: str, dtype: Dtype = Dtype.auto, device: str = "auto", *, tokenizer: bool = True, keep_schedule: bool = False
+) -> Loaded:
     """Load a causal LM in eval mode, and say so meanwhile.
+
+    Args:
+        name: directory, Hub name or `embedded`.
+        dtype: of the weights.
+        device: where.
+        tokenizer: load it too.
+        keep_schedule: leave a model sparsified that was saved so.
 
     Raises:
         ValueError, OSError: there is no such model or device, or it is none that can be loaded.
@@ -38,10 +47,10 @@ def load_model(name: str, dtype: Dtype = Dtype.auto, device: str = "auto") -> Lo
             from was_fx import embedded
 
             # fp32 is several times faster than bf16 for batches on most CPUs, and the model is tiny.
-            model, tokenizer = embedded.load(torch_dtype(Dtype.fp32 if dtype is Dtype.auto else dtype))
+            model, words = embedded.load(torch_dtype(Dtype.fp32 if dtype is Dtype.auto else dtype))
         else:
-            model, tokenizer = _from_pretrained(name, dtype)
-        return Loaded(name, _dense(name, model).to(where).eval(), tokenizer)
+            model, words = _from_pretrained(name, dtype, tokenizer)
+        return Loaded(name, (model if keep_schedule else _dense(name, model)).to(where).eval(), words)
 
 
 def load_skeleton(name: str) -> Any:
@@ -67,7 +76,7 @@ def load_skeleton(name: str) -> Any:
         raise ValueError(f"the configuration of {name} could not be loaded: {reason}") from error
 
 
-def _from_pretrained(name: str, dtype: Dtype) -> tuple[Any, Any]:
+def _from_pretrained(name: str, dtype: Dtype, tokenizer: bool) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -75,7 +84,7 @@ def _from_pretrained(name: str, dtype: Dtype) -> tuple[Any, Any]:
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype))
         part = "tokenizer"
-        return model, AutoTokenizer.from_pretrained(name)
+        return model, AutoTokenizer.from_pretrained(name) if tokenizer else None
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the {part} of {name} could not be loaded: {reason}") from error

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from was_fx.kernels.parts.gemv_config import GemvConfig, gemv_config
+from was_fx.kernels.parts.served import note_served
 from was_fx.kernels.parts.triton_parts import MAX_SIBLINGS, begin, interpreted, launch_options, serves, slots
 
 # Most tokens that share one read of the weights.
@@ -196,7 +197,9 @@ def gather_gemv(
 ) -> Tensor:
     """See `reference`; by Triton where it serves. `config` overrides the tuned one."""
     if not supports(x, weights):
+        note_served(weights, "gather_gemv_reference", "a GPU's kernels don't run here")
         return reference(x, index, count, weights, thresholds, splits)
+    note_served(weights, "gather_gemv", "one token on a GPU, kept channels listed by the kernel before")
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     sizes = [weight.shape[0] for weight in weights]
     config = config or gemv_config(x.device, x.dtype, x.shape[-1], sizes)

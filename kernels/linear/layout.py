@@ -27,6 +27,7 @@ def follows(first: Tensor, second: Tensor) -> bool:
     )
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def to_input_major(weight: Tensor) -> None:
     """Move weight [N, K] in place into input-major storage; a no-op when it is there already."""
@@ -34,6 +35,7 @@ def to_input_major(weight: Tensor) -> None:
         weight.data = weight.data.t().contiguous().t()
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def restore(weight: Tensor, stride: tuple[int, ...]) -> None:
     """Move weight in place into a storage of its own with the given strides; values are unchanged bit by bit."""

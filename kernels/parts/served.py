@@ -1,9 +1,11 @@
 """Which implementation served a call, for whoever asks: `was_fx.check` and the tests."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import CodeType
 
 from torch import Tensor
 
@@ -16,21 +18,27 @@ class Served:
         weights: `data_ptr` of each weight [N_i, K] it read.
         implementation: name of what computed it.
         reason: why that one.
+        eager: called from Python code that was asked for, not from a compiled graph.
     """
 
     weights: tuple[int, ...]
     implementation: str
     reason: str
+    eager: bool
 
 
-_noted: ContextVar[list[Served] | None] = ContextVar("calls of sparse products", default=None)
+_noted: ContextVar[tuple[list[Served], CodeType | None] | None] = ContextVar("calls of sparse products", default=None)
 
 
 @contextlib.contextmanager
-def noting_served() -> Iterator[list[Served]]:
-    """The sparse products that this thread computes while the context lasts; replays of a CUDA graph call nothing."""
+def noting_served(caller: CodeType | None = None) -> Iterator[list[Served]]:
+    """The sparse products that this thread computes while the context lasts; replays of a CUDA graph call nothing.
+
+    Args:
+        caller: code that is running when a call is eager; compiled code has been traced away.
+    """
     noted: list[Served] = []
-    token = _noted.set(noted)
+    token = _noted.set((noted, caller))
     try:
         yield noted
     finally:
@@ -39,6 +47,17 @@ def noting_served() -> Iterator[list[Served]]:
 
 def note_served(weights: Sequence[Tensor], implementation: str, reason: str) -> None:
     """Tell whoever asks that `implementation` computes a product with these weights."""
-    noted = _noted.get()
-    if noted is not None:
-        noted.append(Served(tuple(weight.data_ptr() for weight in weights), implementation, reason))
+    asked = _noted.get()
+    if asked is not None:
+        noted, caller = asked
+        eager = caller is not None and _is_running(caller)
+        noted.append(Served(tuple(weight.data_ptr() for weight in weights), implementation, reason, eager))
+
+
+def _is_running(code: CodeType) -> bool:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -151,7 +151,7 @@ class Generation:
         wanted = rows * length * _bytes_per_token(self._model)
         if wanted > _CACHE_SHARE * free:
             return (
-                f"a static one for {length} tokens takes {wanted / 2**30:.1f} GiB, of {free / 2**30:.1f} that are free; "
+                f"a static one for {length} tokens takes {wanted / 2**30:.1f} of {free / 2**30:.1f} GiB that are free; "
                 "give a smaller max_new_tokens, or cache_implementation='static' to have it all the same"
             )
         return ""

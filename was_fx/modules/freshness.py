@@ -30,7 +30,7 @@ class Freshness:
         self._stamps: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
 
     def watch(self, model: nn.Module) -> list[Any]:
-        """Look before every prompt of `model`, and of its body where that is called alone; after the token rule's hooks.
+        """Look before every prompt of `model`, and of its body where that is called alone. For after the token rule's.
 
         Returns:
             Handles of the hooks.
@@ -53,6 +53,7 @@ class Freshness:
         if not torch.compiler.is_compiling() and prompt_begins(role):
             self.refresh(module)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:
         """Bring up to date what has changed since the last call; everything, at the first."""
@@ -76,7 +77,11 @@ class Freshness:
 
 def _stamp(module: Any, piece: int) -> tuple[Any, ...]:
     weight = module.weight
-    return id(weight), local(weight).data_ptr(), weight._version, weight.dtype, piece
+    try:
+        version = weight._version
+    except RuntimeError:
+        version = -1  # what inference mode made has none
+    return id(weight), local(weight).data_ptr(), version, weight.dtype, piece
 
 
 def _norms_of_pieces(weights: list[Tensor]) -> list[int]:
@@ -86,7 +91,7 @@ def _norms_of_pieces(weights: list[Tensor]) -> list[int]:
         places[weight.device].append(place)
     found = [0] * len(weights)
     for each in places.values():
-        norms = torch._foreach_norm([weights[place].detach()[:_PIECE, :_PIECE].diagonal() for place in each])
+        norms = torch._foreach_norm([weights[place].data[:_PIECE, :_PIECE].diagonal() for place in each])
         bits = torch.stack([norm.float() for norm in norms]).view(torch.int32).tolist()
         for place, piece in zip(each, bits, strict=True):
             found[place] = piece

@@ -74,10 +74,8 @@ def find_linears(model: nn.Module) -> dict[str, LinearModule]:
             raise ValueError(_no_plain_weights(f"{name} is stored as {stored}", model))
         if weight.dim() == 2 and weight.is_floating_point() and computes_product(module):
             found[name] = LinearModule(name, module, is_conv1d(module), module is head)
-    if not any(not linear.head for linear in found.values()):
-        method = getattr(getattr(_config(model), "quantization_config", None), "quant_method", None)
-        if method is not None:
-            raise ValueError(_no_plain_weights(f"{type(model).__name__} is quantised by {_text(method)}", model))
+    if not any(not linear.head for linear in found.values()) and _quantised_by(model):
+        raise ValueError(_no_plain_weights(f"the weights of {type(model).__name__} are quantised", model))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no Linear with a floating-point weight; "
@@ -101,8 +99,10 @@ def unsupported_format(weight: Tensor) -> str | None:
 
 
 def _no_plain_weights(what: str, model: nn.Module) -> str:
+    method = _quantised_by(model)
+    by = f" by {method}" if method else ""
     return (
-        f"{what}, and was-fx needs weights in bf16, fp16 or fp32: load the checkpoint without quantisation, or call "
+        f"{what}{by}, and was-fx needs weights in bf16, fp16 or fp32: load the checkpoint without quantisation, or call "
         f"model.dequantize() first where {type(model).__name__} has it"
     )
 
@@ -134,11 +134,10 @@ def _try_product(module: Any) -> bool:
     return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-2, atol=1e-2)
 
 
-def _config(model: nn.Module) -> Any:
-    return getattr(model, "config", None)
-
-
-def _text(method: Any) -> str:
+def _quantised_by(model: nn.Module) -> str:
+    """The quantisation method that a model's configuration names, or ""."""
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = config.get("quant_method", "") if isinstance(config, dict) else getattr(config, "quant_method", "")
     return str(getattr(method, "value", method))
 
 

@@ -20,6 +20,9 @@ from was_fx.modules.token_rule import TokenRule, decided
 from was_fx.schedules.files.linear_schedule import LinearSchedule
 
 
+_FP32 = ("was_norms", "was_threshold")
+
+
 class SparseLinear:
     """What a sparse Linear has beyond the class that it was.
 
@@ -56,10 +59,21 @@ class SparseLinear:
             count_dropped_op(input, self.was_threshold, self.was_counts, tokens)
         return sparse_linear(input, weight, bias, self.was_threshold, tokens)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow the module to another device, but stay fp32 in another dtype."""
+        kept = {name: self._buffers[name] for name in _FP32 if self._buffers[name] is not None}  # type: ignore[attr-defined]
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, before in kept.items():
+            now = self._buffers[name]  # type: ignore[attr-defined]
+            if now.dtype != before.dtype and not now.is_meta:
+                self._buffers[name] = before.to(now.device)  # type: ignore[attr-defined]
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (type(self).__mro__[2],), self.__dict__
 
 
+@torch.inference_mode(False)
 def make_sparse(linear: LinearModule, entry: LinearSchedule, norm: int, rule: TokenRule) -> None:
     """Turn a Linear into a sparse one, in place.
 
@@ -92,6 +106,8 @@ def make_dense(module: nn.Module) -> None:
     _rebind_forward(module, before)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def set_numbers(linear: LinearModule, entry: LinearSchedule) -> None:
     """Give a sparse Linear other numbers; its threshold buffer stays where it is."""
     module: Any = linear.module
@@ -99,6 +115,8 @@ def set_numbers(linear: LinearModule, entry: LinearSchedule) -> None:
     module.was_threshold.copy_(own_channels(entry.channel_thresholds(module.was_norms), linear))
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def take_norms(linear: LinearModule) -> None:
     """Take a sparse Linear's channel norms from its weight as it is now, and its thresholds from them."""
     module: Any = linear.module

@@ -68,6 +68,7 @@ class TokenRule:
         self.prefill: Prefill = prefill
         self._names: dict[str, tuple[str, ...]] = {}
         self._warned = False
+        self._last_length = 0
 
     @contextmanager
     def treating_prompts(self, prefill: Prefill) -> Iterator[None]:
@@ -138,7 +139,7 @@ class TokenRule:
         if self.prefill == "dense":
             _call.dense = True
             if cache is None and not torch.compiler.is_compiling():
-                self._say_once_that_nothing_is_cached(module, given)
+                self._say_once_that_nothing_is_cached(inputs.shape[1])
         elif self.prefill != "all":
             _call.tokens = _after_the_first(inputs, given.get("attention_mask"), cache, self.prefill)
 
@@ -158,16 +159,15 @@ class TokenRule:
         positions = given.get("position_ids")
         _call.tokens = (single if positions is None else single & (positions.reshape(-1) > 0))[None]
 
-    def _say_once_that_nothing_is_cached(self, module: nn.Module, given: Mapping[str, Any]) -> None:
-        asked = given.get("use_cache")
-        if asked is None:
-            asked = getattr(getattr(module, "config", None), "use_cache", True)
-        if asked is not False or self._warned:
+    def _say_once_that_nothing_is_cached(self, length: int) -> None:
+        """A text that grows by a token from call to call is being generated."""
+        grown, self._last_length = length == self._last_length + 1, length
+        if not grown or self._warned:
             return
         self._warned = True
         warnings.warn(
-            "called without a cache: every call is then a prompt, and prompts are dense. Use a cache (use_cache=True) "
-            "for sparse decode steps, or sparsify with prefill='all'",
+            "generating without a cache: every call is then a prompt, and prompts are dense. Use a cache "
+            "(use_cache=True) for sparse decode steps, or sparsify with prefill='all'",
             stacklevel=2,
         )
 

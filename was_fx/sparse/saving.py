@@ -5,7 +5,7 @@ repository gets a tag and a section of the model card. `sparsify` attaches this 
 as it is.
 """
 
-import warnings
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +19,8 @@ from was_fx.schedules.files.fingerprint import differences
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.sparse.model_card import update_card
 from was_fx.sparse.state import model_fingerprint, sparse_state
+
+log = logging.getLogger(__name__)
 
 METHOD = "was"
 SCHEDULE_FILE = "schedule.was.safetensors"
@@ -112,10 +114,10 @@ def _config_names_schedule(model: Any, schedule: Schedule | None) -> Iterator[No
     before = vars(model.config).get("quantization_config")
     others = differences(schedule.metadata.fingerprint, model_fingerprint(model, find_linears(model)))
     if others:
-        warnings.warn(
-            "the model is no longer the one that its schedule was made for (" + "; ".join(others) + "); it is saved "
-            "with that schedule all the same. Calibrate it anew for a schedule of its own",
-            stacklevel=4,
+        log.warning(
+            "the model is no longer the one that its schedule was made for (%s); it is saved with that schedule all "
+            "the same. Calibrate it anew for a schedule of its own",
+            "; ".join(others),
         )
     model.config.quantization_config = config_entry(model._was_state.rule.prefill, allow_other_model=bool(others))
     try:

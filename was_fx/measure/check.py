@@ -1,0 +1,194 @@
+"""`check`: does every scheduled Linear drop channels on the path that `generate()` takes, and by what kernel?"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from was_fx.compat.generation import uses_flash_attention
+from was_fx.compile.cuda_graphs import Call, noting_calls
+from was_fx.generate.generation import Generation
+from was_fx.kernels.parts.served import Served, noting_served
+from was_fx.measure.realised import Realised, counting
+from was_fx.modules.linears import find_linears
+from was_fx.modules.placement import input_device
+from was_fx.modules.sparse_linear import SparseLinear
+from was_fx.modules.tokens import check_tokens, vocabulary
+from was_fx.modules.weights import local
+from was_fx.sparse.sparsify import prompts_treated
+from was_fx.sparse.state import sparse_state
+
+_PROMPT = 16
+
+
+@dataclass(frozen=True)
+class LinearCheck:
+    """One scheduled Linear.
+
+    Attributes:
+        name: qualified name.
+        nominal: sparsity by the schedule.
+        realised: sparsity of the tokens of the decode steps.
+        tokens: tokens of decode steps that it dropped channels of.
+        implementation: what computed it: "gather_gemv", "cpu_gather", "reference", …; "" if nothing sparse did.
+        reason: why that one.
+        dense: it ran dense in some decode step.
+    """
+
+    name: str
+    nominal: float
+    realised: float
+    tokens: int
+    implementation: str
+    reason: str
+    dense: bool
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found.
+
+    Attributes:
+        linears: one row for each scheduled Linear.
+        path: "eager", "compiled" or "CUDA graph": how decode steps ran.
+        device: where.
+        steps: decode steps that were looked at.
+        realised: model sparsity over them.
+        bytes_saved: share of all weight bytes of a decode step that was not read.
+        notes: what a user should know, one sentence each.
+    """
+
+    linears: tuple[LinearCheck, ...]
+    path: str
+    device: str
+    steps: int
+    realised: float
+    bytes_saved: float
+    notes: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """No scheduled Linear ran dense."""
+        return not any(row.dense for row in self.linears)
+
+
+@torch.no_grad()
+def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8) -> CheckReport:
+    """Run a prompt and a few decode steps as `generate()` will, and say what each scheduled Linear did.
+
+    The prompt itself is dense here, so that the numbers are those of decode steps. What is compiled counts dropped
+    channels meanwhile, and is compiled anew for that.
+
+    Args:
+        model: a sparsified model, as it will be used: on its device, compiled or not, with its adapters.
+        prompt: LongTensor [1, n] of token ids; random ones by default.
+        new_tokens: tokens to generate, at least 2.
+
+    Raises:
+        ValueError: the model is not sparsified, or can't generate; or `new_tokens` is below 2.
+    """
+    state = sparse_state(model)
+    if state is None:
+        raise ValueError("the model is not sparsified; call was_fx.sparsify(model, schedule) first")
+    if new_tokens < 2:
+        raise ValueError(f"new_tokens is {new_tokens}; expected at least 2, for a decode step after the prompt")
+    if not hasattr(model, "generate"):
+        raise ValueError(f"{type(model).__name__} has no generate(); check a causal LM of transformers")
+    if prompt is None:
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randint(
+            min(3, (vocabulary(model) or 8) - 1), vocabulary(model) or 8, (1, _PROMPT), generator=generator
+        )
+    check_tokens(model, prompt)
+    prompt = prompt.to(input_device(model))
+    notes = _Notes()
+    with (
+        notes,
+        prompts_treated(model, "dense"),
+        counting(model) as counts,
+        noting_served(SparseLinear.forward.__code__) as served,
+        noting_calls() as calls,
+    ):
+        model.generate(  # type: ignore[operator]
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+        )
+        found = counts.realised()
+    rows = _rows(model, found, served, new_tokens - 1)
+    own = vars(model).get("generate")
+    if isinstance(own, Generation) and own.step is not None and own.step.declined:
+        notes.texts.append(f"decode steps run uncompiled, because {own.step.declined}")
+    if all(row.dense for row in rows):
+        notes.texts.append("no call had a cache that holds tokens already, so every one was a prompt, and dense")
+    if uses_flash_attention(model):
+        attention = model.config._attn_implementation  # type: ignore[union-attr]
+        notes.texts.append(f"{attention} can't read a static cache, so decode steps are not captured as a CUDA graph")
+    slow = sum(row.implementation == "reference" for row in rows)
+    if slow:
+        notes.texts.append(f"{slow} Linears are right but not faster: no kernel skips their rows here")
+    return CheckReport(
+        linears=rows,
+        path=_path(served, calls),
+        device=str(prompt.device),
+        steps=new_tokens - 1,
+        realised=found.sparsity,
+        bytes_saved=found.bytes_saved,
+        notes=tuple(dict.fromkeys(notes.texts)),
+    )
+
+
+def _rows(model: nn.Module, found: Realised, served: list[Served], steps: int) -> tuple[LinearCheck, ...]:
+    by_weight = {weight: each for each in served for weight in each.weights}
+    state: Any = sparse_state(model)
+    linears = find_linears(model)
+    rows = []
+    for name, entry in state.schedule.linears.items():
+        tokens = found.tokens.get(name, 0)
+        # The product is made with W [N, K], a view of the parameter at the same address.
+        by = by_weight.get(local(linears[name].parameter).data_ptr())
+        dense = tokens < steps
+        reason = by.reason if by else "no sparse product was made" if dense else "its weight lies elsewhere meanwhile"
+        rows.append(
+            LinearCheck(
+                name,
+                entry.sparsity,
+                found.linears.get(name, 0.0),
+                tokens,
+                by.implementation if by else "",
+                reason,
+                dense,
+            )
+        )
+    return tuple(rows)
+
+
+def _path(served: list[Served], calls: list[Call]) -> str:
+    if any(call.step.captures for call in calls):
+        return "CUDA graph"
+    return "compiled" if any(not each.eager for each in served) else "eager"
+
+
+class _Notes(logging.Handler):
+    """Collects the warnings that was-fx gives through logging."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+    def __enter__(self) -> "_Notes":
+        logging.getLogger("was_fx").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("was_fx").removeHandler(self)
+
+
+__all__ = ["CheckReport", "LinearCheck", "check"]
