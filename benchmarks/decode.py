@@ -1,78 +1,101 @@
-"""Decode speed on a GPU through a Hugging Face model with random weights, dense against sparse, static cache, batch 1.
+"""Decode speed of a Hugging Face model with random weights, dense against sparse, batch 1.
 
-    python benchmarks/decode.py                                    # Llama-3-8B shapes, bf16: about 40 GB and 4 minutes
+    python benchmarks/decode.py                                     # a GPU, Llama-3-8B shapes: about 40 GB, 5 minutes
     python benchmarks/decode.py --shape qwen2.5-7b --targets 0.5
+    python benchmarks/decode.py --device cpu                        # Llama-3.2-1B shapes: about 6 GB and 5 minutes
+    python benchmarks/decode.py --device cpu --blocks 2 --vocabulary 4096 --repetitions 3
 
-Prints one JSON line per row (device, versions, commit, times, memory) and then a table.
+On a GPU with a static cache, decode steps and `generate()`; on a CPU with a dynamic cache, `generate()`. Prints one
+JSON line per row (device, versions, commit, times, memory) and then a table.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
-from environment import describe
+import torch
+from environment import bandwidth, describe
 from rich.console import Console
 from rich.table import Table
 
-from was_fx.measure.gpu_speed import GpuRow, gpu_speed
 from was_fx.measure.shapes import SHAPES, config
-from was_fx.measure.speed import random_model
+from was_fx.measure.speed import SpeedRow, decode_speed, random_model
 
-_COLUMNS = {
+_COLUMNS: dict[str, Callable[[SpeedRow], str | None]] = {
     "sparsity": lambda row: f"{row.target:.0%}" if row.target else "dense",
-    "realised": lambda row: f"{row.realised:.1%}" if row.target else "",
-    "ms/step": lambda row: f"{row.step_ms:.3f}",
-    "ratio": lambda row: f"{row.ratio:.2f}×" if row.ratio else "",
-    "generate() ms/token": lambda row: f"{row.generate_ms:.3f}" if row.generate_ms else "",
-    "GB read/token": lambda row: f"{row.bytes_per_token / 1e9:.2f}",
-    "GB/s": lambda row: f"{row.bytes_per_token / row.step_ms / 1e6:.0f}",
-    "prompt ms": lambda row: f"{row.prompt_ms:.1f}" if row.prompt_ms else "",
-    "compile s": lambda row: f"{row.compile_s:.0f}" if row.compile_s else "",
-    "recompiled": lambda row: str(row.recompiled),
-    "kernels": lambda row: str(row.kernels or ""),
+    "realised": lambda row: f"{row.realised:.1%}" if row.target else None,
+    "ms/step": lambda row: row.step_ms and f"{row.step_ms:.3f}",
+    "generate() ms/token": lambda row: f"{row.ms_per_token:.3f}",
+    "ratio": lambda row: row.ratio and f"{row.ratio:.2f}×",
+    "GB read/token": lambda row: f"{row.bytes_per_token / 1e9:.3f}",
+    "GB/s": lambda row: f"{row.bytes_per_token / row.ms / 1e6:.1f}",
+    "prompt ms": lambda row: row.prompt_ms and f"{row.prompt_ms:.1f}",
+    "first generate() s": lambda row: row.first_generate_s and f"{row.first_generate_s:.1f}",
+    "recompiled": lambda row: None if row.recompiled is None else str(row.recompiled),
+    "kernels": lambda row: row.kernels and str(row.kernels),
     "same tokens": lambda row: "yes" if row.repeatable else "NO",
-    "peak GB": lambda row: f"{row.peak_bytes / 1e9:.1f}",
+    "peak GB": lambda row: row.peak_bytes and f"{row.peak_bytes / 1e9:.1f}",
 }
 
 
-def table(rows: list[GpuRow], title: str) -> Table:
-    """A row for each sparsity."""
+def table(rows: list[SpeedRow], title: str) -> Table:
+    """A row for each sparsity; columns of which nothing was measured are left out."""
     made = Table(title=title)
-    for heading in _COLUMNS:
+    shown = {heading: show for heading, show in _COLUMNS.items() if any(map(show, rows))}
+    for heading in shown:
         made.add_column(heading, justify="right")
     for row in rows:
-        made.add_row(*[show(row) for show in _COLUMNS.values()])
+        made.add_row(*[show(row) or "" for show in shown.values()])
     return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--shape", choices=SHAPES, help="llama-3-8b on a GPU, llama-3.2-1b on a CPU")
     parser.add_argument("--blocks", type=int, help="fewer blocks than the model has")
+    parser.add_argument("--vocabulary", type=int, help="another vocabulary than the model has")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.4, 0.5, 0.6, 0.75])
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=64, help="decoded per repetition")
+    parser.add_argument("--prompt", type=int, help="128 on a GPU, 16 on a CPU")
+    parser.add_argument("--long-prompt", type=int, help="the prompt that is timed; 2048 on a GPU, 128 on a CPU")
+    parser.add_argument("--tokens", type=int, help="decoded per repetition; 64 on a GPU, 32 on a CPU")
+    parser.add_argument("--cache", choices=["static", "dynamic"], help="static on a GPU, dynamic on a CPU")
     parser.add_argument("--skip-dense", action="store_true", help="time the sparse model only")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=7)
     arguments = parser.parse_args()
 
     start = time.perf_counter()
-    changes = {"num_hidden_layers": arguments.blocks} if arguments.blocks else {}
-    rows = gpu_speed(
-        random_model(config(arguments.shape, **changes), device="cuda"),
+
+    def progress(done: int, of: int) -> None:
+        print(f"{time.perf_counter() - start:5.0f} s  {done} of {of} runs", file=sys.stderr, flush=True)
+
+    device = arguments.device
+    shape = arguments.shape or ("llama-3-8b" if device == "cuda" else "llama-3.2-1b")
+    asked = {"num_hidden_layers": arguments.blocks, "vocab_size": arguments.vocabulary}
+    changes = {name: each for name, each in asked.items() if each}
+    machine = bandwidth(device)
+    rows = decode_speed(
+        random_model(config(shape, **changes), dtype=torch.bfloat16, device=device),
         arguments.targets,
         prompt=arguments.prompt,
+        long_prompt=arguments.long_prompt,
         tokens=arguments.tokens,
         repetitions=arguments.repetitions,
+        cache=arguments.cache,
         with_dense=not arguments.skip_dense,
-        progress=lambda text: print(f"{time.perf_counter() - start:5.0f} s  {text}", file=sys.stderr, flush=True),
+        progress=progress,
     )
-    common = describe("cuda") | {"shape": arguments.shape, "dtype": "bf16", "prompt": arguments.prompt, **changes}
+    common = describe(device) | machine | {"shape": shape, "dtype": "bf16", **changes}
     for row in rows:
         sys.stdout.write(json.dumps(common | asdict(row)) + "\n")
-    Console(width=180).print(table(rows, f"{arguments.shape}, bf16, batch 1, {common['device']}"))
+    title = (
+        f"{shape}, bf16, batch 1, {common['device']}, reads {machine['read_GB/s']} GB/s; "
+        f"prompt of {rows[0].prompt_tokens} tokens"
+    )
+    Console(width=180).print(table(rows, title))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main() -> None:
     for target in TARGETS:
         for guesses in GUESSES:
             schedule = was_fx.uniform(calibration, target)
-            draft = was_fx.draft(model, schedule, tokens=guesses, executor="eager")
+            draft = was_fx.draft(model, schedule, tokens=guesses)
             found = acceptance(model, draft, prompts, max_new_tokens=NEW)
             print(
                 f"| {100 * target:.0f} % | {guesses} | {found.tokens_per_step:.2f} | {found.accepted_per_step:.2f} "

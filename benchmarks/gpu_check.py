@@ -26,7 +26,7 @@ def main() -> None:
     parts = [] if arguments.skip_tests else [[python, "-m", "pytest", "-q", *TESTS]]
     parts += [
         [python, "-m", "was_fx.cli.main", "tune", arguments.shape],
-        [python, "benchmarks/kernels.py", "--shape", arguments.shape],
+        [python, "benchmarks/gpu_kernels.py", "--shape", arguments.shape],
         [python, "benchmarks/decode.py", "--shape", arguments.shape],
     ]
     failed = [part for part in parts if subprocess.run(part, cwd=ROOT).returncode]

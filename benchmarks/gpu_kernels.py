@@ -1,7 +1,7 @@
 """Time of the decode kernels of one block on a GPU, beside cuBLAS and the floor.
 
-    python benchmarks/kernels.py                       # Llama-3-8B shapes, bf16
-    python benchmarks/kernels.py --shape qwen2.5-7b
+    python benchmarks/gpu_kernels.py                       # Llama-3-8B shapes, bf16
+    python benchmarks/gpu_kernels.py --shape qwen2.5-7b
 
 Weights take turns, so that none is read from the L2 cache; all times are CUDA-graph replays, medians. Listing the kept
 channels counts at its true cost: what norms, attention and the gated product take longer when they also add the parts

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import was_fx
-from was_fx.measure.speed import TokenClock
+from was_fx.measure.token_clock import TokenClock
 from was_fx.modules.placement import input_device
 
 EMBEDDED = Path(was_fx.__file__).parent / "embedded"
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.0, 0.5])
     parser.add_argument("--tokens", type=int, default=32, help="decode steps")
-    parser.add_argument("--executor", choices=["inductor", "eager"], default="inductor")
+    parser.add_argument("--lowering", choices=["inductor", "eager"], help="by default inductor on a GPU, else eager")
     arguments = parser.parse_args()
     rank = _start() if arguments.ranks else 0
     device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
@@ -58,12 +58,12 @@ def main() -> int:
         too_large = False
         for target in arguments.targets:
             schedule = was_fx.uniform(calibration, target)
-            expected, before = _decode(was_fx.sparsify(one, schedule, executor=arguments.executor), ids[:1])
-            found, after = _decode(was_fx.sparsify(placed, schedule, executor=arguments.executor), ids[:1])
+            expected, before = _decode(was_fx.sparsify(one, schedule, lowering=arguments.lowering), ids[:1])
+            found, after = _decode(was_fx.sparsify(placed, schedule, lowering=arguments.lowering), ids[:1])
             difference = float((found - expected).abs().max() / expected.abs().max())
             exact = expected
             if not in_fp32:
-                exact, _ = _decode(was_fx.sparsify(reference, schedule, executor=arguments.executor), ids[:1])
+                exact, _ = _decode(was_fx.sparsify(reference, schedule, lowering=arguments.lowering), ids[:1])
             errors = [float((each - exact).norm() / exact.norm()) for each in (expected, found)]
             too_large |= difference > TOLERANCE if in_fp32 else errors[1] > WORSE * errors[0]
             row = {

@@ -139,7 +139,7 @@ class Bench:
                 name: dataclasses.replace(entry, threshold=entry.threshold * factor)
                 for name, entry in schedule.linears.items()
             }
-            was_fx.sparsify(self.model, schedule.replace(entries), executor="eager")
+            was_fx.sparsify(self.model, schedule.replace(entries))
             result = was_fx.evaluate(self.model, self.test, batch_size=4)
             found.append((result.realised, result.loss))
             factor = math.exp(max(-0.2, min(0.2, 2.5 * (level - result.realised) or 0.01)))

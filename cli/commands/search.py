@@ -119,7 +119,7 @@ def search(
         typer.Option(
             metavar="FILE",
             help="Measured curves: JSON lines with n, k, sparsity and us for each shape of the model, as "
-            "benchmarks/kernels.py prints them.",
+            "benchmarks/gpu_kernels.py prints them.",
             show_default=False,
         ),
     ] = None,

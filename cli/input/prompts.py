@@ -40,7 +40,7 @@ def continuation(
     """
     import torch
 
-    from was_fx.measure.speed import TokenClock
+    from was_fx.measure.token_clock import TokenClock
 
     inputs = prompt_tokens(loaded, prompt, max_new_tokens)
     given = inputs["input_ids"].shape[1]

@@ -47,7 +47,7 @@ class LatencyTable:
         try:
             rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.split("\n") if x]
         except ValueError as error:
-            remedy = "Give the JSON lines that benchmarks/kernels.py prints."
+            remedy = "Give the JSON lines that benchmarks/gpu_kernels.py prints."
             raise ScheduleError(f"{path} is not a latency table ({error})", remedy=remedy) from error
         return cls([row for row in rows if not isinstance(row, dict) or "us" in row])
 

@@ -32,7 +32,7 @@ def gemv_shapes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[tuple[
     model = random_model(small, dtype=dtype, device="cuda")
     ids = torch.randint(text.vocab_size, (1, 16))
     sparsify(model, uniform_while_dropping(model, ids, 0.5))
-    # The passes merge Linears that share an input, so the shapes are the compiled step's; Inductor adds nothing to them.
+    # The passes merge Linears that share an input, so the shapes are those of a compiled step; Inductor changes none.
     step = CompiledStep(model, {"lowering": "eager", "cuda_graphs": False})
     before = set(REQUESTED)
     REQUESTED.clear()

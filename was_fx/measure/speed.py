@@ -15,7 +15,6 @@ from was_fx.compile.options import Lowering
 from was_fx.generate.compiled_step import CompiledStep
 from was_fx.measure.sequential import realised_sparsity, uniform_while_dropping
 from was_fx.measure.timed_model import WARM_UP, Load, TimedModel, Turn
-from was_fx.measure.token_clock import TokenClock
 from was_fx.modules.linears import weight_bytes_per_token
 from was_fx.modules.placement import input_device
 from was_fx.modules.tokens import vocabulary
@@ -290,4 +289,4 @@ def _rows(
     return rows
 
 
-__all__ = ["SpeedRow", "TokenClock", "decode_speed", "random_model"]
+__all__ = ["SpeedRow", "decode_speed", "random_model"]

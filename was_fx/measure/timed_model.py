@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from was_fx.compat.cuda import hold_gpu
 from was_fx.compat.dynamo import graphs_compiled
 from was_fx.compat.generation import cache_argument
 from was_fx.measure.token_clock import TokenClock
@@ -16,6 +17,9 @@ from was_fx.measure.token_clock import TokenClock
 # New tokens on a GPU that don't count at the start of a sequence: the first steps capture a CUDA graph, and Python is
 # not yet ahead of the GPU.
 WARM_UP = 8
+
+# How long the GPU waits for each step that is to be timed, so that Python has queued it by then.
+AHEAD_MS = 2.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ class TimedModel:
     def steps(self, count: int | None = None) -> tuple[float, Tensor]:
         """Median milliseconds of a decode step, from one to the next by the GPU's clock, and the new tokens [1, count].
 
-        The cache is static and stays the same from call to call.
+        Python queues the steps before the GPU begins: it takes longer than a small model's step to call it, which
+        `generate()` hides in ways of its own. The cache is static and stays the same from call to call.
         """
         count = count or self.load.tokens
         if self._cache is None:
@@ -103,6 +108,7 @@ class TimedModel:
         position = torch.tensor([[self.load.prompt.shape[1]]], device=self.load.prompt.device)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         text = []
+        hold_gpu(AHEAD_MS * count)
         for event in events[:-1]:
             token = logits[:, -1].argmax(-1, keepdim=True)
             text.append(token)
