@@ -8,6 +8,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from was_fx.passes.graph.context import Context, SparseCall, module_path, value
 
+_NAMES = ("x", "weight", "bias", "threshold", "tokens")
+
 
 def find_sparse_calls(context: Context) -> None:
     """Fill `context.calls` and `context.decode`."""
@@ -17,7 +19,8 @@ def find_sparse_calls(context: Context) -> None:
             torch.ops.was.sparse_linear,
             torch.ops.was.sparse_linear.default,
         ):
-            x, weight, bias, threshold, tokens = node.args
+            given = dict(zip(_NAMES, node.args, strict=False)) | node.kwargs
+            x, weight, bias, threshold, tokens = (given[name] for name in _NAMES)
             name = node.meta.get("was_linear") or module_path(node) or str(weight)
             context.calls.append(SparseCall(node, x, weight, bias, threshold, tokens, name))
     lengths = [value(call.x).shape[-2] if value(call.x).dim() > 1 else 1 for call in context.calls]

@@ -1,7 +1,7 @@
 """Rewrite every scheduled Linear of a dense model's graph into a sparse one, for a schedule given as a backend option.
 
     before   y = linear(x, W, b)                              x [..., K], W [N, K], b [N] -> y [..., N]
-    after    t = was.channel_threshold(W, τ, α, p)            t [K] fp32; a constant where no norm is needed
+    after    t = was.channel_threshold(W, τ, α, p, False)     t [K] fp32; a constant where no norm is needed
              y = was.sparse_linear(x, W, b, t, None)
 
 The backend sees a graph, not the model's call, so a decode step is told by its shapes: one new token per sequence, and
@@ -51,17 +51,18 @@ def insert(context: Context) -> None:
     if schedule is None:
         return
     every = linear_sites(context)
-    sites = {site.path: site for site in every if site.path is not None and site.path in schedule}
-    problems = {name: "no Linear of the graph has this name" for name in schedule if name not in sites}
-    reasons = {name: declined(site, schedule[name]) for name, site in sites.items()}
-    problems |= {name: reason for name, reason in reasons.items() if reason is not None}
+    sites = [(site.path, site) for site in every if site.path is not None and site.path in schedule]
+    found = {name for name, _ in sites}
+    problems = {name: "no Linear of the graph has this name" for name in schedule if name not in found}
+    reasons = [(name, declined(site, schedule[name])) for name, site in sites]  # a Linear may be called twice
+    problems |= {name: reason for name, reason in reasons if reason is not None}
     if problems:
         raise RewriteError("the schedule does not fit the compiled graph", problems)
-    context.weights = [context.input_of(site.weight) for site in sites.values() if not site.input_major]
+    context.weights = list(dict.fromkeys(context.position(site.weight) for _, site in sites if not site.input_major))
     if not context.options.sparse_prompts and not _is_decode_step(context, every):
         context.counts["dense (prompt)"] = len(sites)
         return
-    for number, (name, site) in enumerate(sites.items()):
+    for number, (name, site) in enumerate(sites):
         _rewrite(context, site, schedule[name], number)
         context.counts["inserted"] += 1
 
@@ -75,7 +76,8 @@ def _rewrite(context: Context, site: LinearSite, numbers: Numbers, number: int) 
             weight.meta["example_value"] = value(site.weight).t()
         if numbers.channel_threshold is None and numbers.exponent:
             threshold = graph.call_function(
-                channel_threshold_op, (weight, numbers.threshold, numbers.exponent, numbers.norm)
+                channel_threshold_op,
+                (site.weight, numbers.threshold, numbers.exponent, numbers.norm, site.input_major),
             )
             channels = value(weight).shape[1]
             threshold.meta["example_value"] = value(weight).new_empty(channels, dtype=torch.float32)

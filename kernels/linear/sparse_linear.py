@@ -162,6 +162,8 @@ def _siblings_fake(
     thresholds: Sequence[Tensor],
     tokens: Tensor | None,
 ) -> Tensor:
+    for weight, bias, threshold in zip(weights, biases, thresholds, strict=True):
+        check_arguments(x, weight, bias, threshold, tokens)
     return x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
 
 

@@ -7,59 +7,74 @@ a graph. It is computed once for each weight and version of it, and copied after
 """
 
 import math
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Results kept: more than any model has Linears, twice.
-_KEPT = 4096
-_known: OrderedDict[tuple[Any, ...], tuple[StorageWeakRef, Tensor]] = OrderedDict()
+# Past so many results, those of weights that are gone are dropped: more than any model has Linears, twice.
+_MANY = 4096
+# By weight and numbers: the weight's storage, its version, and the result. Results of living weights stay where they
+# are, because a captured CUDA graph reads them there.
+_known: dict[tuple[Any, ...], tuple[StorageWeakRef, int, Tensor]] = {}
 
 
-def reference(weight: Tensor, threshold: float, exponent: float, norm: int) -> Tensor:
+def reference(weight: Tensor, threshold: float, exponent: float, norm: int, input_major: bool = False) -> Tensor:
     """The op's meaning.
 
     Args:
-        weight: [N, K], any floating dtype and strides.
+        weight: [N, K], or [K, N] when `input_major`; any floating dtype and strides.
         threshold: τ, finite and at least 0.
         exponent: α, finite and at least 0.
         norm: p, 1 or 2.
+        input_major: see `weight`. It has to come as its module holds it: a view that a compiler makes of it has a
+            version of its own.
 
     Returns:
         [K] fp32 on the weight's device.
     """
-    scale = torch.linalg.vector_norm(weight.detach(), norm, dim=0, dtype=torch.float32).pow(exponent)
+    outputs, sums = 1 if input_major else 0, torch.promote_types(weight.dtype, torch.float32)
+    scale = torch.linalg.vector_norm(weight.detach(), norm, dim=outputs, dtype=sums).float().pow(exponent)
     return torch.where(scale > 0, threshold / scale, math.inf)
 
 
-def channel_threshold(weight: Tensor, threshold: float, exponent: float, norm: int) -> Tensor:
+def channel_threshold(weight: Tensor, threshold: float, exponent: float, norm: int, input_major: bool) -> Tensor:
     """See `reference`."""
+    if weight.is_inference():  # it has no version
+        return reference(weight, threshold, exponent, norm, input_major)
     storage = weight.untyped_storage()
     key = (
-        storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, weight._version,
-        threshold, exponent, norm,
+        storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype,
+        threshold, exponent, norm, input_major,
     )  # fmt: skip
     found = _known.get(key)
-    if found is None or found[0].expired():
-        if len(_known) >= _KEPT:
-            _known.popitem(last=False)
-        found = _known[key] = StorageWeakRef(storage), reference(weight, threshold, exponent, norm)
-    return found[1].clone()
+    if found is None or found[0].expired() or found[1] != weight._version:
+        if len(_known) >= _MANY:
+            for each in [each for each, (home, *_) in _known.items() if home.expired()]:
+                del _known[each]
+        result = reference(weight, threshold, exponent, norm, input_major)
+        found = _known[key] = StorageWeakRef(storage), weight._version, result
+    return found[2].clone()
+
+
+def _fake(weight: Tensor, threshold: float, exponent: float, norm: int, input_major: bool) -> Tensor:
+    return weight.new_empty(weight.shape[0 if input_major else 1], dtype=torch.float32)
+
+
+def _no_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.mark_non_differentiable(output)
 
 
 _library = torch.library.Library("was", "FRAGMENT")
 _library.define(
-    "channel_threshold(Tensor weight, float threshold, float exponent, int norm) -> Tensor",
+    "channel_threshold(Tensor weight, float threshold, float exponent, int norm, bool input_major) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("channel_threshold", channel_threshold, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "was::channel_threshold",
-    lambda weight, threshold, exponent, norm: weight.new_empty(weight.shape[1], dtype=torch.float32),
-    lib=_library,
+torch.library.register_fake("was::channel_threshold", _fake, lib=_library)
+torch.library.register_autograd(
+    "was::channel_threshold", lambda ctx, grad: (None,) * 5, setup_context=_no_gradients, lib=_library
 )
 
 channel_threshold_op = torch.ops.was.channel_threshold.default

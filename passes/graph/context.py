@@ -95,7 +95,7 @@ class Context:
         inputs: the example of every graph input, in order; a weight's is the Parameter itself.
         calls: sparse Linears in the graph, in order, that no pass has rewritten into something else.
         decode: one new token per sequence, as far as the sparse calls show it.
-        weights: with a schedule: weights [N, K] that it names.
+        weights: with a schedule: positions among the inputs of the weights [N, K] that it names.
         parts: what computes a Linear's output from split-K partials, and those.
         counts: what each pass did.
         declined: (name, reason) of what a pass left alone.
@@ -106,7 +106,7 @@ class Context:
     options: Options
     calls: list[SparseCall] = field(default_factory=list)
     decode: bool = False
-    weights: list[torch.Tensor] = field(default_factory=list)
+    weights: list[int] = field(default_factory=list)
     parts: dict[Node, Part] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     declined: list[tuple[str, str]] = field(default_factory=list)
@@ -117,6 +117,10 @@ class Context:
     def input_of(self, placeholder: Node) -> Any:
         """The example of a graph input."""
         return self.inputs[self._positions[placeholder]]
+
+    def position(self, placeholder: Node) -> int:
+        """Where a graph input lies among the inputs."""
+        return self._positions[placeholder]
 
     def is_input(self, node: object) -> bool:
         """Whether `node` is a graph input."""

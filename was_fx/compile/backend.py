@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from was_fx.compat.dynamo import inductor, mode_options, register_backend
-from was_fx.compile.cuda_graphs import CudaGraphs, fixed_inputs, graphable, has_state
+from was_fx.compile.cuda_graphs import CudaGraphs, fixed_inputs, graphable, has_state, versioned_inputs
 from was_fx.compile.options import BackendOptions
 from was_fx.kernels.linear.layout import to_input_major, wants_input_major
 from was_fx.modules.sparse_linear import SparseLinear
@@ -50,12 +50,12 @@ def was(
             [f"{name}: {problem}" for name, problem in error.linears.items()],
             "Compile the whole model, or call was_fx.sparsify(model, schedule) first and then compile any part of it.",
         ) from None
-    moved = [each for each in context.weights if wants_input_major(each) and not each.t().is_contiguous()]
-    if moved:
-        return _run_once_then_move(context.module.forward, moved)
+    moving = [each for each in context.weights if _is_to_move(inputs[each])]
+    if moving:
+        return _run_once_then_move(context.module.forward, moving)
     compiled = _lowered(context, parsed)
     if parsed.cuda_graphs and context.decode and has_state(context) and graphable(inputs):
-        return CudaGraphs(compiled, fixed_inputs(context))
+        return CudaGraphs(compiled, fixed_inputs(context), versioned_inputs(context))
     return compiled
 
 
@@ -82,15 +82,20 @@ def _lowered(context: Context, options: BackendOptions) -> Callable[..., Any]:
     return inductor(context.module, context.inputs, patches)
 
 
-def _run_once_then_move(first: Callable[..., Any], weights: Sequence[Tensor]) -> Callable[..., Any]:
-    """The graph as it is, which after its first call moves `weights` into input-major storage. They can't be moved
-    while Dynamo compiles, because its guards have seen their strides; afterwards it traces again."""
+def _is_to_move(weight: Tensor) -> bool:
+    return wants_input_major(weight) and not weight.t().is_contiguous()
+
+
+def _run_once_then_move(first: Callable[..., Any], weights: Sequence[int]) -> Callable[..., Any]:
+    """The graph as it is, which after each call moves its inputs at the positions `weights` into input-major storage.
+    They can't be moved while Dynamo compiles, because its guards have seen their strides; afterwards it traces again,
+    for each model that shares this graph."""
 
     @torch.compiler.disable
     def call(*inputs: Any) -> Any:
         result = first(*inputs)
-        for weight in weights:
-            to_input_major(weight)
+        for position in weights:
+            to_input_major(inputs[position])
         return result
 
     return call

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from was_fx.compat.dynamo import is_static_input
+from was_fx.kernels.ops.channel_threshold import channel_threshold_op
 from was_fx.passes.graph.context import Context
 from was_fx.passes.graph.matching import storage, written_storages
 
@@ -61,6 +62,9 @@ def noting_calls() -> Iterator[list[Call]]:
         yield calls
     finally:
         _calls.reset(token)
+        outer = _calls.get()
+        if outer is not None:
+            outer.extend(calls)
 
 
 class CudaGraphs:
@@ -70,15 +74,20 @@ class CudaGraphs:
         captures: how many graphs were captured so far.
     """
 
-    def __init__(self, compiled: Callable[..., Any], in_place: Collection[int]) -> None:
+    def __init__(
+        self, compiled: Callable[..., Any], in_place: Collection[int], versioned: Collection[int] = ()
+    ) -> None:
         """
         Args:
             compiled: takes tensors and ints, returns a tuple or list; runs on one CUDA device without a
                 synchronisation.
             in_place: positions of the inputs that keep their address, or that the step writes to.
+            versioned: positions of the inputs that the step reads something remembered of: of another version it is
+                another graph.
         """
         self._compiled = compiled
         self._in_place = tuple(sorted(in_place))
+        self._versioned = tuple(sorted(versioned))
         self._others: tuple[int, ...] | None = None  # positions of all other inputs
         self._graphs: OrderedDict[tuple[Any, ...], _Captured | None] = OrderedDict()
         self._lock = threading.Lock()
@@ -120,8 +129,9 @@ class CudaGraphs:
         others = [inputs[position] for position in self._others]
         moving = [each for each in others if isinstance(each, Tensor)]
         plain = [each.shape if isinstance(each, Tensor) else each for each in others]
+        versions = [None if each.is_inference() else each._version for each in map(inputs.__getitem__, self._versioned)]
         # Hundreds of weights at every token: map, which loops in C.
-        return (*map(Tensor.data_ptr, map(inputs.__getitem__, self._in_place)), *plain), moving
+        return (*map(Tensor.data_ptr, map(inputs.__getitem__, self._in_place)), *plain, *versions), moving
 
     def _capture(self, inputs: Sequence[Any], moving: list[Tensor]) -> _Captured:
         copied = [each.clone() for each in moving]
@@ -160,6 +170,12 @@ def fixed_inputs(context: Context) -> list[int]:
         for position, node in enumerate(context.module.graph.find_nodes(op="placeholder"))
         if storage(node) in written or isinstance(context.input_of(node), torch.nn.Parameter) or is_static_input(node)
     ]
+
+
+def versioned_inputs(context: Context) -> list[int]:
+    """Positions of the weights whose channel thresholds are remembered (`was::channel_threshold`)."""
+    thresholds = context.module.graph.find_nodes(op="call_function", target=channel_threshold_op)
+    return sorted({context.position(node.args[0]) for node in thresholds})
 
 
 def has_state(context: Context) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from was_fx.kernels.linear import cpu_embedding_bag, cpu_gather
-from was_fx.kernels.linear.sparse_linear import implementation
+from was_fx.kernels.linear.sparse_linear import choose
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 DTYPE_ROWS = [(torch.float32, 1), (torch.float32, 3), (torch.float32, 4), (torch.bfloat16, 1), (torch.bfloat16, 2)]
@@ -218,7 +218,7 @@ def test_without_a_compiler_embedding_bag_takes_over_and_it_is_said_once(make_ca
     monkeypatch.setattr(cpu_gather.shutil, "which", lambda name: None)
     case = make_case((1, 12), (5, 7))
     for _ in range(2):
-        assert implementation(case.x, case.weights, 0) is cpu_embedding_bag.sparse_linear
+        assert choose(case.x, case.weights).function is cpu_embedding_bag.sparse_linear
     assert [record.message for record in caplog.records if "no C++ compiler found" in record.message] != []
     assert len(caplog.records) == 1
 
@@ -229,7 +229,7 @@ def test_a_compiler_that_fails_is_reported_with_what_it_said(make_case, monkeypa
     source.write_text("this is no C++")
     monkeypatch.setattr(cpu_gather, "SOURCE", source)
     case = make_case((1, 12), (5, 7))
-    assert implementation(case.x, case.weights, 0) is cpu_embedding_bag.sparse_linear
+    assert choose(case.x, case.weights).function is cpu_embedding_bag.sparse_linear
     assert "can't compile cpu_gather.cpp" in caplog.text
     assert "error" in caplog.text
 

@@ -10,6 +10,8 @@ from was_fx.kernels.linear.gather_gemv import gather_gemv_op, supports
 from was_fx.kernels.ops import compact
 from was_fx.kernels.parts.gemv_config import GemvConfig
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 SMALL = GemvConfig(rows=32, columns=64, splits=3, warps=4)
 
 

@@ -9,6 +9,8 @@ from was_fx.kernels.linear import gpu_gather
 from was_fx.kernels.linear.sparse_linear import reference
 from was_fx.kernels.parts.gemv_config import GemvConfig
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 

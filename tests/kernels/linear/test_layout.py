@@ -1,12 +1,10 @@
 """Moving weights keeps their values, shapes and identity."""
 
-import itertools
-
 import pytest
 import torch
 from torch import nn
 
-from was_fx.kernels.linear.layout import follows, fuse_rows, restore, to_input_major, wants_input_major
+from was_fx.kernels.linear.layout import follows, restore, to_input_major, wants_input_major
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(5, 3), (1, 4), (4, 1), (1, 1), (17, 33)]
@@ -63,29 +61,19 @@ def test_restore_gives_a_storage_of_its_own():
     assert torch.equal(part.data, torch.arange(6.0, 18.0).view(3, 4))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shapes", [[(5, 3)], [(5, 3), (5, 3)], [(5, 3), (2, 3), (1, 3)], [(3,), (3,)]], ids=str)
-def test_fused_tensors_keep_values_shapes_strides_and_identity(shapes, dtype):
-    tensors = [parameter(shape, dtype) for shape in shapes]
-    for tensor in tensors:
-        if tensor.dim() == 2:
-            to_input_major(tensor)
-    before = [(id(t), bits(t), t.shape, t.stride()) for t in tensors]
-    assert fuse_rows(tensors) is (len(tensors) > 1)
-    for tensor, (identity, values, shape, stride) in zip(tensors, before, strict=True):
-        assert (id(tensor), tensor.shape, tensor.stride()) == (identity, shape, stride)
-        assert torch.equal(bits(tensor), values)
-    assert all(follows(a, b) for a, b in itertools.pairwise(tensors))
-    assert fuse_rows(tensors) is False
-
-
-def test_fused_tensors_can_be_fused_in_another_order():
-    tensors = [parameter((2, 3)) for _ in range(3)]
-    values = [bits(t) for t in tensors]
-    fuse_rows(tensors)
-    assert fuse_rows(tensors[::-1])
-    assert all(follows(a, b) for a, b in itertools.pairwise(tensors[::-1]))
-    assert all(torch.equal(bits(t), v) for t, v in zip(tensors, values, strict=True))
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_weights_move_in_inference_mode_and_out_of_it_and_stay_of_their_kind(made_inside, inside):
+    with torch.inference_mode(made_inside):
+        weight = parameter((5, 3)) if not made_inside else torch.rand(5, 3)
+    before = bits(weight)
+    with torch.inference_mode(inside):
+        to_input_major(weight)
+        assert weight.t().is_contiguous()
+        restore(weight, (3, 1))
+    assert weight.stride() == (3, 1)
+    assert weight.is_inference() is made_inside
+    assert torch.equal(bits(weight), before)
 
 
 @pytest.mark.parametrize(

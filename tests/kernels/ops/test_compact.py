@@ -9,6 +9,8 @@ from was_fx.kernels.ops import compact
 from was_fx.kernels.ops.compact import compact_op, segment_size
 from was_fx.kernels.parts.triton_parts import serves
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 
 def made(x, siblings, threshold=0.6745):
     random = torch.Generator().manual_seed(1)

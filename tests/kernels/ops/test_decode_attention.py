@@ -10,6 +10,7 @@ from was_fx.kernels.ops.decode_attention import decode_attention, decode_attenti
 
 # numpy's warnings, from the interpreter, of lanes that are masked
 pytestmark = [
+    pytest.mark.usefixtures("loops"),
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
 ]
