@@ -236,7 +236,7 @@ class _Runs:
 def _measured_once(timed: TimedModel, *, first: bool, sparse: bool) -> dict[str, Any]:
     """Fields of a row; some of the first of several schedules only."""
     found: dict[str, Any] = {}
-    on_gpu = timed.load.prompt.is_cuda
+    on_gpu = timed.on_gpu
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     if first:

@@ -55,6 +55,7 @@ class TimedModel:
 
     Attributes:
         load: what it is timed on.
+        on_gpu: whether that is a GPU.
         has_steps: decode steps are timed by themselves: on a GPU with a static cache.
     """
 
@@ -66,8 +67,8 @@ class TimedModel:
             step: called with the arguments of `model` for one token, as `generate()` calls it.
         """
         self.model, self.load, self._step = model, load, step
-        self._on_gpu = load.prompt.is_cuda
-        self.has_steps = self._on_gpu and load.cache == "static"
+        self.on_gpu = load.prompt.is_cuda
+        self.has_steps = self.on_gpu and load.cache == "static"
         self._cache_name = cache_argument(model)
         self._cache: Any = None
 
@@ -75,7 +76,7 @@ class TimedModel:
         """Time everything once."""
         clock = TokenClock()
         text = self.generate(streamer=clock)
-        skipped = WARM_UP if self._on_gpu else 0
+        skipped = WARM_UP if self.on_gpu else 0
         step_ms = self.steps()[0] if self.has_steps else None
         return Turn(statistics.fmean(clock.steps()[skipped:]), step_ms, self.prompt_ms(), text)
 
@@ -163,7 +164,7 @@ class TimedModel:
         return time.perf_counter() - start
 
     def _wait(self) -> None:
-        if self._on_gpu:
+        if self.on_gpu:
             torch.cuda.synchronize()
 
     def _static_cache(self, length: int) -> Any:
