@@ -9,6 +9,7 @@ a cache among the inputs wherever there is attention. The graph of a prompt stay
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,12 +63,15 @@ def insert(context: Context) -> None:
     if not context.options.sparse_prompts and not _is_decode_step(context, every):
         context.counts["dense (prompt)"] = len(sites)
         return
+    new: dict[Any, Node] = {}  # a Linear may read another's output
     for number, (name, site) in enumerate(sites):
-        _rewrite(context, site, schedule[name], number)
+        site = replace(site, x=new.get(site.x, site.x), bias=new.get(site.bias, site.bias))
+        new[site.node] = _rewrite(context, site, schedule[name], number)
         context.counts["inserted"] += 1
 
 
-def _rewrite(context: Context, site: LinearSite, numbers: Numbers, number: int) -> None:
+def _rewrite(context: Context, site: LinearSite, numbers: Numbers, number: int) -> Node:
+    """The sparse Linear in place of a dense one."""
     graph = context.module.graph
     with graph.inserting_before(site.node):
         weight = site.weight
@@ -88,6 +92,7 @@ def _rewrite(context: Context, site: LinearSite, numbers: Numbers, number: int) 
     sparse.meta["was_linear"] = site.path
     context.replace(site.node, sparse)
     graph.erase_node(site.node)
+    return sparse
 
 
 def _constant(context: Context, site: LinearSite, numbers: Numbers, name: str) -> Node:

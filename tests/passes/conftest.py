@@ -1,4 +1,4 @@
-"""Graphs of small modules, captured by Dynamo, rewritten by the passes and checked."""
+"""Graphs of small modules with sparse Linears, captured by Dynamo, rewritten by the passes and checked."""
 
 import copy
 from collections import Counter
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from was_fx.kernels.linear.layout import to_input_major
-from was_fx.kernels.linear.sparse_linear import sparse_linear
+from was_fx.kernels.linear.sparse_linear import sparse_linear, sparse_siblings
 from was_fx.kernels.ops.advance import advance_op
-from was_fx.kernels.ops.count_dropped import count_dropped
-from was_fx.passes.bindings import Binding, bind
-from was_fx.passes.extra_inputs import with_extra_inputs
-from was_fx.passes.graph.context import Context, Options
+from was_fx.modules.linears import LinearModule
+from was_fx.modules.sparse_linear import make_sparse
+from was_fx.modules.token_rule import TokenRule
+from was_fx.passes.graph.context import Context, Numbers, Options
 from was_fx.passes.pipeline import run
+from was_fx.schedules.files.linear_schedule import LinearSchedule
 
 
 def thresholds_around(threshold: float, channels: int) -> Tensor:
@@ -30,8 +31,11 @@ class Rewritten:
 
     Args:
         module: what to compile.
-        schedule: threshold, or channel thresholds, by name of a Linear (or of a bare Parameter).
+        schedule: threshold, or channel thresholds, by name of a Linear.
         dynamic: as for torch.compile.
+        prefill: which tokens are sparse in a prompt.
+        insert: whether the Linears stay dense modules, which the pass `insert` makes sparse.
+        run: the passes.
         options: of the passes.
     """
 
@@ -40,21 +44,30 @@ class Rewritten:
         module: nn.Module,
         schedule: dict[str, float | Tensor],
         dynamic: bool | None = None,
+        *,
+        prefill: str = "all",
+        insert: bool = False,
         run: Callable[..., Context] = run,
         **options,
     ) -> None:
-        self.module, self.options, self.contexts, self._run = module, Options(**options), [], run
+        self.module, self.contexts, self._run = module, [], run
         self.thresholds: dict[str, Tensor] = {}
         module.requires_grad_(False)
+        numbers = {}
         for name, threshold in schedule.items():
-            weight = self.weight(name)
-            channels = weight.shape[0 if self._input_major(name) else 1]
-            norms = torch.ones(channels)
-            limits = threshold if isinstance(threshold, Tensor) else thresholds_around(threshold, channels)
-            bind(weight, Binding(name, norms, limits.clone()))
+            weight, input_major = self.weight(name), self._input_major(name)
+            shape = tuple(weight.t().shape if input_major else weight.shape)
+            limits = threshold if isinstance(threshold, Tensor) else thresholds_around(threshold, shape[1])
             self.thresholds[name] = limits
-            if not self._input_major(name):
+            numbers[name] = Numbers(shape, 0.0, 0.0, 1, limits)
+            if not insert:
+                linear = LinearModule(name, module.get_submodule(name), input_major, False)
+                make_sparse(linear, LinearSchedule(0.5, 0.0, 0.0, limits), 1, TokenRule(prefill))
+            if not input_major:
                 to_input_major(weight)
+        if insert:
+            options = {"schedule": numbers, "sparse_prompts": prefill == "all"} | options
+        self.options = Options(**options)
         self.compiled = torch.compile(module, backend=self._backend, fullgraph=True, dynamic=dynamic)
 
     def __call__(self, *inputs):
@@ -69,13 +82,12 @@ class Rewritten:
     @property
     def targets(self) -> Counter:
         """How often the last graph calls each function or method."""
-        return Counter(node.target for node in self.context.module.graph.nodes if node.op.startswith("call"))
+        packets = {torch.ops.was.sparse_linear: sparse_linear}
+        calls = (node.target for node in self.context.module.graph.nodes if node.op.startswith("call"))
+        return Counter(packets.get(target, target) for target in calls)
 
     def weight(self, name: str) -> nn.Parameter:
-        try:
-            return self.module.get_parameter(f"{name}.weight")
-        except AttributeError:
-            return self.module.get_parameter(name)
+        return self.module.get_submodule(name).weight
 
     def linear(self, name: str, x: Tensor, dense: Tensor | None = None, *, bias: bool = True) -> Tensor:
         """What the sparse Linear `name` must give; `dense` [S] or [B, S] says which tokens keep every channel."""
@@ -84,22 +96,18 @@ class Rewritten:
             dropped &= ~dense[..., None]
         weight = self.weight(name)
         y = x.masked_fill(dropped, 0) @ (weight if self._input_major(name) else weight.t())
-        module = self.module.get_submodule(name.removesuffix(".weight")) if bias and self._is_module(name) else None
-        return y if getattr(module, "bias", None) is None else y + module.bias
-
-    def _is_module(self, name: str) -> bool:
-        return name in dict(self.module.named_modules())
+        own = self.module.get_submodule(name).bias
+        return y if own is None or not bias else y + own
 
     def _input_major(self, name: str) -> bool:
-        return self._is_module(name) and type(self.module.get_submodule(name)).__name__ == "Conv1D"
+        return hasattr(self.module.get_submodule(name), "nf")
 
     def _backend(self, module: GraphModule, inputs):
-        before = describe(module)
+        known = {node.name for node in module.graph.nodes}
         context = self._run(module, inputs, self.options)
-        assert describe(module) == before, "Dynamo's own graph was changed"
-        check_graph(context, module)
+        check_graph(context, known)
         self.contexts.append(context)
-        return with_extra_inputs(Checked(context.module).run, list(context.extra))
+        return Checked(context.module).run
 
 
 class Checked(Interpreter):
@@ -125,36 +133,20 @@ class Checked(Interpreter):
         return int(size.node.expr.subs(self.symbols)) if isinstance(size, torch.SymInt) else size
 
 
-def describe(module: GraphModule) -> list:
-    return [
-        (
-            node.name,
-            node.op,
-            str(node.target),
-            str(node.args),
-            str(node.kwargs),
-            sorted(map(str, node.meta)),
-            str(node.users),
-        )
-        for node in module.graph.nodes
-    ]
-
-
-def check_graph(context: Context, original: GraphModule) -> None:
-    """The invariants of a rewritten graph."""
+def check_graph(context: Context, known: set[str]) -> None:
+    """The invariants of a rewritten graph; `known` are the names of its nodes before."""
     graph = context.module.graph
     graph.lint()
     nodes = list(graph.nodes)
     assert list(reversed(graph.nodes)) == nodes[::-1]
     assert all(a._next is b and b._prev is a for a, b in pairwise(nodes))
-    assert not set(nodes) & set(original.graph.nodes)
     for node in nodes:
         assert all(arg in nodes and node in arg.users for arg in node.all_input_nodes)
         assert all(user in nodes and node in user.all_input_nodes for user in node.users)
-    extra = [node for node in nodes if node.op == "placeholder"][len(context.inputs) :]
-    assert extra == list(context.extra.values())
-    known = {node.name for node in original.graph.nodes}
-    new = [node for node in nodes if node.name not in known and node.target not in (count_dropped, advance_op)]
+    assert len(graph.find_nodes(op="placeholder")) == len(context.inputs)
+    for call in context.calls:
+        assert {call.node, call.x, call.weight, call.threshold} <= set(nodes)
+    new = [node for node in nodes if node.name not in known and node.target != advance_op]
     assert [node for node in new if node.meta.get("example_value") is None] == []
 
 
@@ -188,7 +180,7 @@ def listed(monkeypatch):
         with_lists = Rewritten(module, dict(plain.thresholds), dynamic, lists=True, **options)
         expected, found = plain(*copy.deepcopy(inputs)), with_lists(*inputs)
         torch.testing.assert_close(found, expected)
-        assert sparse_linear in plain.targets
+        assert {sparse_linear, sparse_siblings} & set(plain.targets)
         return with_lists
 
     return make

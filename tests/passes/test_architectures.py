@@ -1,7 +1,6 @@
 """Small models of many architectures decode as the same model with the weak input channels set to zero."""
 
 import copy
-import dataclasses
 from functools import partial
 
 import pytest
@@ -10,7 +9,9 @@ import transformers
 from torch import nn
 
 import was_fx
-import was_fx.compile.backend
+from was_fx.compat.dynamo import linear_function, settings_for_models
+from was_fx.compile.backend import register
+from was_fx.passes import pipeline
 
 TOLERANCE = {"logits": 1e-5}
 PROMPT, NEW = 12, 8
@@ -72,33 +73,64 @@ def assert_alike(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch
     assert (logits - expected_logits).abs().max() < TOLERANCE["logits"] * expected_logits.abs().max()
 
 
+@pytest.fixture
+def contexts(monkeypatch):
+    """What the passes did to each graph that is compiled."""
+    seen = []
+    monkeypatch.setattr(pipeline, "observers", [seen.append])
+    return seen
+
+
+def compiled(model: nn.Module, schedule: was_fx.Schedule, **options) -> nn.Module:
+    """The model sparsified, prompts too, and compiled by the passes alone."""
+    register()
+    was_fx.sparsify(model, schedule, prefill="all")
+    model.compile(backend="was", dynamic=True, options={"lowering": "eager", **options})
+    return model
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_generation_equals_the_model_with_weak_channels_zeroed(name, monkeypatch):
+def test_generation_equals_the_model_with_weak_channels_zeroed(name, contexts):
     settings, scheduled, groups, unscheduled = ARCHITECTURES[name]
     config = getattr(transformers, f"{name}Config")(**settings)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     tokens, prompt = torch.randint(2, 128, (2, 16)), torch.randint(2, 128, (1, PROMPT))
-    contexts = []
-    inner = was_fx.compile.backend.run
-    monkeypatch.setattr(was_fx.compile.backend, "run", lambda *a: contexts.append(inner(*a)) or contexts[-1])
 
     calibration = was_fx.calibrate(model, tokens)
     schedule = was_fx.uniform(calibration, 0.5)
     dense, expected = generate(model, prompt), generate(oracle(model, schedule), prompt)
     assert not torch.allclose(dense[1], expected[1], rtol=1e-2)
-    was_fx.sparsify(model, schedule, prefill="all", executor="eager")
-    assert_alike(generate(model, prompt), expected)
+    with settings_for_models():
+        compiled(model, schedule)
+        assert_alike(generate(model, prompt), expected)
 
-    assert [context.phase for context in contexts] == ["prefill", "decode"]
-    for context in contexts:
-        assert context.counts["sparsified"] == len(schedule.linears) == scheduled
-        assert {site.name for site in context.sites if site.sparse} == set(schedule.linears)
-        assert context.counts["merged groups"] == groups
-        assert context.counts["dense (not scheduled)"] == unscheduled
+        assert [context.decode for context in contexts] == [False, True]
+        for context in contexts:
+            assert context.counts["sparse"] == len(schedule.linears) == scheduled
+            assert {call.name for call in context.calls} == set(schedule.linears)
+            assert context.counts["merged groups"] == groups
+            assert len(context.module.graph.find_nodes(op="call_function", target=linear_function)) == unscheduled
 
-    was_fx.sparsify(model, was_fx.uniform(calibration, 0.0), prefill="all", executor="eager")
-    assert_alike(generate(model, prompt), dense)
-    assert len(contexts) == 2  # other numbers, the same graphs
+        was_fx.sparsify(model, was_fx.uniform(calibration, 0.0), prefill="all")
+        assert_alike(generate(model, prompt), dense)
+        assert len(contexts) == 2  # other numbers, the same graphs
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Phi3"])
+def test_generation_by_a_schedule_of_the_dense_model(name, contexts):
+    settings, scheduled, *_ = ARCHITECTURES[name]
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    prompt = torch.randint(2, 128, (1, PROMPT))
+    schedule = was_fx.uniform(was_fx.calibrate(model, torch.randint(2, 128, (2, 16))), 0.5)
+    expected = generate(was_fx.sparsify(copy.deepcopy(model), schedule), prompt)  # prompts are dense
+    register()
+    model.compile(backend="was", dynamic=True, options={"lowering": "eager", "schedule": schedule})
+    with settings_for_models():
+        for _ in range(2):
+            assert_alike(generate(model, prompt), expected)
+    assert {context.counts["inserted"] or context.counts["dense (prompt)"] for context in contexts} == {scheduled}
+    assert contexts[-1].counts["inserted"] == scheduled
 
 
 # Norms fused with a listing, attentions, and gated products, in the two blocks of the decode step.
@@ -115,7 +147,7 @@ LISTED = {
 
 
 @pytest.mark.parametrize(("name", "cache"), [*((name, "static") for name in LISTED), ("Llama", "dynamic")])
-def test_decoding_with_listed_channels_is_the_same(name, cache, monkeypatch):
+def test_decoding_with_listed_channels_is_the_same(name, cache, contexts, monkeypatch):
     known = ARCHITECTURES["Gemma2" if name == "Gemma3Text" else name][0]
     config = getattr(transformers, f"{name}Config")(**known)
     written_out = {"attn_implementation": "eager"} if name == "Gemma2" else {}
@@ -123,19 +155,12 @@ def test_decoding_with_listed_channels_is_the_same(name, cache, monkeypatch):
     prompt = torch.randint(2, 128, (1, PROMPT))
     schedule = was_fx.uniform(was_fx.calibrate(model, torch.randint(2, 128, (2, 16))), 0.5)
     expected = generate(oracle(model, schedule), prompt)
-    contexts = []
-    inner = was_fx.compile.backend.run
-
-    def listed(module, inputs, options):
-        contexts.append(inner(module, inputs, dataclasses.replace(options, lists=True)))
-        return contexts[-1]
-
-    monkeypatch.setattr(was_fx.compile.backend, "run", listed)
     monkeypatch.setattr("was_fx.kernels.parts.triton_parts.interpreted", lambda: False)
-    was_fx.sparsify(model, schedule, prefill="all", executor="eager")
-    assert_alike(generate(model, prompt, cache_implementation=cache), expected)
+    compiled(model, schedule, lists=True)
+    with settings_for_models():
+        assert_alike(generate(model, prompt, cache_implementation=cache), expected)
     decode = contexts[-1]
-    assert decode.phase == "decode"
+    assert decode.decode
     assert decode.counts["listed"] == len(schedule.linears)
     passes = ("fused norms", "decode attention", "fused gated products")
     assert tuple(decode.counts[each] for each in passes) == LISTED[name]

@@ -6,8 +6,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from was_fx.kernels.linear.gather_gemv import gather_gemv_op
-from was_fx.kernels.linear.sparse_linear import sparse_linear
+from was_fx.kernels.linear.sparse_linear import sparse_linear, sparse_siblings
 from was_fx.kernels.ops.compact import compact_op
+from was_fx.kernels.ops.count_dropped import count_dropped_op
 
 
 class Fan(nn.Module):
@@ -33,7 +34,8 @@ def schedule(count):
 def test_at_most_four_siblings_share_a_call(listed, count, calls, shape):
     module = listed(Fan(count), schedule(count), torch.randn(shape))
     assert module.targets[compact_op] == module.targets[gather_gemv_op] == calls
-    assert module.targets[sparse_linear] == 0
+    assert not {sparse_linear, sparse_siblings} & set(module.targets)
+    assert module.context.calls == []
     assert module.context.counts["listed"] == count + 1
     assert len(module.context.parts) == count + 1
 
@@ -46,7 +48,8 @@ def test_at_most_four_siblings_share_a_call(listed, count, calls, shape):
         ((1, 1, 12), torch.float16, {"lists": True}, None),
         ((1, 1, 12), torch.float64, {"lists": True}, "x is torch.float64"),
         ((2, 1, 12), torch.float32, {"lists": True}, "more than one token"),
-        ((1, 3, 12), torch.float32, {"lists": True, "prefill": "all"}, "not a decode step"),
+        ((1, 3, 12), torch.float32, {"lists": True}, "more than one token"),
+        ((1, 3, 12), torch.float32, {"lists": True, "prefill": "half"}, "some tokens keep every channel"),
         ((1, 1, 12), torch.float32, {"lists": False}, "not on a GPU"),
         ((1, 1, 12), torch.float32, {"lists": None}, "not on a GPU"),
     ],
@@ -55,7 +58,7 @@ def test_at_most_four_siblings_share_a_call(listed, count, calls, shape):
 def test_single_tokens_of_a_gpu_are_listed(rewrite, shape, dtype, options, reason):
     module = rewrite(Fan(2, dtype), schedule(2), **options)
     module(torch.randn(shape, dtype=dtype))
-    assert (sparse_linear in module.targets) == (reason is not None)
+    assert bool({sparse_linear, sparse_siblings} & set(module.targets)) == (reason is not None)
     assert module.context.counts["listed"] == (0 if reason else 3)
     declined = {(name, f"channels are not listed: {reason}") for name in ("linears.0", "linears.1", "last")}
     said = reason not in (None, "not on a GPU")  # elsewhere there is nothing to say
@@ -65,7 +68,7 @@ def test_single_tokens_of_a_gpu_are_listed(rewrite, shape, dtype, options, reaso
 def test_pass_can_be_left_out(rewrite):
     module = rewrite(Fan(2), schedule(2), lists=True, disable=("list_channels",))
     module(torch.randn(1, 1, 12))
-    assert module.targets[sparse_linear] == 2
+    assert (module.targets[sparse_siblings], module.targets[sparse_linear]) == (1, 1)
     assert module.context.parts == {}
 
 
@@ -81,9 +84,31 @@ def test_names_of_the_linears_stay_on_the_product(listed):
     assert names == [tuple(f"linears.{i}" for i in range(4)), ("linears.4",), ("last",)]
 
 
-def test_observed_steps_still_count(listed):
-    module = listed(Fan(2), schedule(2), torch.randn(1, 1, 12), observe=True)
+def test_counted_steps_still_count(rewrite, monkeypatch):
+    monkeypatch.setattr("was_fx.kernels.parts.triton_parts.interpreted", lambda: False)
+    model, x = Fan(2), torch.randn(1, 1, 12)
+    module = rewrite(model, schedule(2), lists=True)
+    for linear in (*model.linears, model.last):
+        linear.was_counts = torch.zeros(2, dtype=torch.int64)
+    for _ in range(2):
+        _, *outputs = module(x)
+    for i, y in enumerate(outputs):
+        torch.testing.assert_close(y, module.linear(f"linears.{i}", x))
+        dropped = int((x.abs() <= module.thresholds[f"linears.{i}"]).sum())
+        assert model.linears[i].was_counts.tolist() == [2 * dropped, 24]
+    assert model.last.was_counts[1] == 10
     assert module.context.counts["listed"] == 3
+    assert module.targets[count_dropped_op] == 3
+
+
+def test_gradients_keep_the_call_whole(rewrite):
+    module = rewrite(Fan(2), schedule(2), lists=True)
+    x = torch.randn(1, 1, 12, requires_grad=True)
+    y = module.compiled(x)[1]
+    y.sum().backward()
+    assert ((x.grad == 0) == (x.abs() <= module.thresholds["linears.0"])).all()
+    assert module.context.counts["listed"] == 0
+    assert ("last", "channels are not listed: it has gradients") in module.context.declined
 
 
 def test_weight_used_twice(listed):
@@ -107,9 +132,9 @@ def test_bias_that_is_computed(listed):
 
         def forward(self, x):
             bias = torch.tanh(self.a(x)).sum((0, 1))
-            return torch.nn.functional.linear(x, self.b.weight, bias)
+            return sparse_linear(x, self.b.weight, bias, self.b.was_threshold, None)
 
-    module = listed(Computed(), {"a": 0.3, "b.weight": 0.2}, torch.randn(1, 1, 12))
+    module = listed(Computed(), {"a": 0.3, "b": 0.2}, torch.randn(1, 1, 12))
     assert module.context.counts["listed"] == 2
 
 
@@ -120,8 +145,7 @@ def test_input_major_weights(listed):
             self.a, self.b = Conv1D(12, 12), Conv1D(3, 12)
 
         def forward(self, x):
-            x = x.view(-1, 12)
-            return torch.addmm(self.a.bias, x, self.a.weight), torch.addmm(self.b.bias, x, self.b.weight)
+            return self.a(x), self.b(x)
 
     module = listed(Pair(), {"a": 0.01, "b": 0.02}, torch.randn(1, 1, 12))
     assert module.targets[gather_gemv_op] == 1

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from was_fx.kernels.linear.sparse_linear import sparse_linear
+from was_fx.kernels.linear.sparse_linear import sparse_linear, sparse_siblings
+from was_fx.kernels.ops.channel_threshold import channel_threshold_op
+from was_fx.kernels.ops.count_dropped import count_dropped_op
 
 
 class Attention(nn.Module):
@@ -40,49 +42,91 @@ def expected(module, x, dense=None):
 @pytest.mark.parametrize("size", [(1, 1, 12), (2, 9, 12)], ids=str)
 @pytest.mark.parametrize("biases", [(False, False, False), (True, True, True), (False, True, False)], ids=str)
 def test_groups_share_a_call_and_keep_their_own_thresholds(rewrite, size, biases):
-    module = rewrite(Attention(*biases), SCHEDULE, prefill="all")
+    module = rewrite(Attention(*biases), SCHEDULE)
     x = torch.randn(size)
     torch.testing.assert_close(module(x), expected(module, x))
-    assert module.targets[sparse_linear] == 4
+    assert (module.targets[sparse_siblings], module.targets[sparse_linear]) == (2, 2)
     assert module.targets[torch.narrow] == 5
     assert module.context.counts["merged groups"] == 2
     assert module.context.counts["merged linears"] == 5
-    assert module.context.counts["sparsified"] == 7
+    assert module.context.counts["sparse"] == 7
 
 
-def test_groups_are_reported_with_their_weights_in_the_order_of_the_call(rewrite):
-    module = rewrite(Attention(), SCHEDULE, prefill="all")
+def test_calls_are_those_of_the_merged_op_in_its_order(rewrite):
+    module = rewrite(Attention(), SCHEDULE)
     module(torch.randn(1, 3, 12))
     context = module.context
-    names = [[binding.name for _, binding in group] for group in context.siblings]
-    assert names == [["q", "k", "v"], ["gate", "up"]]
-    for group in context.siblings:
-        assert [context.input_of(weight) for weight, _ in group] == [module.weight(b.name) for _, b in group]
-    calls = [node for node in context.module.graph.nodes if node.target is sparse_linear]
-    assert [node.meta["was_linear"] for node in calls] == [("q", "k", "v"), "o", ("gate", "up"), "down"]
-    merged = {site.name: site.sparse.node for site in context.sites}
-    assert merged["q"] is merged["k"] is merged["v"] is calls[0]
-    assert merged["gate"] is merged["up"] is calls[2]
+    nodes = [node for node in context.module.graph.nodes if node.target in (sparse_linear, sparse_siblings)]
+    assert [node.meta["was_linear"] for node in nodes if node.target is sparse_siblings] == [
+        ("q", "k", "v"),
+        ("gate", "up"),
+    ]
+    of = {call.name: call for call in context.calls}
+    assert list(of) == ["q", "k", "v", "o", "gate", "up", "down"]
+    assert [of[name].node for name in of] == [nodes[i] for i in (0, 0, 0, 1, 2, 2, 3)]
+    for name, call in of.items():
+        assert context.input_of(call.weight) is module.weight(name)
+        assert context.input_of(call.threshold) is module.module.get_submodule(name).was_threshold
+    assert nodes[0].args == (
+        of["q"].x,
+        [of[name].weight for name in "qkv"],
+        [None] * 3,
+        [of[name].threshold for name in "qkv"],
+        None,
+    )
 
 
-def test_dense_tokens_of_a_prompt_stay_dense_in_a_merged_call(rewrite):
-    module = rewrite(Attention(), SCHEDULE, prefill="half")
+def tokens_after_the_first(x):
+    return (torch.arange(x.shape[1]) >= 1).expand(x.shape[:2])
+
+
+class Masked(nn.Module):
+    """Three Linears of one input, the last of which has tokens of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, x, tokens, others):
+        return [
+            sparse_linear(x, each.weight, each.bias, each.was_threshold, mask)
+            for each, mask in zip((self.a, self.b, self.c), (tokens, tokens, others), strict=True)
+        ]
+
+
+@pytest.mark.parametrize("others", [tokens_after_the_first, lambda x: None], ids=["mask", "all"])
+def test_siblings_of_different_tokens_stay_apart(rewrite, others):
+    module = rewrite(Masked(), dict.fromkeys("abc", 0.4))
     x = torch.randn(2, 5, 12)
-    torch.testing.assert_close(module(x), expected(module, x, torch.arange(5).expand(2, 5) < 3))
-    assert module.targets[sparse_linear] == 4
+    tokens, others = torch.arange(5).expand(2, 5) >= 3, others(x)
+    outputs = module(x, tokens, others)
+    for name, y, mask in zip("abc", outputs, (tokens, tokens, others), strict=True):
+        torch.testing.assert_close(y, module.linear(name, x, None if mask is None else ~mask))
+    assert (module.targets[sparse_siblings], module.targets[sparse_linear]) == (1, 1)
+    assert module.context.counts["merged linears"] == 2
+    (merged,) = module.context.module.graph.find_nodes(op="call_function", target=sparse_siblings)
+    assert module.context.input_of(merged.args[4]) is tokens
+
+
+@pytest.mark.parametrize("prefill", ["sparse", "half"])
+def test_dense_tokens_of_a_prompt_stay_dense(rewrite, prefill):
+    module = rewrite(Attention(), SCHEDULE, prefill=prefill)
+    x = torch.randn(2, 5, 12)
+    dense = torch.arange(5).expand(2, 5) < {"sparse": 1, "half": 3}[prefill]
+    torch.testing.assert_close(module(x), expected(module, x, dense))
 
 
 def test_pass_can_be_left_out(rewrite):
-    module = rewrite(Attention(), SCHEDULE, prefill="all", disable=("merge_siblings",))
+    module = rewrite(Attention(), SCHEDULE, disable=("merge_siblings",))
     x = torch.randn(1, 3, 12)
     torch.testing.assert_close(module(x), expected(module, x))
-    assert module.targets[sparse_linear] == 7
+    assert (module.targets[sparse_siblings], module.targets[sparse_linear]) == (0, 7)
     assert module.targets[torch.narrow] == 0
-    assert module.context.siblings == []
+    assert len(module.context.calls) == 7
 
 
 def test_unscheduled_sibling_stays_dense_beside_the_merged_call(rewrite):
-    module = rewrite(Attention(), {name: SCHEDULE[name] for name in ("q", "v", "up")}, prefill="all")
+    module = rewrite(Attention(), {name: SCHEDULE[name] for name in ("q", "v", "up")})
     x = torch.randn(1, 3, 12)
     h = torch.sin(x)
     mixed = module.linear("q", h) * torch.cat([module.module.k(h), module.linear("v", h)], dim=-1)
@@ -90,7 +134,7 @@ def test_unscheduled_sibling_stays_dense_beside_the_merged_call(rewrite):
     h = torch.sin(y)
     y = y + module.module.down(F.silu(module.module.gate(h)) * module.linear("up", h))
     torch.testing.assert_close(module(x), y)
-    assert module.targets[sparse_linear] == 2
+    assert (module.targets[sparse_siblings], module.targets[sparse_linear]) == (1, 1)
     assert module.targets[torch._C._nn.linear] == 4
 
 
@@ -107,18 +151,26 @@ class Fan(nn.Module):
 
 
 def test_group_may_feed_a_group(rewrite):
-    module = rewrite(Fan(), dict.fromkeys("abcde", 0.3), prefill="all")
+    module = rewrite(Fan(), dict.fromkeys("abcde", 0.3))
     x = torch.randn(1, 3, 12)
     a, b = module.linear("a", x), module.linear("b", x)
     torch.testing.assert_close(module(x), module.linear("c", a) + module.linear("d", a) + module.linear("e", b))
-    assert module.targets[sparse_linear] == 3
+    assert (module.targets[sparse_siblings], module.targets[sparse_linear]) == (2, 1)
 
 
-def test_observed_groups_feed_groups(rewrite):
-    module = rewrite(Fan(), dict.fromkeys("abcde", 0.3), prefill="all", observe=True)
+def test_counted_groups_feed_groups(rewrite):
+    model = Fan()
+    module = rewrite(model, dict.fromkeys("abcde", 0.3))
+    for name in "abcde":
+        model.get_submodule(name).was_counts = torch.zeros(2, dtype=torch.int64)
     x = torch.randn(1, 3, 12)
     a, b = module.linear("a", x), module.linear("b", x)
     torch.testing.assert_close(module(x), module.linear("c", a) + module.linear("d", a) + module.linear("e", b))
+    assert module.targets[sparse_siblings] == 2
+    assert module.targets[count_dropped_op] == 5
+    for name, seen in {"a": x, "b": x, "c": a, "d": a, "e": b}.items():
+        dropped = int((seen.abs() <= module.thresholds[name]).sum())
+        assert model.get_submodule(name).was_counts.tolist() == [dropped, 36]
 
 
 @pytest.mark.parametrize("size", [(1, 1, 12), (1, 4, 12)], ids=str)
@@ -129,14 +181,13 @@ def test_input_major_weights_merge_with_each_other(rewrite, size):
             self.a, self.b, self.c = Conv1D(12, 12), Conv1D(3, 12), nn.Linear(12, 7)
 
         def forward(self, x):
-            x = x.view(-1, 12)
-            return torch.addmm(self.a.bias, x, self.a.weight), torch.addmm(self.b.bias, x, self.b.weight), self.c(x)
+            return self.a(x), self.b(x), self.c(x)
 
-    module = rewrite(Pair(), {"a": 0.3, "b": 0.6, "c": 0.9}, prefill="all")
+    module = rewrite(Pair(), {"a": 0.3, "b": 0.6, "c": 0.9})
     x = torch.randn(size)
     for name, y in zip("abc", module(x), strict=True):
-        torch.testing.assert_close(y, module.linear(name, x.view(-1, 12)))
-    assert module.targets[sparse_linear] == 1
+        torch.testing.assert_close(y, module.linear(name, x))
+    assert (module.targets[sparse_siblings], module.targets[sparse_linear]) == (1, 0)
     assert module.targets["t"] == 2
     assert module.context.counts["merged linears"] == 3
 
@@ -151,32 +202,83 @@ def test_one_weight_used_by_two_siblings(rewrite):
         def forward(self, x):
             return self.a(x), self.b(x)
 
-    module = rewrite(Twice(), {"a": 0.2, "b": 0.8}, prefill="all")
+    module = rewrite(Twice(), {"a": 0.2, "b": 0.8})
     x = torch.randn(1, 1, 12)
     a, b = module(x)
     torch.testing.assert_close(a, module.linear("a", x))
     torch.testing.assert_close(b, module.linear("b", x))
-    assert module.targets[sparse_linear] == 1
+    assert module.targets[sparse_siblings] == 1
 
 
-class ComputedBias(nn.Module):
-    def __init__(self):
+class Computed(nn.Module):
+    """Linears a, b and c of one input; `change` gives the arguments of b, some of which it computes."""
+
+    def __init__(self, change):
         super().__init__()
-        self.a, self.b, self.c = (nn.Linear(12, 12) for _ in range(3))
+        self.a, self.b, self.c, self.change = *(nn.Linear(12, 12) for _ in range(3)), change
 
     def forward(self, x):
-        a = self.a(x)
-        return a + F.linear(x, self.b.weight, torch.tanh(a).sum((0, 1))) + self.c(x)
+        a, b = self.a(x), self.b
+        weight, bias, threshold = self.change(b.weight, b.bias, b.was_threshold, a)
+        return a, sparse_linear(x, weight, bias, threshold, None), self.c(x)
 
 
-def test_bias_that_is_computed_declines_with_a_reason(rewrite):
-    module = rewrite(ComputedBias(), dict.fromkeys("abc", 0.4), prefill="all")
+COMPUTED = {
+    "bias": (lambda w, b, t, a: (w, torch.tanh(a).sum((0, 1)), t), "its bias is computed in the graph"),
+    "cast weight": (lambda w, b, t, a: (w.double().float(), b, t), "its weight is computed in the graph"),
+    "scaled weight": (lambda w, b, t, a: (w * 2, b, t), "its weight is computed in the graph"),
+    "threshold": (lambda w, b, t, a: (w, b, t * 0.5), "its threshold is computed in the graph"),
+    "threshold of the weight": (
+        lambda w, b, t, a: (w, b, channel_threshold_op(w, 0.5, 1.0, 1, False)),
+        "its threshold is computed in the graph",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), COMPUTED.values(), ids=COMPUTED.keys())
+def test_what_is_computed_declines_with_a_reason(rewrite, change, reason):
+    model = Computed(change)
+    module = rewrite(model, dict.fromkeys("abc", 0.4))
     x = torch.randn(1, 3, 12)
-    a = module.linear("a", x)
-    b = module.linear("b", x, bias=False) + torch.tanh(a).sum((0, 1))
-    torch.testing.assert_close(module(x), a + b + module.linear("c", x))
-    assert module.targets[sparse_linear] == 2
-    assert ("b", "its bias is computed in the graph") in module.context.declined
+    a, b, c = module(x)
+    torch.testing.assert_close(a, module.linear("a", x))
+    torch.testing.assert_close(c, module.linear("c", x))
+    weight, bias, threshold = change(model.b.weight, model.b.bias, model.b.was_threshold, a)
+    torch.testing.assert_close(b, F.linear(x.masked_fill(x.abs() <= threshold, 0), weight, bias))
+    assert (module.targets[sparse_siblings], module.targets[sparse_linear]) == (1, 1)
+    assert [why for _, why in module.context.declined] == [reason]
+
+
+def test_autocast_casts_weights_and_stays_apart(rewrite):
+    class Autocast(Attention):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    module = rewrite(Autocast(), SCHEDULE)
+    x = torch.randn(1, 3, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), module.module(x), rtol=2e-2, atol=2e-2)
+    assert (module.targets[sparse_siblings], module.targets[sparse_linear]) == (0, 7)
+    assert {reason for _, reason in module.context.declined} == {"its weight is computed in the graph"}
+
+
+def test_gradients_decline_with_a_reason_and_are_right(rewrite):
+    model = Attention(True, True, True)
+    module = rewrite(model, SCHEDULE)
+    model.requires_grad_(True)
+    x = torch.randn(1, 3, 12, requires_grad=True)
+    module.compiled(x).sum().backward()
+    found = [x.grad, *(parameter.grad for parameter in model.parameters())]
+    x.grad = None
+    model.zero_grad()
+    model(x).sum().backward()
+    torch.testing.assert_close(found, [x.grad, *(parameter.grad for parameter in model.parameters())])
+    assert module.targets[sparse_siblings] == 0
+    assert module.context.declined == [(name, "it has gradients") for name in SCHEDULE]
+    with torch.no_grad():
+        module.compiled(x)
+    assert module.targets[sparse_siblings] == 2
 
 
 WRITES = {
@@ -202,7 +304,7 @@ def test_input_written_between_its_readers_declines_with_a_reason(rewrite, write
             write(h)
             return a, self.b(h)
 
-    module = rewrite(Written(), {"a": 0.4, "b": 0.4}, prefill="all")
+    module = rewrite(Written(), {"a": 0.4, "b": 0.4})
     x = torch.randn(1, 3, 12)
     after = torch.sin(x)
     write(after)
@@ -225,10 +327,10 @@ def test_write_to_another_tensor_does_not_matter(rewrite):
             self.cache.copy_(a)
             return a, self.b(x)
 
-    module = rewrite(Cache(), {"a": 0.4, "b": 0.4}, prefill="all")
+    module = rewrite(Cache(), {"a": 0.4, "b": 0.4})
     x = torch.randn(1, 3, 12)
     a, b = module(x)
     torch.testing.assert_close(a, module.linear("a", x))
     torch.testing.assert_close(b, module.linear("b", x))
     assert torch.equal(module.module.cache, a)
-    assert module.targets[sparse_linear] == 1
+    assert module.targets[sparse_siblings] == 1
