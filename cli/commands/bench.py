@@ -72,8 +72,8 @@ def _model(name: str, dtype: options.Dtype, device: str) -> Any:
 
 def _show(model: str, rows: "list[SpeedRow]") -> None:
     steps = any(row.step_ms is not None for row in rows)
-    columns = ["target", "realised", *(["ms/step"] if steps else []), "ms/token", "speed-up", "GB read/token", "GB/s"]
-    table = new_table(*columns, "prompt ms")
+    times = ("ms/step", "ms/token") if steps else ("ms/token",)
+    table = new_table("target", "realised", *times, "speed-up", "GB read/token", "GB/s")
     for row in rows:
         table.add_row(
             percent(row.target) if row.target else "dense",
@@ -83,9 +83,13 @@ def _show(model: str, rows: "list[SpeedRow]") -> None:
             f"{row.ratio:.2f}×",
             f"{row.bytes_per_token / 1e9:.2f}",
             f"{row.bytes_per_token / row.ms / 1e6:.0f}",
-            f"{row.prompt_ms:.0f}",
         )
+    dense, sparse = rows[0], rows[1]
     say(f"{model}, decode, batch 1", style="bold")
     stdout().print(table)
-    first = next((row.first_generate_s for row in rows if row.target), None)
-    say(f"ms/token: generate(). Prompt: {rows[0].prompt_tokens} tokens. First sparse generate(): {first:.1f} s.", "dim")
+    say(
+        f"ms/token is that of generate(). A prompt of {dense.prompt_tokens} tokens: dense {dense.prompt_ms:.0f} ms, "
+        f"sparse {sparse.prompt_ms:.0f} ms. First generate(): dense {dense.first_generate_s:.1f} s, "
+        f"sparse {sparse.first_generate_s:.1f} s.",
+        style="dim",
+    )
