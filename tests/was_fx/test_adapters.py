@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import was_fx
 
-EAGER = {"executor": "eager", "prefill": "all"}
+ALL = {"prefill": "all"}
 ADAPTED = ["q_proj", "down_proj"]
 
 
@@ -45,12 +45,12 @@ def test_adapters_that_are_not_merged(llama, schedule, tokens, tmp_path, sparsif
     expected = dropping(with_adapters(copy.deepcopy(llama)), schedule)
     if sparsified == "after":
         model = with_adapters(llama)
-        was_fx.sparsify(model.get_base_model(), schedule, **EAGER)
+        was_fx.sparsify(model.get_base_model(), schedule, **ALL)
     elif sparsified == "before":
-        model = with_adapters(was_fx.sparsify(llama, schedule, **EAGER))
+        model = with_adapters(was_fx.sparsify(llama, schedule, **ALL))
     else:
         dense.save_pretrained(tmp_path)
-        model = PeftModel.from_pretrained(was_fx.sparsify(llama, schedule, **EAGER), tmp_path)
+        model = PeftModel.from_pretrained(was_fx.sparsify(llama, schedule, **ALL), tmp_path)
     prompt = tokens[:1, :12]
     torch.testing.assert_close(logits(model, prompt), logits(expected, prompt), atol=2e-4, rtol=1e-4)
     if sparsified == "after":
@@ -64,9 +64,9 @@ def test_adapters_that_are_not_merged(llama, schedule, tokens, tmp_path, sparsif
 def test_merged_adapters_are_another_model_of_the_same_shape(llama, schedule, oracle, tokens):
     merged = with_adapters(llama).merge_and_unload()
     with pytest.raises(was_fx.ScheduleError, match="another model: the weights have other values"):
-        was_fx.sparsify(merged, schedule, **EAGER)
+        was_fx.sparsify(merged, schedule, **ALL)
     expected = oracle(merged, schedule)
-    was_fx.sparsify(merged, schedule, allow_other_model=True, **EAGER)
+    was_fx.sparsify(merged, schedule, allow_other_model=True, **ALL)
     prompt = tokens[:1, :12]
     torch.testing.assert_close(logits(merged, prompt), logits(expected, prompt), atol=2e-4, rtol=1e-4)
 

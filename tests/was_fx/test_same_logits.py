@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import was_fx
 from was_fx.sparse.sparsify import sparse_state
 
-EAGER = {"executor": "eager", "prefill": "all"}
+EAGER = {"prefill": "all"}
 TOLERANCE = {torch.float32: {"atol": 2e-4, "rtol": 1e-4}, torch.bfloat16: {"atol": 0.25, "rtol": 0.05}}
 
 

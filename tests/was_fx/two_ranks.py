@@ -57,8 +57,8 @@ def forget(*models: torch.nn.Module) -> None:
 
 def compare(two: torch.nn.Module, one: torch.nn.Module, schedule: was_fx.Schedule, tokens: torch.Tensor) -> dict:
     """Two ranks and one device with the same schedule."""
-    was_fx.sparsify(one, schedule, prefill="sparse", executor="eager")
-    was_fx.sparsify(two, schedule, prefill="sparse", executor="eager")
+    was_fx.sparsify(one, schedule, prefill="sparse")
+    was_fx.sparsify(two, schedule, prefill="sparse")
     expected, found = was_fx.evaluate(one, tokens), was_fx.evaluate(two, tokens)
     names = {name: (bound(two, name), bound(one, name)) for name in schedule.linears}
     width = {name: bound(two, name).threshold.shape[0] for name in OWN}

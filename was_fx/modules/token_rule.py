@@ -68,7 +68,7 @@ class TokenRule:
         self.prefill: Prefill = prefill
         self._names: dict[str, tuple[str, ...]] = {}
         self._warned = False
-        self._last_length = 0
+        self._last_length = -1
 
     @contextmanager
     def treating_prompts(self, prefill: Prefill) -> Iterator[None]:

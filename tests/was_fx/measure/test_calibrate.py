@@ -55,7 +55,7 @@ def test_hooks_go_when_the_run_fails(llama, tokens):
 
 
 def test_a_sparsified_model_is_refused(llama, calibration, tokens):
-    was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.5), executor="eager")
+    was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.5))
     with pytest.raises(ValueError, match="densify"):
         was_fx.calibrate(llama, tokens)
 
@@ -98,7 +98,7 @@ def build(hidden, blocks):
     return LlamaForCausalLM(config).eval()
 
 def sparsify_and_run(model, schedule):
-    was_fx.sparsify(model, schedule, executor="eager")
+    was_fx.sparsify(model, schedule)
     model.generate(tokens[:1, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False)  # lays siblings together
 
 tokens = torch.randint(0, 256, (2, 64))
@@ -151,7 +151,7 @@ def test_include_and_exclude_choose_linears_and_the_schedule_fits(llama, oracle,
     schedule = was_fx.uniform(calibration, 0.5, exclude="model.layers.1.*.o_proj")
     assert list(schedule.linears) == [name for name in names if name != "model.layers.1.self_attn.o_proj"]
     expected = oracle(llama, schedule)
-    was_fx.sparsify(llama, schedule, prefill="all", executor="eager")
+    was_fx.sparsify(llama, schedule, prefill="all")
     with torch.no_grad():
         torch.testing.assert_close(llama(tokens).logits, expected(tokens).logits, atol=2e-4, rtol=1e-4)
 

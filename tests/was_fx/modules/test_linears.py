@@ -1,4 +1,4 @@
-"""The Linears of a model, its weight bytes, and the check of token ids."""
+"""The Linears of a model, its weight bytes, and its channels dropped by hooks."""
 
 import pytest
 import torch
@@ -8,11 +8,9 @@ from transformers.pytorch_utils import Conv1D
 
 from was_fx.modules.linears import (
     body_linears,
-    check_tokens,
     dense_expert_share,
     expert_parameters,
     find_linears,
-    vocabulary,
     weight_bytes_per_token,
 )
 
@@ -93,10 +91,15 @@ class Integer(nn.Module):
         self.inner.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
 
 
-@pytest.mark.parametrize("model", [nn.Embedding(4, 4), nn.Sequential(nn.Conv1d(4, 4, 1), nn.ReLU()), Integer()])
+@pytest.mark.parametrize("model", [nn.Embedding(4, 4), nn.Sequential(nn.Conv1d(4, 4, 1), nn.ReLU())])
 def test_model_without_linears_is_refused(model):
     with pytest.raises(ValueError, match=f"{type(model).__name__} has no Linear with a floating-point weight"):
         find_linears(model)
+
+
+def test_weights_that_are_no_floats_are_named_and_refused():
+    with pytest.raises(ValueError, match=r"inner is stored as torch\.int8, and was-fx needs weights in bf16"):
+        find_linears(Integer())
 
 
 def test_model_with_nothing_but_a_head_is_refused():
@@ -162,48 +165,3 @@ def test_a_model_without_experts_has_none(models):
 def test_weight_bytes_follow_the_dtype():
     model = nn.Sequential(nn.Linear(8, 4, bias=False).bfloat16(), nn.Linear(4, 2, bias=False))
     assert weight_bytes_per_token(model) == 2 * 32 + 4 * 8
-
-
-@pytest.mark.parametrize(("model", "size"), [("llama", 128), ("gpt2", 128), (nn.Linear(2, 2), None)])
-def test_vocabulary(models, model, size):
-    assert vocabulary(models.get(model, model)) == size
-
-
-@pytest.mark.parametrize(
-    "tokens",
-    [
-        torch.tensor([[0, 127]]),
-        torch.tensor([[5, 6, 7], [8, 9, 10]]),
-        torch.tensor([[1, 2]], dtype=torch.int32),
-    ],
-)
-def test_tokens_within_the_vocabulary_are_accepted(models, tokens):
-    assert check_tokens(models["llama"], tokens) is None
-
-
-@pytest.mark.parametrize(
-    ("tokens", "error", "message"),
-    [
-        (torch.zeros(1, 4), TypeError, r"tokens is torch\.float32; expected a LongTensor"),
-        (torch.zeros(1, 4, dtype=torch.bool), TypeError, r"tokens is torch\.bool"),
-        (torch.zeros(1, 4, dtype=torch.uint8), TypeError, r"tokens is torch\.uint8"),
-        ([[1, 2]], TypeError, "tokens is list"),
-        ("text", TypeError, "tokens is str"),
-        (None, TypeError, "tokens is NoneType"),
-        (torch.tensor([1, 2, 3]), ValueError, r"shape \(3,\); expected \[n ≥ 1, seq ≥ 2\]"),
-        (torch.zeros(1, 1, 4, dtype=torch.int64), ValueError, r"shape \(1, 1, 4\)"),
-        (torch.zeros(0, 4, dtype=torch.int64), ValueError, r"shape \(0, 4\)"),
-        (torch.zeros(2, 1, dtype=torch.int64), ValueError, r"shape \(2, 1\)"),
-        (torch.tensor([[0, 128]]), ValueError, "ids 0 to 128, but the model's vocabulary is 0 to 127"),
-        (torch.tensor([[-100, 3]]), ValueError, "ids -100 to 3"),
-    ],
-)
-def test_other_tokens_are_refused(models, tokens, error, message):
-    with pytest.raises(error, match=message):
-        check_tokens(models["llama"], tokens)
-
-
-def test_tokens_of_a_model_without_an_embedding_need_only_be_positive():
-    check_tokens(nn.Linear(2, 2), torch.tensor([[0, 10**9]]))
-    with pytest.raises(ValueError, match="ids -1 to 3"):
-        check_tokens(nn.Linear(2, 2), torch.tensor([[-1, 3]]))

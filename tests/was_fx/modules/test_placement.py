@@ -7,7 +7,6 @@ from transformers import AutoModelForCausalLM
 import was_fx
 from was_fx.modules.linears import find_linears
 from was_fx.schedules.score import channel_norms
-from was_fx.sparse import placement
 from was_fx.modules.placement import input_device, whole_channel_norms
 
 PARTS = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
@@ -58,9 +57,9 @@ def test_logits_equal_one_device(where, prefill, request, llama, calibration, to
     model = request.getfixturevalue(where)
     schedule = was_fx.uniform(calibration, 0.5)
     dense = logits(llama, tokens)
-    expected = logits(was_fx.sparsify(llama, schedule, prefill=prefill, executor="eager"), tokens)
+    expected = logits(was_fx.sparsify(llama, schedule, prefill=prefill), tokens)
     assert not torch.allclose(expected, dense, rtol=0.1)
-    was_fx.sparsify(model, schedule, prefill=prefill, executor="eager")
+    was_fx.sparsify(model, schedule, prefill=prefill)
     torch.testing.assert_close(logits(model, tokens), expected, **TOLERANCE)
 
 
@@ -68,8 +67,8 @@ def test_logits_equal_one_device(where, prefill, request, llama, calibration, to
 def test_evaluation_equals_one_device(where, request, llama, calibration, tokens):
     model = request.getfixturevalue(where)
     schedule = was_fx.uniform(calibration, 0.5)
-    expected = was_fx.evaluate(was_fx.sparsify(llama, schedule, executor="eager"), tokens)
-    found = was_fx.evaluate(was_fx.sparsify(model, schedule, executor="eager"), tokens)
+    expected = was_fx.evaluate(was_fx.sparsify(llama, schedule), tokens)
+    found = was_fx.evaluate(was_fx.sparsify(model, schedule), tokens)
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
     assert found.linears == pytest.approx(expected.linears, rel=1e-3)
     assert found.bytes_saved == pytest.approx(expected.bytes_saved, rel=1e-3)
@@ -81,8 +80,8 @@ def test_other_numbers_and_densify(where, request, llama, calibration, tokens):
     hooks = sum(hasattr(module, "_hf_hook") for module in model.modules())
     assert hooks > len(PARTS)
     before, attributes = logits(model, tokens), set(model.__dict__)
-    was_fx.sparsify(model, was_fx.uniform(calibration, 0.5), executor="eager")
-    was_fx.sparsify(model, was_fx.uniform(calibration, 0.0), executor="eager")
+    was_fx.sparsify(model, was_fx.uniform(calibration, 0.5))
+    was_fx.sparsify(model, was_fx.uniform(calibration, 0.0))
     torch.testing.assert_close(logits(model, tokens), before, **TOLERANCE)
     was_fx.densify(model)
     torch.testing.assert_close(logits(model, tokens), before, **TOLERANCE)
@@ -116,10 +115,3 @@ def test_a_weight_that_nothing_loads_is_refused(llama):
 
 def test_tokens_belong_with_the_first_weight_that_is_there(offloaded, llama):
     assert input_device(offloaded) == input_device(llama) == torch.device("cpu")
-
-
-def test_moving_reaches_into_tuples_lists_and_dicts_and_leaves_caches_alone():
-    cache = object()
-    moved = placement._to(({"a": [torch.zeros(1)]}, cache, 3), torch.device("meta"))
-    assert moved[0]["a"][0].is_meta
-    assert moved[1:] == (cache, 3)

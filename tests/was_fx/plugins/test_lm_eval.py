@@ -12,7 +12,7 @@ from was_fx import embedded
 from was_fx.plugins.lm_eval import PAIRS, WasLM, minimal_pairs, run_tasks
 from was_fx.sparse.sparsify import sparse_state
 
-EAGER = {"executor": "eager", "device": "cpu", "dtype": "float32", "batch_size": 8}
+EAGER = {"device": "cpu", "dtype": "float32", "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_lm_eval_knows_the_model_by_name(schedule, tmp_path):
     from lm_eval.api.registry import get_model
 
     schedule.save(tmp_path / "s.safetensors")
-    arguments = f"pretrained=embedded,schedule={tmp_path / 's.safetensors'},executor=eager,dtype=float32"
+    arguments = f"pretrained=embedded,schedule={tmp_path / 's.safetensors'},dtype=float32"
     model = get_model("was").create_from_arg_string(arguments, {"device": "cpu", "batch_size": 4})
     assert type(model).__name__ == "WasLM"
     assert sparse_state(model.model).schedule == schedule
@@ -83,7 +83,7 @@ def test_lm_evals_command_line_starts_with_the_model_in_it(monkeypatch, capsys):
 
 def test_a_checkpoint_that_was_saved_sparse_is_scored_sparse(embedded_model, schedule, few_pairs, tmp_path):
     """Its prompts are dense when it decodes; likelihoods are made of prompts."""
-    was_fx.sparsify(embedded_model, schedule, executor="eager").save_pretrained(tmp_path)
+    was_fx.sparsify(embedded_model, schedule).save_pretrained(tmp_path)
     model = WasLM(str(tmp_path), tokenizer=str(embedded.path()), **EAGER)
     run_tasks(model, [minimal_pairs(few_pairs)], limit=4)
     assert 0.5 < model.realised.sparsity < 0.95

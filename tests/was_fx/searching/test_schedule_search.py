@@ -54,7 +54,7 @@ def test_refining_starts_at_the_exact_answer(llama, tokens):
 
 def test_what_is_nominal_is_realised(llama, tokens):
     schedule = find(llama, tokens, "exact")
-    was_fx.sparsify(llama, schedule, executor="eager")
+    was_fx.sparsify(llama, schedule)
     assert abs(was_fx.evaluate(llama, tokens, prefill="all", batch_size=4).realised - TARGET) < 0.02
 
 
@@ -63,7 +63,7 @@ def test_the_loss_of_a_trial_is_that_of_evaluate(llama, tokens, tmp_path):
     log = tmp_path / "log.jsonl"
     found = find(llama, tokens, "was", recipe=recipe, trials=1, log=log)
     record = json.loads(log.read_text().splitlines()[-1])
-    was_fx.sparsify(llama, found, executor="eager")
+    was_fx.sparsify(llama, found)
     result = was_fx.evaluate(llama, tokens)
     assert result.loss == pytest.approx(sum(record["losses"]) / len(record["losses"]), rel=1e-5)
     assert result.realised == pytest.approx(record["realised"], abs=1e-6)
@@ -93,7 +93,7 @@ def test_exact_is_better_than_uniform_on_text_it_has_not_seen(embedded_model):
         schedule = was_fx.search(
             embedded_model, calibration, tokens=validation, target=0.7, recipe=recipe, batch_size=4
         )
-        was_fx.sparsify(embedded_model, schedule, executor="eager")
+        was_fx.sparsify(embedded_model, schedule)
         losses.append(was_fx.evaluate(embedded_model, test, batch_size=4).loss)
         was_fx.densify(embedded_model)
     assert losses[1] < losses[0] - 0.1
@@ -182,6 +182,6 @@ def test_arguments_out_of_range_are_refused(llama, tokens, calibration, argument
 
 
 def test_a_sparsified_model_is_refused(llama, tokens, calibration):
-    was_fx.sparsify(llama, was_fx.uniform(calibration, 0.5), executor="eager")
+    was_fx.sparsify(llama, was_fx.uniform(calibration, 0.5))
     with pytest.raises(ValueError, match="densify"):
         was_fx.search(llama, calibration, tokens=tokens)

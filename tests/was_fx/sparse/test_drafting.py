@@ -13,7 +13,7 @@ from was_fx.sparse.sparsify import sparse_state
 def test_the_text_is_the_dense_one(llama, calibration, tokens):
     new = 13
     dense = copy.deepcopy(llama)
-    sparse = was_fx.draft(llama, was_fx.uniform(calibration, 0.6), tokens=4, executor="eager")
+    sparse = was_fx.draft(llama, was_fx.uniform(calibration, 0.6), tokens=4)
     found = acceptance(llama, sparse, tokens[:3, :12], max_new_tokens=new)
     assert found.equal
     assert found.tokens == 3 * new
@@ -24,7 +24,7 @@ def test_the_text_is_the_dense_one(llama, calibration, tokens):
 
 
 def test_a_draft_that_drops_nothing_is_accepted_whole(llama, calibration, tokens):
-    sparse = was_fx.draft(llama, was_fx.uniform(calibration, 0.0), tokens=4, executor="eager")
+    sparse = was_fx.draft(llama, was_fx.uniform(calibration, 0.0), tokens=4)
     found = acceptance(llama, sparse, tokens[:2, :12], max_new_tokens=15)
     assert found.equal
     assert found.tokens_per_step == 5
@@ -34,7 +34,7 @@ def test_a_draft_that_drops_nothing_is_accepted_whole(llama, calibration, tokens
 
 def test_weights_are_shared_and_the_model_stays_dense(llama, calibration, tokens):
     before = copy.deepcopy(llama)
-    sparse = was_fx.draft(llama, was_fx.uniform(calibration, 0.5), executor="eager")
+    sparse = was_fx.draft(llama, was_fx.uniform(calibration, 0.5))
     assert type(sparse) is type(llama)
     assert all(one is two for one, two in zip(llama.parameters(), sparse.parameters(), strict=True))
     assert sparse_state(llama) is None
@@ -47,7 +47,7 @@ def test_weights_are_shared_and_the_model_stays_dense(llama, calibration, tokens
 
 def test_densify_puts_everything_back(llama, calibration):
     before = copy.deepcopy(llama)
-    was_fx.densify(was_fx.draft(llama, was_fx.uniform(calibration, 0.5), executor="eager"))
+    was_fx.densify(was_fx.draft(llama, was_fx.uniform(calibration, 0.5)))
     for now, then in zip(llama.parameters(), before.parameters(), strict=True):
         assert now.equal(then)
         assert now.stride() == then.stride()
@@ -56,7 +56,7 @@ def test_densify_puts_everything_back(llama, calibration):
 
 def test_the_model_behind_a_draft_saves_a_dense_checkpoint(llama, calibration, tmp_path):
     llama.save_pretrained(tmp_path / "before")
-    _draft = was_fx.draft(llama, was_fx.uniform(calibration, 0.5), executor="eager")
+    _draft = was_fx.draft(llama, was_fx.uniform(calibration, 0.5))
     llama.save_pretrained(tmp_path / "after")
     for path in (tmp_path / "before").iterdir():
         assert path.read_bytes() == (tmp_path / "after" / path.name).read_bytes()
@@ -73,14 +73,22 @@ def test_bad_arguments_are_refused(llama, calibration, arguments, message):
 
 def test_a_sparsified_model_is_refused_as_the_one_that_verifies(llama, calibration):
     schedule = was_fx.uniform(calibration, 0.5)
-    was_fx.sparsify(llama, schedule, executor="eager")
+    was_fx.sparsify(llama, schedule)
     with pytest.raises(ValueError, match="the model is sparsified"):
         was_fx.draft(llama, schedule)
 
 
-def test_a_second_draft_is_refused_for_it_would_change_the_first(llama, calibration):
-    first = was_fx.draft(llama, was_fx.uniform(calibration, 0.5), executor="eager")
-    with pytest.raises(ValueError, match="have a schedule already, of another draft"):
-        was_fx.draft(llama, was_fx.uniform(calibration, 0.2))
-    was_fx.densify(first)
-    was_fx.draft(llama, was_fx.uniform(calibration, 0.2), executor="eager")
+def test_a_second_draft_has_numbers_of_its_own(llama, calibration, oracle, tokens):
+    schedules = [was_fx.uniform(calibration, target) for target in (0.6, 0.2)]
+    before = copy.deepcopy(llama)
+    drafts = [was_fx.draft(llama, schedule) for schedule in schedules]
+    with torch.no_grad():
+        for sparse, schedule in zip(drafts, schedules, strict=True):
+            cached = sparse(tokens[:1, :12], use_cache=True).past_key_values
+            wanted = before(tokens[:1, :12], use_cache=True).past_key_values
+            step = tokens[:1, 12:13]
+            expected = oracle(before, schedule)(step, past_key_values=wanted).logits
+            torch.testing.assert_close(sparse(step, past_key_values=cached).logits, expected, atol=2e-4, rtol=1e-4)
+        was_fx.densify(drafts[0])
+        torch.testing.assert_close(llama(tokens).logits, before(tokens).logits)
+    assert sparse_state(drafts[1]) is not None

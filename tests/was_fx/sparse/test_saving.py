@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 import subprocess
 import sys
 
@@ -13,11 +12,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from transformers.utils.hub import PushToHubMixin
 
 import was_fx
-from was_fx.kernels.linear.layout import fuse_rows
 from was_fx.plugins.quantizer import SCHEDULE_FILE
 from was_fx.sparse.sparsify import sparse_state
 
-EAGER = {"executor": "eager", "prefill": "all"}
+ALL = {"prefill": "all"}
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +27,8 @@ def schedule(calibration):
 def saved(_llama, schedule, tmp_path_factory):
     """A folder that `llama` was saved to, sparsified."""
     folder = tmp_path_factory.mktemp("saved")
-    was_fx.sparsify(copy.deepcopy(_llama), schedule, **EAGER).save_pretrained(folder)
+    was_fx.sparsify(copy.deepcopy(_llama), schedule, **ALL).save_pretrained(folder)
     return folder
-
-
-def lay_siblings_together(model):
-    """As the first run of a sparsified Llama does."""
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        assert fuse_rows([each.weight for each in (attention.q_proj, attention.k_proj, attention.v_proj)])
 
 
 def logits(model, tokens):
@@ -60,9 +51,7 @@ def test_the_checkpoint_is_the_dense_one_byte_for_byte(kind, tied, tokens, tmp_p
         few = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
         model = LlamaForCausalLM(LlamaConfig(**few, **size)).eval()
     model.save_pretrained(tmp_path / "dense")
-    was_fx.sparsify(model, was_fx.uniform(was_fx.calibrate(model, tokens[:, :32]), target=0.5), **EAGER)
-    if kind == "llama":
-        lay_siblings_together(model)
+    was_fx.sparsify(model, was_fx.uniform(was_fx.calibrate(model, tokens[:, :32]), target=0.5), **ALL)
     model.save_pretrained(tmp_path / "sparse")
     names = [path.name for path in (tmp_path / "sparse").iterdir()]
     assert sorted(names) == ["config.json", "generation_config.json", "model.safetensors", SCHEDULE_FILE]
@@ -85,7 +74,7 @@ def test_the_config_names_the_schedule(saved, schedule):
 
 def test_shards_hold_the_dense_weights(llama, schedule, tmp_path):
     before = copy.deepcopy(llama.state_dict())
-    lay_siblings_together(was_fx.sparsify(llama, schedule, **EAGER))
+    was_fx.sparsify(llama, schedule, **ALL)
     llama.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     loaded = was_fx.densify(AutoModelForCausalLM.from_pretrained(tmp_path))
@@ -97,8 +86,7 @@ def test_from_pretrained_returns_it_sparsified(llama, saved, schedule, oracle, t
     assert type(loaded) is type(llama)
     state = sparse_state(loaded)
     assert state.schedule == schedule
-    assert state.options.prefill == "all"
-    was_fx.sparsify(loaded, state.schedule, **EAGER)  # the same numbers, without waiting for a compiler
+    assert state.rule.prefill == "all"
     torch.testing.assert_close(logits(loaded, tokens), logits(oracle(llama, schedule), tokens), atol=2e-4, rtol=1e-4)
 
 
@@ -124,57 +112,47 @@ def test_a_densified_model_saves_a_dense_checkpoint(saved, tmp_path):
 
 
 def test_a_copy_saves_itself(llama, schedule, tmp_path):
-    copied = copy.deepcopy(was_fx.sparsify(llama, schedule, **EAGER))
+    copied = copy.deepcopy(was_fx.sparsify(llama, schedule, **ALL))
     with torch.no_grad():
         copied.model.norm.weight.fill_(3.0)
     copied.save_pretrained(tmp_path)
-    assert "quantization_config" not in config_of(tmp_path)  # a copy is dense
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).model.norm.weight.eq(3.0).all()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.model.norm.weight.eq(3.0).all()
+    assert sparse_state(loaded).schedule == schedule
+    assert not llama.model.norm.weight.eq(3.0).any()
 
 
-def test_a_schedule_of_another_model_is_saved_as_one_of_this_model(llama, schedule, tmp_path):
-    with torch.no_grad():
-        llama.model.layers[0].mlp.up_proj.weight.add_(1.0)
-    was_fx.sparsify(llama, schedule, allow_other_model=True, **EAGER).save_pretrained(tmp_path)
-    assert sparse_state(AutoModelForCausalLM.from_pretrained(tmp_path)) is not None
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_that_changed_are_saved_with_the_schedule_of_those_before(
+    llama, schedule, oracle, tokens, tmp_path, caplog, when
+):
+    """It is told, it loads all the same, and the schedule still says whose it is."""
+
+    def change(model):
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+
+    dense = copy.deepcopy(llama)
+    change(dense)
+    if when == "before":
+        change(llama)
+    was_fx.sparsify(llama, schedule, allow_other_model=True, **ALL)
+    if when == "after":
+        change(llama)
+    with caplog.at_level("WARNING", logger="was_fx"):
+        llama.save_pretrained(tmp_path)
+    (record,) = [each for each in caplog.records if each.name.startswith("was_fx")]
+    assert "no longer the one that its schedule was made for (the weights have other values" in record.getMessage()
+    assert config_of(tmp_path)["quantization_config"]["allow_other_model"] is True
+    assert was_fx.Schedule.load(tmp_path / SCHEDULE_FILE).metadata.fingerprint == schedule.metadata.fingerprint
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded, tokens), logits(oracle(dense, schedule), tokens), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("as_path", [False, True])
-def test_a_dense_checkpoint_with_a_schedule(llama, schedule, tmp_path, as_path):
-    llama.save_pretrained(tmp_path)
-    schedule.save(tmp_path / "s.safetensors")
-    config = was_fx.WasConfig(tmp_path / "s.safetensors" if as_path else schedule, **EAGER)
-    state = sparse_state(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config))
-    assert state.schedule == schedule
-    assert state.options.executor == "eager"
-
-
-def test_a_checkpoint_without_its_schedule_is_refused(saved, tmp_path):
-    folder = shutil.copytree(saved, tmp_path / "saved")
-    (folder / SCHEDULE_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match="there is no was-fx schedule here"):
-        AutoModelForCausalLM.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"quant_method": "awq"}, "quant_method is 'awq'"),
-        ({"bits": 4, "was_fx_version": "9.9"}, r"has no 'bits'.*another version of was-fx \(9\.9\)"),
-    ],
-)
-def test_a_config_that_is_not_ours_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        was_fx.WasConfig(**arguments)
-
-
-def test_a_checkpoint_names_no_file_elsewhere(saved, tmp_path):
-    folder = shutil.copytree(saved, tmp_path / "saved")
-    config = config_of(folder)
-    config["quantization_config"]["schedule"] = "../schedule.was.safetensors"
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="the name of a file beside it"):
-        AutoModelForCausalLM.from_pretrained(folder)
+def test_a_schedule_without_a_fingerprint_gets_that_of_the_model(llama, schedule, tmp_path):
+    was_fx.sparsify(llama, schedule.replace({}, fingerprint={}), **ALL).save_pretrained(tmp_path)
+    assert was_fx.Schedule.load(tmp_path / SCHEDULE_FILE).metadata.fingerprint == schedule.metadata.fingerprint
+    assert "allow_other_model" not in config_of(tmp_path)["quantization_config"]
 
 
 LOGITS = """
@@ -208,7 +186,7 @@ def test_another_process_loads_it(llama, saved, tmp_path, imports, printed):
 def test_what_is_uploaded_holds_the_schedule_and_a_card(llama, schedule, tmp_path, monkeypatch):
     uploads = []
     monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", lambda self, *given, **named: uploads.append(given))
-    was_fx.sparsify(llama, schedule, **EAGER)
+    was_fx.sparsify(llama, schedule, **ALL)
     (tmp_path / "README.md").write_text("---\ntags:\n- mine\n---\n# My model\nIs good.\n")
     for _ in range(2):
         llama._upload_modified_files(str(tmp_path), "me/my-model", {})

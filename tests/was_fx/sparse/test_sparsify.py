@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import was_fx
+from was_fx.compat.dynamo import graphs_compiled
 from was_fx.schedules.files.schedule import LinearSchedule, Schedule
 
 TOLERANCE = {torch.float32: dict(atol=2e-4, rtol=1e-4), torch.bfloat16: dict(atol=0.25, rtol=0.05)}
@@ -31,7 +32,7 @@ def test_sparsity_zero_gives_the_dense_logits(llama, tokens, dtype):
     model = llama.to(dtype)
     dense = copy.deepcopy(model)
     schedule = was_fx.uniform(was_fx.calibrate(model, tokens), target=0.0)
-    was_fx.sparsify(model, schedule, prefill="all", executor="eager")
+    was_fx.sparsify(model, schedule, prefill="all")
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, **TOLERANCE[dtype])
 
@@ -50,7 +51,7 @@ def test_logits_equal_the_oracle(llama, oracle, tokens, dtype, score, target):
     model = llama.to(dtype)
     schedule = was_fx.uniform(was_fx.calibrate(model, tokens, score=score), target=target)
     expected = oracle(model, schedule)
-    was_fx.sparsify(model, schedule, prefill="all", executor="eager")
+    was_fx.sparsify(model, schedule, prefill="all")
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, expected(tokens).logits, **TOLERANCE[dtype])
 
@@ -59,7 +60,7 @@ def test_each_linear_follows_its_own_entry(llama, calibration, tokens):
     model = llama
     schedule = mixed(was_fx.uniform(calibration, target=0.5))
     dense = copy.deepcopy(model)
-    was_fx.sparsify(model, schedule, prefill="all", executor="eager")
+    was_fx.sparsify(model, schedule, prefill="all")
     evaluation = was_fx.evaluate(model, tokens, prefill="all")
     names = list(schedule.linears)
     channels = schedule.linears[names[1]].channel_threshold
@@ -73,61 +74,12 @@ def test_each_linear_follows_its_own_entry(llama, calibration, tokens):
     assert evaluation.linears[names[2]] < 0.001
 
 
-def test_decode_steps_equal_the_oracle_with_the_default_dense_prompt(llama, oracle, tokens):
-    model = llama
-    schedule = was_fx.uniform(was_fx.calibrate(model, tokens), target=0.5)
-    dense, sparse = copy.deepcopy(model), oracle(model, schedule)
-    was_fx.sparsify(model, schedule, executor="eager")
-    prompt, step = tokens[:2, :20], tokens[:2, 20:21]
-    with torch.no_grad():
-        got, expected = model(prompt, use_cache=True), dense(prompt, use_cache=True)
-        torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE[torch.float32])
-        got = model(step, past_key_values=got.past_key_values).logits
-        expected = sparse(step, past_key_values=expected.past_key_values).logits
-    torch.testing.assert_close(got, expected, **TOLERANCE[torch.float32])
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_generate_equals_the_oracle(llama, calibration, oracle, tokens, cache, batch):
-    schedule = was_fx.uniform(calibration, target=0.5)
-    expected = oracle(llama, schedule)
-    model = was_fx.sparsify(llama, schedule, prefill="all", executor="eager")
-    arguments = dict(max_new_tokens=8, do_sample=False, cache_implementation=cache)
-    mask = torch.ones_like(tokens[:batch, :16])
-    for row in range(1, batch):
-        mask[row, : 3 * row] = 0  # left padding
-    prompt = tokens[:batch, :16] * mask
-    got = model.generate(prompt, attention_mask=mask, **arguments)
-    assert got.equal(expected.generate(prompt, attention_mask=mask, **arguments))
-
-
-def test_sampling_equals_the_oracle_for_the_same_seed(llama, calibration, oracle, tokens):
-    schedule = was_fx.uniform(calibration, target=0.5)
-    expected = oracle(llama, schedule)
-    model = was_fx.sparsify(llama, schedule, prefill="all", executor="eager")
-    drawn = []
-    for each in (model, expected):
-        torch.manual_seed(3)
-        drawn.append(each.generate(tokens[:1, :16], max_new_tokens=12, do_sample=True, top_k=20))
-    assert drawn[0].equal(drawn[1])
-
-
-def test_left_padding_does_not_change_what_is_generated(llama, calibration, tokens):
-    model = was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.5), executor="eager")
-    prompt = tokens[:1, :12]
-    alone = model.generate(prompt, max_new_tokens=8, do_sample=False)[:, 12:]
-    padded = torch.cat([torch.ones(1, 5, dtype=torch.long), prompt], dim=1)
-    mask = torch.cat([torch.zeros(1, 5, dtype=torch.long), torch.ones_like(prompt)], dim=1)
-    assert model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, 17:].equal(alone)
-
-
 @pytest.mark.parametrize("run_first", [False, True], ids=["at once", "after a run"])
 def test_densify_restores_weights_strides_flags_and_outputs(llama, calibration, tokens, run_first):
     model = llama
     model.model.layers[0].requires_grad_(False)
     before = copy.deepcopy(model)
-    was_fx.sparsify(model, was_fx.uniform(calibration, target=0.5), executor="eager")
+    was_fx.sparsify(model, was_fx.uniform(calibration, target=0.5))
     if run_first:
         model.generate(tokens[:1, :8], max_new_tokens=2, do_sample=False)
     assert was_fx.densify(model) is model
@@ -136,72 +88,89 @@ def test_densify_restores_weights_strides_flags_and_outputs(llama, calibration, 
         assert now.stride() == then.stride(), name
         assert now.requires_grad == then.requires_grad, name
         assert now.untyped_storage().nbytes() == then.untyped_storage().nbytes(), name
-    assert set(vars(model)) == set(vars(before))
+    assert_untouched(model, before)
     with torch.no_grad():
         assert model(tokens).logits.equal(before(tokens).logits)
 
 
 def test_state_dict_keys_and_values_are_those_of_the_dense_model(llama, calibration, tokens):
     before = copy.deepcopy(llama.state_dict())
-    model = was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.5), executor="eager")
+    model = was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.5))
     model.generate(tokens[:1, :8], max_new_tokens=2, do_sample=False)
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(after[name].equal(before[name]) for name in before)
 
 
-def test_class_stays_the_same(llama, calibration):
-    kind = type(llama)
-    assert type(was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.5))) is kind
+def compiled(model: torch.nn.Module) -> torch.nn.Module:
+    """Its call is compiled by the backend, its graphs run node by node."""
+    model.compile(backend="was", dynamic=True, options={"lowering": "eager"})
+    return model
+
+
+def test_nothing_is_compiled_on_a_cpu_unless_asked_for(llama, calibration, tokens):
+    before = graphs_compiled()
+    model = was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.5))
+    model.generate(tokens[:1, :9], max_new_tokens=3, do_sample=False)
+    model.generate(tokens[:1, :9], max_new_tokens=3, do_sample=False, cache_implementation="static")
+    was_fx.evaluate(model, tokens)
+    was_fx.check(model)
+    assert graphs_compiled() == before
 
 
 def test_new_numbers_compile_nothing_and_take_effect(llama, calibration, oracle, tokens):
-    from torch._dynamo.utils import counters
-
     other = was_fx.uniform(calibration, target=0.7)
     expected = oracle(llama, other)
-    model = was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.2), prefill="all", executor="eager")
+    model = compiled(was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.2), prefill="all"))
     model.generate(tokens[:1, :9], max_new_tokens=3, do_sample=False)
-    graphs = counters["stats"]["unique_graphs"]
-    was_fx.sparsify(model, other, prefill="all", executor="eager")
+    graphs = graphs_compiled()
+    was_fx.sparsify(model, other, prefill="all")
     got = model.generate(tokens[:1, :9], max_new_tokens=6, do_sample=False)
     assert got.equal(expected.generate(tokens[:1, :9], max_new_tokens=6, do_sample=False))
-    assert counters["stats"]["unique_graphs"] == graphs
+    assert graphs_compiled() == graphs
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_second_generate_compiles_nothing(llama, calibration, tokens, cache):
-    from torch._dynamo.utils import counters
-
-    model = was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.5), executor="eager")
+    before = graphs_compiled()
+    model = compiled(was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.5)))
     arguments = dict(max_new_tokens=4, min_new_tokens=4, cache_implementation=cache)
     model.generate(tokens[:1, :9], do_sample=False, **arguments)
-    graphs = counters["stats"]["unique_graphs"]
+    graphs = graphs_compiled()
     model.generate(tokens[:1, :9], do_sample=False, **arguments)
     model.generate(tokens[:1, :9], do_sample=True, **arguments)
-    assert counters["stats"]["unique_graphs"] == graphs
-    assert graphs > 0
+    assert graphs_compiled() == graphs
+    assert graphs > before
 
 
 def test_other_prompt_lengths_compile_nothing_with_the_dynamic_cache(llama, calibration, tokens):
-    from torch._dynamo.utils import counters
-
-    model = was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.5), executor="eager")
+    model = compiled(was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.5)))
     model.generate(tokens[:1, :9], max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    graphs = counters["stats"]["unique_graphs"]
+    graphs = graphs_compiled()
     for length, new in ((12, 7), (30, 3), (3, 9)):
         model.generate(tokens[:1, :length], max_new_tokens=new, min_new_tokens=new, do_sample=False)
-    assert counters["stats"]["unique_graphs"] == graphs
+    assert graphs_compiled() == graphs
 
 
-def test_a_copy_of_a_sparsified_model_is_dense_and_can_be_sparsified(llama, calibration, tokens):
-    dense = copy.deepcopy(llama)
-    schedule = was_fx.uniform(calibration, target=0.5)
-    copied = copy.deepcopy(was_fx.sparsify(llama, schedule, prefill="all", executor="eager"))
+@pytest.mark.parametrize("change", ["prefill", "Linears", "norm", "lowering"])
+def test_sparsifying_again_is_as_the_first_time(llama, calibration, oracle, tokens, change):
+    first, again = was_fx.uniform(calibration, target=0.5), was_fx.uniform(calibration, target=0.6)
+    dense, how = copy.deepcopy(llama), {"prefill": "all"}
+    if change == "Linears":
+        first = was_fx.uniform(was_fx.calibrate(dense, tokens, exclude="*.k_proj"), target=0.5)
+    if change == "norm":
+        again = was_fx.uniform(was_fx.calibrate(dense, tokens, score=was_fx.Score(1.0, 2)), target=0.6)
+    was_fx.sparsify(llama, first, prefill="dense" if change == "prefill" else "all")
+    handles = sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in llama.modules())
+    was_fx.sparsify(llama, again, lowering="eager" if change == "lowering" else None, **how)
+    assert sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in llama.modules()) == handles
     with torch.no_grad():
-        torch.testing.assert_close(copied(tokens).logits, dense(tokens).logits)
-        was_fx.sparsify(copied, schedule, prefill="all", executor="eager")
-        torch.testing.assert_close(copied(tokens).logits, llama(tokens).logits)
+        expected = oracle(dense, again)(tokens).logits
+        torch.testing.assert_close(llama(tokens).logits, expected, **TOLERANCE[torch.float32])
+        was_fx.densify(llama)
+        assert llama(tokens).logits.equal(dense(tokens).logits)
+    for now, then in zip(llama.parameters(), dense.parameters(), strict=True):
+        assert now.stride() == then.stride()
 
 
 @pytest.mark.slow
@@ -209,7 +178,7 @@ def test_inductor_equals_the_oracle_in_prompt_and_decode(llama, calibration, ora
     schedule = mixed(was_fx.uniform(calibration, target=0.5))
     schedule = schedule.replace({list(schedule.linears)[1]: schedule.linears[list(schedule.linears)[3]]})
     expected = oracle(llama, schedule)
-    model = was_fx.sparsify(llama, schedule, prefill="all")
+    model = was_fx.sparsify(llama, schedule, prefill="all", lowering="inductor")
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, expected(tokens).logits, **TOLERANCE[torch.float32])
     arguments = dict(max_new_tokens=12, do_sample=False)
@@ -228,6 +197,17 @@ def refused(schedule: Schedule) -> dict[str, Schedule]:
         last: Schedule(*missing, schedule.norm),
         "[3, 5]": Schedule(*reshaped, schedule.norm),
     }
+
+
+def assert_untouched(model: torch.nn.Module, before: torch.nn.Module) -> None:
+    """Dense, with no trace of us."""
+    for now, then in zip(model.modules(), before.modules(), strict=True):
+        assert type(now) is type(then)
+        assert set(vars(now)) == set(vars(then))
+        assert list(now._buffers) == list(then._buffers)
+        assert now._non_persistent_buffers_set == then._non_persistent_buffers_set
+        assert not now._forward_pre_hooks
+        assert not now._forward_hooks
 
 
 def test_a_schedule_that_does_not_fit_is_refused_and_the_model_untouched(llama, calibration):
@@ -262,24 +242,27 @@ def test_a_failure_half_way_leaves_the_model_dense(llama, calibration, monkeypat
     before = copy.deepcopy(llama)
     with pytest.raises(MemoryError):
         was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.5))
+    assert len(calls) == 5
+    assert_untouched(llama, before)
     for now, then in zip(llama.parameters(), before.parameters(), strict=True):
         assert now.stride() == then.stride()
-        assert now.requires_grad == then.requires_grad
-        assert not hasattr(now, "_was")
+        assert now.equal(then)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (dict(prefill="some"), "prefill is 'some'"),
-        (dict(executor="fast"), "executor is 'fast'"),
+        (dict(lowering="fast"), "lowering is 'fast'"),
         (dict(mode="fastest"), "mode"),
+        (dict(disable=("insert",)), "disable names insert"),
     ],
 )
 def test_bad_arguments_are_refused_and_the_model_untouched(llama, calibration, arguments, message):
+    before = copy.deepcopy(llama)
     with pytest.raises((ValueError, RuntimeError), match=message):
         was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.5), **arguments)
-    assert not hasattr(llama.model.layers[0].mlp.up_proj.weight, "_was")
+    assert_untouched(llama, before)
 
 
 def test_a_model_without_linears_is_refused(calibration):
@@ -287,24 +270,12 @@ def test_a_model_without_linears_is_refused(calibration):
         was_fx.sparsify(torch.nn.Embedding(3, 4), was_fx.uniform(calibration, target=0.5))
 
 
-def test_another_backend_around_the_model_does_not_make_it_dense(llama, calibration, oracle, tokens):
-    """transformers compiles the decode step itself on a GPU with a static cache, around what is compiled already."""
-    schedule = was_fx.uniform(calibration, target=0.5)
-    expected = oracle(llama, schedule)
-    was_fx.sparsify(llama, schedule, prefill="all", executor="eager")
-    graphs = []
-    around = torch.compile(llama.__call__, backend=lambda module, inputs: graphs.append(module) or module.forward)
-    with torch.no_grad():
-        torch.testing.assert_close(around(tokens).logits, expected(tokens).logits, **TOLERANCE[torch.float32])
-    assert graphs == []
-
-
 def test_generate_that_compiles_by_itself_equals_the_oracle(llama, calibration, oracle, tokens):
     from transformers import CompileConfig
 
     schedule = was_fx.uniform(calibration, target=0.5)
     expected = oracle(llama, schedule).generate(tokens[:1, :16], max_new_tokens=8, do_sample=False)
-    was_fx.sparsify(llama, schedule, prefill="all", executor="eager")
+    was_fx.sparsify(llama, schedule, prefill="all")
     config = CompileConfig(backend="eager", mode=None)
     config._compile_all_devices = True
     got = llama.generate(

@@ -1,0 +1,108 @@
+"""The report of `check`; tests/cases says what it must find."""
+
+import logging
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import was_fx
+from was_fx.kernels.linear import cpu_gather
+from was_fx.modules.sparse_linear import sparse_linears
+
+
+@pytest.fixture
+def sparse(llama, calibration):
+    return was_fx.sparsify(llama, was_fx.uniform(calibration, 0.5))
+
+
+def test_every_linear_with_its_kernel_and_the_reason(sparse, tokens):
+    report = was_fx.check(sparse, tokens[:1, :9], new_tokens=5)
+    kernel = "cpu_gather" if cpu_gather.library() else "cpu_embedding_bag"
+    assert {row.implementation for row in report.linears} == {kernel}
+    assert all(row.reason and row.tokens == 4 for row in report.linears)
+    assert (report.path, report.device, report.steps, report.notes) == ("eager", "cpu", 4, ())
+
+
+def test_the_numbers_of_the_whole_are_those_of_its_linears(sparse):
+    report = was_fx.check(sparse, new_tokens=9)
+    sizes = {name: module.weight.numel() for name, module in sparse_linears(sparse).items()}
+    saved = sum(row.realised * sizes[row.name] for row in report.linears)
+    assert report.realised == pytest.approx(saved / sum(sizes.values()))
+    read = sum(p.numel() for name, p in sparse.named_parameters() if "embed_tokens" not in name)
+    assert report.bytes_saved == pytest.approx(saved / read)
+
+
+@pytest.mark.parametrize("prefill", ["sparse", "half", "all"])
+def test_the_prompt_is_dense_whatever_prompts_are(llama, calibration, prefill):
+    model = was_fx.sparsify(llama, was_fx.uniform(calibration, 0.5), prefill=prefill)
+    report = was_fx.check(model, new_tokens=4)
+    assert {row.tokens for row in report.linears} == {3}
+    assert model._was_state.rule.prefill == prefill
+
+
+def test_without_a_compiler_it_says_so(sparse, monkeypatch):
+    monkeypatch.setattr(cpu_gather, "library", lambda: None)
+    report = was_fx.check(sparse)
+    assert {row.implementation for row in report.linears} == {"cpu_embedding_bag"}
+    assert {row.reason for row in report.linears} == {"no C++ compiler was found"}
+
+
+def test_what_no_kernel_serves_is_right_and_noted(sparse):
+    report = was_fx.check(sparse.double())
+    assert report.ok
+    assert {row.implementation for row in report.linears} == {"reference"}
+    assert report.notes == ("14 Linears are right but not faster: no kernel skips their rows here",)
+
+
+def test_compiled_siblings_are_told_one_by_one(sparse):
+    sparse.compile(backend="was", dynamic=True, options={"lowering": "eager"})
+    report = was_fx.check(sparse)
+    assert report.ok
+    assert report.path == "compiled"
+    assert all(row.implementation for row in report.linears)
+
+
+def test_a_dense_one_is_named_with_a_reason(sparse):
+    module = sparse.model.layers[0].mlp.up_proj
+    module.forward = types.MethodType(nn.Linear.forward, module)
+    report = was_fx.check(sparse)
+    (row,) = [row for row in report.linears if row.dense]
+    assert (row.name, row.tokens, row.realised, row.implementation) == ("model.layers.0.mlp.up_proj", 0, 0.0, "")
+    assert row.reason == "no sparse product was made"
+    assert not report.ok
+
+
+def test_warnings_meanwhile_become_notes_and_no_handler_stays(sparse, monkeypatch):
+    handlers = list(logging.getLogger("was_fx").handlers)
+    generate = type(sparse).generate
+
+    def warns(self, *arguments, **keywords):
+        for _ in range(2):
+            logging.getLogger("was_fx.anything").warning("the cache is %s", "large")
+        return generate(self, *arguments, **keywords)
+
+    monkeypatch.setattr(type(sparse), "generate", warns)
+    assert was_fx.check(sparse).notes == ("the cache is large",)
+    assert logging.getLogger("was_fx").handlers == handlers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"new_tokens": 1}, ValueError, "new_tokens is 1; expected at least 2"),
+        ({"prompt": torch.full((1, 4), 500)}, ValueError, "vocabulary is 0 to 127"),
+        ({"prompt": torch.zeros(1, 4)}, TypeError, "float32"),
+    ],
+)
+def test_refusals(sparse, arguments, error, message):
+    with pytest.raises(error, match=message):
+        was_fx.check(sparse, **arguments)
+
+
+def test_a_model_that_can_not_generate_is_refused(sparse):
+    body = nn.Module()
+    body._was_state = sparse._was_state
+    with pytest.raises(ValueError, match=r"Module has no generate\(\)"):
+        was_fx.check(body)
