@@ -107,7 +107,9 @@ class Subject:
             self.use(target)
             self.generate(self.tokens)
             self.steps()
-        return {"first_generate_s": first, "recompiled": recompiled}
+        steps = (self.step, getattr(self.model.generate, "step", None))
+        declined = {getattr(each, "declined", "") for each in steps} - {""}
+        return {"first_generate_s": first, "recompiled": recompiled, "declined": "; ".join(declined)}
 
     def time(self, target):
         self.use(target)

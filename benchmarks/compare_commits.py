@@ -189,6 +189,7 @@ def main() -> None:
             notes.append(
                 f"{shape}, {side}: first generate() {each['first_generate_s']:.1f} s, "
                 f"{each['recompiled']} graphs compiled for other lengths, {each['step']}"
+                + (f"; NOT COMPILED: {each['declined']}" if each["declined"] else "")
             )
     console = Console(width=140, soft_wrap=True)
     console.print(table(rows, f"decode, bf16, batch 1, {about['this']['device']}, torch {about['this']['torch']}"))
