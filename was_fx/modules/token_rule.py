@@ -36,10 +36,11 @@ class _Call(threading.local):
         tokens: bool [B, S], the tokens that do; None for all.
     """
 
-    within: str = ""
-    prompt: bool = False
-    dense: bool = False
-    tokens: Tensor | None = None
+    def __init__(self) -> None:  # in each thread: torch 2.13 can't guard attributes that a thread has not set
+        self.within: str = ""
+        self.prompt: bool = False
+        self.dense: bool = False
+        self.tokens: Tensor | None = None
 
 
 _call = _Call()
