@@ -75,9 +75,14 @@ def assert_alike(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch
 
 @pytest.fixture
 def contexts(monkeypatch):
-    """What the passes did to each graph that is compiled."""
+    """What the passes did to each graph that is compiled; hooks that are traced by themselves compute nothing."""
     seen = []
-    monkeypatch.setattr(pipeline, "observers", [seen.append])
+
+    def observe(context):
+        if context.module.graph.output_node().args[0]:
+            seen.append(context)
+
+    monkeypatch.setattr(pipeline, "observers", [observe])
     return seen
 
 
@@ -129,8 +134,11 @@ def test_generation_by_a_schedule_of_the_dense_model(name, contexts):
     with settings_for_models():
         for _ in range(2):
             assert_alike(generate(model, prompt), expected)
-    assert {context.counts["inserted"] or context.counts["dense (prompt)"] for context in contexts} == {scheduled}
-    assert contexts[-1].counts["inserted"] == scheduled
+    # The prompt's graph is made again for weights that have moved.
+    assert [context.counts["dense (prompt)"] for context in contexts if not context.decode] == [scheduled] * (
+        1 if name == "GPT2" else 2
+    )
+    assert [context.counts["inserted"] for context in contexts if context.decode] == [scheduled]
 
 
 # Norms fused with a listing, attentions, and gated products, in the two blocks of the decode step.
