@@ -46,6 +46,8 @@ def match(node: Node) -> Attention | str:
     q, k, v, mask, dropout, causal, scale = values
     if dropout or causal:
         return "attention with dropout, or causal by position"
+    if isinstance(scale, Node):
+        return "its scale is an input of the graph"  # as under dynamic=True, where Dynamo takes floats for unknown
     if value(q).dim() != 4 or not statically_known_true(value(q).shape[2] == 1):
         return "more than one query"
     k, v = _unrepeated(k), _unrepeated(v)

@@ -13,7 +13,7 @@ COLUMNS = (
     "model type",
     "complete",
     "Linears",
-    "rewritten",
+    "sparse",
     "declined",
     "prompt graphs",
     "decode graphs",
@@ -29,7 +29,7 @@ def cells(row: "Coverage") -> list[str]:
         row.model_type,
         "yes" if row.complete else "no",
         str(row.linears or "–"),
-        str(row.rewritten or "–"),
+        str(row.sparse or "–"),
         str(len(row.declined)),
         str(row.prompt_graphs or "–"),
         str(row.decode_graphs or "–"),
@@ -46,7 +46,7 @@ def notes(row: "Coverage") -> str:
     declined = sorted(row.declined.items(), key=lambda item: item[1])
     for reason, items in groupby(declined, key=lambda item: item[1]):
         found.append(f"{_short([name for name, _ in items])}: {reason}")
-    if row.prompt_graphs and not row.decode_graphs:
+    if row.sparse and not row.decode_steps:
         found.append("has no cache: each step is a prompt")
     if row.experts_dense:
         found.append(f"{_short(row.experts)} stay dense: {100 * row.experts_dense:.0f} % of the bytes")
@@ -89,18 +89,20 @@ def page(rows: "Sequence[Coverage]", left_out: Mapping[str, str], versions: Mapp
 
 _EXPLANATION = """
 Each class is built from its configuration with two layers, or one of each kind it mixes, and random weights, in fp32 on
-a CPU. A prompt and the steps after it are decoded with the model's own cache, every token sparse.
+a CPU. A prompt and the steps after it are decoded with the model's own cache, every token sparse, without a compiler.
 
-- `Linears` counts all of them, the head among them; `rewritten` those that are sparse in the graphs of prompt and
-  decode step both. The head stays dense by default. Notes name what is declined, and why.
+- `Linears` counts all of them, the head among them; `sparse` those whose sparse product was made wherever they were
+  called: in the prompt, and in each decode step. The head stays dense by default. Notes name what is declined, and why.
 - `at 0 %` is the largest difference of logits from the dense model's, relative to the largest logit.
 - `at 50 %` is the same from the dense model with weak channels zeroed by forward hooks.
-- A sliding window that fills up takes a second graph of the decode step. `breaks` are breaks inside a graph.
+- `graphs` are those that `torch.compile(backend="was")` makes of the prompt and of decode steps, `breaks` are breaks in
+  them. They cost speed where a model is compiled, and nothing else. A sliding window that fills up takes a second graph
+  of the decode step.
 - Weights that transformers holds together as one 3-D parameter, above all experts, are no Linears and stay dense; notes
   name them with their share of the weight bytes of a decode step.
 
-A class is complete when every Linear but the head is rewritten, without a graph break, both differences are at most
-1e-4, and dropping half of the channels moves the logits by at least a hundred times that.
+A class is complete when every Linear but the head is sparse, both differences (and that of the compiled model) are at
+most 1e-4, and dropping half of the channels moves the logits by at least a hundred times that.
 """.strip().splitlines()
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from was_fx.kernels.parts.private_names import storage_id, version
+
 # Past so many results, those of weights that are gone are dropped: more than any model has Linears, twice.
 _MANY = 4096
 # By weight and numbers: the weight's storage, its version, and the result. Results of living weights stay where they
@@ -45,16 +47,16 @@ def channel_threshold(weight: Tensor, threshold: float, exponent: float, norm: i
         return reference(weight, threshold, exponent, norm, input_major)
     storage = weight.untyped_storage()
     key = (
-        storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype,
+        storage_id(storage), weight.storage_offset(), weight.shape, weight.stride(), weight.dtype,
         threshold, exponent, norm, input_major,
     )  # fmt: skip
     found = _known.get(key)
-    if found is None or found[0].expired() or found[1] != weight._version:
+    if found is None or found[0].expired() or found[1] != version(weight):
         if len(_known) >= _MANY:
             for each in [each for each, (home, *_) in _known.items() if home.expired()]:
                 del _known[each]
         result = reference(weight, threshold, exponent, norm, input_major)
-        found = _known[key] = StorageWeakRef(storage), weight._version, result
+        found = _known[key] = StorageWeakRef(storage), version(weight), result
     return found[2].clone()
 
 

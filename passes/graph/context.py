@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from was_fx.compat.graphs import is_erased
+
 
 @dataclass(frozen=True, eq=False)
 class Numbers:
@@ -149,7 +151,7 @@ class Context:
     def erase_unused(self, node: Node) -> None:
         """Erase `node`, and what only it reads, when nothing reads it and it changes nothing in place."""
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if node._erased or node.users or node.op not in ("call_function", "call_method") or name.endswith("_"):
+        if is_erased(node) or node.users or node.op not in ("call_function", "call_method") or name.endswith("_"):
             return
         inputs = node.all_input_nodes
         self.module.graph.erase_node(node)

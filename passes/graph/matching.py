@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node, map_arg
 
+from was_fx.compat.graphs import is_higher_order, schema_of
+from was_fx.compat.tensors import storage_id
 from was_fx.passes.graph.context import Context, value
 
 # Names of what writes to its first argument: add_, iadd, setitem, __setitem__.
@@ -102,16 +104,14 @@ def written_storages(graph: Graph) -> set[int]:
 
 def _written_by_op(node: Node) -> list[Node]:
     """What a custom op says it changes; a higher-order op may change everything it is given."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if is_higher_order(node.target):
         return node.all_input_nodes
-    op = node.target
-    if isinstance(op, torch._ops.OpOverloadPacket):
-        op = getattr(op, op.overloads()[0])
-    if not isinstance(op, torch._ops.OpOverload) or not op._schema.is_mutable:
+    schema = schema_of(node.target)
+    if schema is None or not schema.is_mutable:
         return []
-    named = dict(zip((each.name for each in op._schema.arguments), node.args, strict=False)) | node.kwargs
+    named = dict(zip((each.name for each in schema.arguments), node.args, strict=False)) | node.kwargs
     found: list[Node] = []
-    for each in op._schema.arguments:
+    for each in schema.arguments:
         if each.alias_info is not None and each.alias_info.is_write:
             map_arg(named.get(each.name), found.append)
     return found
@@ -120,4 +120,4 @@ def _written_by_op(node: Node) -> list[Node]:
 def storage(node: object) -> int:
     """What tells the storage of a node's fake value from others; 0 when it has none."""
     example = value(node)
-    return example.untyped_storage()._cdata if isinstance(example, torch.Tensor) else 0
+    return storage_id(example) if isinstance(example, torch.Tensor) else 0

@@ -12,7 +12,7 @@ from was_fx.coverage.tiny_models import tiny_model
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 TOLERANCE = 1e-5
-PAIRS = ["was", "wina", "listed", "overridden"]
+PAIRS = ["was", "wina", "compiled", "overridden", "changed"]
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +32,33 @@ def found(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("pair", PAIRS)
 def test_logits_loss_and_realised_sparsity_equal_one_device(found, pair):
     assert found["dense"] < TOLERANCE
-    for what in ("logits", "loss", "realised", "bytes saved"):
+    for what in ("logits", "loss", "realised", "Linears", "bytes saved"):
         assert found[pair][what] < TOLERANCE, what
+    assert found[pair]["effect"] > 0.01
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_norms_are_those_of_the_whole_weight(found, pair):
+def test_norms_and_thresholds_are_those_of_the_whole_weight(found, pair):
     assert found[pair]["norms"] < TOLERANCE
+    assert found[pair]["thresholds"] < TOLERANCE
 
 
-def test_thresholds_follow_their_shards_and_shards_are_input_major(found):
-    assert found["was"]["channels"] == [64, 48]  # all inputs of up_proj [96, 64], half of those of down_proj [64, 96]
-    assert found["was"]["strides"] == [[1, 48], [1, 64]]
+def test_generate_and_check(found):
+    assert found["same text"]
+    assert found["check"] == [True, "eager"]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_thresholds_follow_their_shards_and_shards_are_input_major(found, pair):
+    assert found[pair]["channels"] == [64, 48]  # all inputs of up_proj [96, 64], half of those of down_proj [64, 96]
+    assert found[pair]["strides"] == [[1, 48], [1, 64]]
 
 
 def test_densify_undoes_it(found):
     assert found["undone"] < TOLERANCE
+    assert found["weights undone"] == 0
     assert found["stride undone"]
+    assert found["classes undone"]
 
 
 def test_calibration_of_shards_is_refused(found):

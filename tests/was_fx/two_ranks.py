@@ -3,6 +3,7 @@
 Usage: two_ranks.py MODEL_DIRECTORY RESULT.json
 """
 
+import copy
 import json
 import sys
 from unittest import mock
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import was_fx
-from was_fx.compile.backend import BackendOptions
+from was_fx.compile.options import BackendOptions
 from was_fx.passes.graph.context import Options
 
 OWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"  # sharded by outputs, by inputs
@@ -39,17 +40,8 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def bound(model: torch.nn.Module, name: str):
-    return model.get_submodule(name).weight._was.bindings[name]
-
-
-def listed(options: BackendOptions) -> Options:
-    """As on a GPU: a decode step lists its channels, and what surrounds the Linears is fused with that."""
-    return Options(prefill=options.prefill, observe=options.observe, lists=True)
-
-
 def forget(*models: torch.nn.Module) -> None:
-    """Make them dense, and drop the graphs that would serve them again whatever the passes now do."""
+    """Make them dense, and drop the graphs of before."""
     for model in models:
         was_fx.densify(model)
     torch.compiler.reset()
@@ -57,20 +49,55 @@ def forget(*models: torch.nn.Module) -> None:
 
 def compare(two: torch.nn.Module, one: torch.nn.Module, schedule: was_fx.Schedule, tokens: torch.Tensor) -> dict:
     """Two ranks and one device with the same schedule."""
-    was_fx.sparsify(one, schedule, prefill="sparse")
-    was_fx.sparsify(two, schedule, prefill="sparse")
+    for model in (one, two):
+        was_fx.sparsify(model, schedule, prefill="sparse", allow_other_model=True)
     expected, found = was_fx.evaluate(one, tokens), was_fx.evaluate(two, tokens)
-    names = {name: (bound(two, name), bound(one, name)) for name in schedule.linears}
-    width = {name: bound(two, name).threshold.shape[0] for name in OWN}
+    pairs = [(two.get_submodule(name), one.get_submodule(name)) for name in schedule.linears]
+    shared = {name: abs(found.linears[name] - expected.linears[name]) for name in schedule.linears}
     return {
         "logits": difference(logits(two, tokens[:1]), logits(one, tokens[:1])),
+        "effect": difference(logits(two, tokens[:1]), logits(was_fx.densify(copy.deepcopy(one)), tokens[:1])),
         "loss": abs(found.loss - expected.loss),
         "realised": abs(found.realised - expected.realised),
+        "Linears": max(shared.values()),
         "bytes saved": abs(found.bytes_saved - expected.bytes_saved),
-        "norms": max(difference(own.norms, whole.norms) for own, whole in names.values()),
-        "channels": [width[name] for name in OWN],
+        "norms": max(difference(own.was_norms, whole.was_norms) for own, whole in pairs),
+        "thresholds": max(difference(own.was_threshold, part(own, whole)) for own, whole in pairs),
+        "channels": [two.get_submodule(name).was_threshold.shape[0] for name in OWN],
         "strides": [list(two.get_submodule(name).weight.to_local().stride()) for name in OWN],
     }
+
+
+def part(own: torch.nn.Module, whole: torch.nn.Module) -> torch.Tensor:
+    """This rank's channels of the whole thresholds."""
+    width = own.was_threshold.shape[0]
+    start = dist.get_rank() * width if width < whole.was_threshold.shape[0] else 0
+    return whole.was_threshold[start : start + width]
+
+
+def compiled(two: torch.nn.Module, one: torch.nn.Module, schedule: was_fx.Schedule, tokens: torch.Tensor) -> dict:
+    """The same, where the call of the sharded model is compiled; `lists` as on a GPU."""
+    with mock.patch.object(BackendOptions, "passes", property(lambda _: Options(lists=True))):
+        two.compile(backend="was", dynamic=True, options={"lowering": "eager"})
+        found = compare(two, one, schedule, tokens)
+    two._compiled_call_impl = None
+    return found
+
+
+def changed(two: torch.nn.Module, one: torch.nn.Module, schedule: was_fx.Schedule, tokens: torch.Tensor) -> dict:
+    """After the weights have changed on both."""
+    for model in (one, two):
+        was_fx.sparsify(model, schedule, prefill="sparse")
+    with torch.no_grad():
+        for model in (one, two):
+            for name in OWN:
+                model.get_submodule(name).weight.mul_(2)
+    found = compare(two, one, schedule, tokens)
+    with torch.no_grad():
+        for model in (one, two):
+            for name in OWN:
+                model.get_submodule(name).weight.div_(2)
+    return found
 
 
 def override(schedule: was_fx.Schedule) -> was_fx.Schedule:
@@ -88,21 +115,29 @@ def main(directory: str, result: str) -> None:
     tokens = torch.randint(3, 128, (2, 18), generator=torch.Generator().manual_seed(0))
     one, two = load(directory), load(directory, tp_plan="auto")
     before, stride = logits(two, tokens[:1]), two.get_submodule(OWN[0]).weight.to_local().stride()
-    found = {"dense": difference(before, logits(one, tokens[:1]))}
+    weights, classes = [each.to_local().clone() for each in own_weights(two)], [type(each) for each in two.modules()]
+    found: dict = {"dense": difference(before, logits(one, tokens[:1]))}
     for score in ("was", "wina"):
-        calibration = was_fx.calibrate(one, tokens, score=was_fx.Score.named(score))
-        schedule = was_fx.uniform(calibration, 0.5)
+        schedule = was_fx.uniform(was_fx.calibrate(one, tokens, score=was_fx.Score.named(score)), 0.5)
         found[score] = compare(two, one, schedule, tokens)
         if score == "was":
-            forget(two, one)
-            with mock.patch.object(BackendOptions, "passes", property(listed)):
-                found["listed"] = compare(two, one, schedule, tokens)
-            forget(two, one)
-            found["overridden"] = compare(two, one, override(schedule), tokens)
-        was_fx.densify(two)
-        was_fx.densify(one)
+            text = [model.generate(tokens[:1, :12], max_new_tokens=6, do_sample=False) for model in (one, two)]
+            found["same text"] = text[0].equal(text[1])
+            report = was_fx.check(two, tokens[:1, :12])
+            found["check"] = [report.ok, report.path]
+            for name, way, numbers in (
+                ("compiled", compiled, schedule),
+                ("overridden", compare, override(schedule)),
+                ("changed", changed, schedule),
+            ):
+                forget(two, one)
+                found[name] = way(two, one, numbers, tokens)
+        forget(two, one)
     found["undone"] = difference(logits(two, tokens[:1]), before)
     found["stride undone"] = two.get_submodule(OWN[0]).weight.to_local().stride() == stride
+    found["classes undone"] = classes == [type(each) for each in two.modules()]
+    pairs = zip(own_weights(two), weights, strict=True)
+    found["weights undone"] = max(difference(each.to_local(), then) for each, then in pairs)
     try:
         was_fx.calibrate(two, tokens)
     except ValueError as error:
@@ -111,6 +146,10 @@ def main(directory: str, result: str) -> None:
         with open(result, "w", encoding="utf-8") as file:
             json.dump(found, file)
     dist.destroy_process_group()
+
+
+def own_weights(model: torch.nn.Module) -> list:
+    return [model.get_submodule(name).weight for name in OWN]
 
 
 if __name__ == "__main__":

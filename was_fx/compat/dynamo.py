@@ -1,7 +1,7 @@
 """Private names of torch's compiler, each with what it is for. `tests/was_fx/compat` fails when one is gone."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,3 +114,28 @@ def graphs_compiled() -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
+
+
+@contextlib.contextmanager
+def noting_graph_breaks() -> Iterator[list[str]]:
+    """Dynamo's accounts of the graph breaks that happen while the context lasts; in the list when it has ended."""
+    from torch._dynamo.utils import counters
+
+    before, found = counters["graph_break"].copy(), []
+    try:
+        yield found
+    finally:
+        found += (counters["graph_break"] - before).keys()
+
+
+def compiled_call(model: Any) -> Any:
+    """What `model.compile()` made a module call in the place of its forward; None if it was not compiled."""
+    return model._compiled_call_impl
+
+
+def set_compiled_call(model: Any, call: Any) -> None:
+    """Give a module another compiled call, or none."""
+    if call is None:
+        vars(model).pop("_compiled_call_impl", None)  # the class has a None
+    else:
+        model._compiled_call_impl = call

@@ -56,9 +56,14 @@ def static_layers(cache: Any) -> list[Any] | None:
     return list(layers)
 
 
+def attention_of(model: Any) -> str:
+    """The name of a model's attention, such as "sdpa"; "" where there is none."""
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", "") or "")
+
+
 def uses_flash_attention(model: Any) -> bool:
     """Whether a model's attention needs a cache that grows: flash attention reads no mask."""
-    return "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
+    return "flash" in attention_of(model)
 
 
 def compile_config(**settings: Any) -> Any:

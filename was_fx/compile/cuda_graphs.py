@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from was_fx.compat.dynamo import is_static_input
+from was_fx.compat.tensors import version
 from was_fx.kernels.ops.channel_threshold import channel_threshold_op
 from was_fx.passes.graph.context import Context
 from was_fx.passes.graph.matching import storage, written_storages
@@ -129,7 +130,7 @@ class CudaGraphs:
         others = [inputs[position] for position in self._others]
         moving = [each for each in others if isinstance(each, Tensor)]
         plain = [each.shape if isinstance(each, Tensor) else each for each in others]
-        versions = [None if each.is_inference() else each._version for each in map(inputs.__getitem__, self._versioned)]
+        versions = map(version, map(inputs.__getitem__, self._versioned))
         # Hundreds of weights at every token: map, which loops in C.
         return (*map(Tensor.data_ptr, map(inputs.__getitem__, self._in_place)), *plain, *versions), moving
 

@@ -2,28 +2,39 @@
 
 `candidates` says which classes are meant, `cover` tries one of them. It decodes given tokens after a prompt, every
 token sparse, and compares logits: at 0 % with the dense model's, at 50 % with those of the same model with the dropped
-channels set to zero by forward hooks.
+channels set to zero by forward hooks. What each Linear did in each call of the model is noted. Nothing is compiled for
+that; how many graphs `torch.compile` makes is looked at afterwards.
 """
 
-import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from was_fx.compat.dynamo import noting_graph_breaks, settings_for_models
 from was_fx.coverage.tiny_models import VOCABULARY, tiny_model
+from was_fx.kernels.parts.served import noting_served
 from was_fx.measure.calibrate import calibrate
-from was_fx.modules.linears import body_linears, dense_expert_share, expert_parameters, find_linears, looking_at_inputs
+from was_fx.measure.realised import Counting
+from was_fx.modules.linears import (
+    LinearModule,
+    body_linears,
+    dense_expert_share,
+    dropping,
+    expert_parameters,
+    find_linears,
+    looking_at_inputs,
+)
+from was_fx.modules.sparse_linear import SparseLinear
 from was_fx.passes.graph.context import Context
 from was_fx.passes.pipeline import observers
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.score import channel_norms
 from was_fx.schedules.search.uniform import uniform
-from was_fx.sparse.sparsify import densify, sparsify
+from was_fx.sparse.sparsify import densify, prompts_treated, sparsify
 
 TOLERANCE = 1e-4
 _PROMPT, _NEW, _TARGET = 12, 6, 0.5
@@ -52,16 +63,19 @@ class Coverage:
         model_type: as in transformers' configurations.
         model_class: name of the causal LM class.
         linears: Linears of the model, its head among them.
-        rewritten: Linears that are sparse in the graph of a decode step and in that of a prompt.
+        sparse: Linears whose sparse product was made wherever they were called: in the prompt, and in each decode step
+            after a dense prompt.
         declined: reason by qualified name, for every Linear but the head that is not.
         experts: qualified names of the weights held as 3-D parameters, such as experts, which stay dense.
         experts_dense: their share of the weight bytes of a decode step.
-        prompt_graphs: graphs that the prompt took.
-        decode_graphs: graphs that the steps after it took; more than one where a sliding window fills up. None if the
-            model has no cache, so that each step is a prompt again.
-        graph_breaks: reasons of graph breaks; a model that has any is not sparsified.
+        decode_steps: calls after the prompt that were taken for decode steps; 0 if the model has no cache, so that each
+            is a prompt again.
+        prompt_graphs: graphs that `torch.compile` makes of the prompt.
+        decode_graphs: graphs of the steps after it; more than one where a sliding window fills up.
+        graph_breaks: reasons of graph breaks, or why nothing can be compiled; the modules are right all the same.
         exact: largest difference of logits at 0 % from the dense model's, relative to the largest logit.
         oracle: the same at 50 %, from the model with weak channels zeroed by hooks.
+        compiled: the same of the compiled model.
         effect: how far dropping half of the channels moves the logits; a comparison that moves nothing proves nothing.
         error: what went wrong, or nothing.
     """
@@ -69,25 +83,27 @@ class Coverage:
     model_type: str
     model_class: str
     linears: int = 0
-    rewritten: int = 0
+    sparse: int = 0
     declined: dict[str, str] = field(default_factory=dict)
     experts: tuple[str, ...] = ()
     experts_dense: float = 0.0
+    decode_steps: int = 0
     prompt_graphs: int = 0
     decode_graphs: int = 0
     graph_breaks: tuple[str, ...] = ()
     exact: float | None = None
     oracle: float | None = None
+    compiled: float | None = None
     effect: float | None = None
     error: str = ""
 
     @property
     def complete(self) -> bool:
-        """Every Linear but the head rewritten, in whole graphs of prompt and decode step, equal to both references."""
+        """Every Linear but the head is sparse in prompt and decode steps, and logits are equal to both references."""
         equal = all(each is not None and each <= TOLERANCE for each in (self.exact, self.oracle))
+        equal = equal and (self.compiled is None or self.compiled <= TOLERANCE)
         moved = self.effect is not None and self.effect > 100 * TOLERANCE
-        whole = min(self.prompt_graphs, self.decode_graphs) > 0 and not self.graph_breaks
-        return equal and moved and whole and not (self.error or self.declined)
+        return equal and moved and self.sparse > 0 and self.decode_steps > 0 and not (self.error or self.declined)
 
 
 def candidates() -> dict[str, str | None]:
@@ -145,51 +161,109 @@ def _compare(model: nn.Module, found: dict[str, Any]) -> None:
         dense, unreached = _dense(model, tokens[:1])
     except Exception as error:
         raise RuntimeError(f"the dense model itself can't generate: {_first_line(error)}") from error
-    declined = dict.fromkeys(unreached, "its module is never called, only its weight is read, if at all")
-    found["declined"] = declined
+    declined = found["declined"] = dict.fromkeys(unreached, "its module is never called, only its weight is read")
     calibration = calibrate(model, tokens, exclude=unreached)
-    refused: dict[str, str] = {}
-    for _ in range(3):  # a graph's error names only the Linears of that graph
-        schedule = uniform(calibration, _TARGET, exclude=refused)
+    for _ in range(2):  # again without what ran dense, so that the others are compared
+        schedule = uniform(calibration, _TARGET, exclude=[name for name in declined if name not in unreached])
         expected = _oracle(model, schedule, tokens[:1])
         found["effect"] = _difference(expected, dense)
-        sparsify(model, schedule, prefill="all", executor="eager")
-        contexts: list[Context] = []
-        try:
-            with _observing(contexts.append):
-                found["oracle"] = _difference(_logits(model, tokens[:1]), expected)
+        sparsify(model, schedule, prefill="all")
+        calls = _Calls(model)
+        with calls:
+            found["oracle"] = _difference(_logits(model, tokens[:1]), expected)
+        in_prompt = calls.ran_dense[:1]
+        with prompts_treated(model, "dense"), calls:
+            _logits(model, tokens[:1])
+        steps = [called for called, dense in zip(calls.called[1:], calls.ran_dense[1:], strict=True) if dense != called]
+        in_steps = calls.ran_dense[1:] if steps else []
+        refused = set().union(*in_prompt, *in_steps)
+        found |= {"decode_steps": len(steps), "sparse": len(schedule.linears) - len(refused)}
+        if not refused:
             break
-        except Exception as error:
-            refusal: Any = getattr(error, "inner_exception", error)
-            densify(model)
-            if not getattr(refusal, "linears", None):
-                found["graph_breaks"] = _graph_breaks(model, tokens[:1])
-                if not found["graph_breaks"]:
-                    raise
-                return
-            refused |= refusal.linears
-            declined |= refusal.linears
-    sparsify(model, uniform(calibration, 0.0, exclude=refused), prefill="all", executor="eager")
+        declined |= dict.fromkeys(sorted(refused), "it is called, and no sparse product is made")
+        densify(model)
+    else:
+        return
+    sparsify(model, uniform(calibration, 0.0, exclude=set(declined) - set(unreached)), prefill="all")
     found["exact"] = _difference(_logits(model, tokens[:1]), dense)
-    sparse = [{site.name for site in context.sites if site.sparse} for context in contexts]
-    rewritten = set.intersection(*sparse) if sparse else set()
-    declined |= {name: "not in every graph" for name in schedule.linears if name not in rewritten}
-    decode = sum(context.phase == "decode" for context in contexts)
-    found |= {"rewritten": len(rewritten), "prompt_graphs": len(contexts) - decode, "decode_graphs": decode}
+    sparsify(model, schedule, prefill="all")
+    _compile(model, tokens[:1], expected, found)
+
+
+def _compile(model: Any, tokens: Tensor, expected: Tensor, found: dict[str, Any]) -> None:
+    """What torch.compile makes of the sparsified model; it stays compiled."""
+    contexts: list[Context] = []
+    torch.compiler.reset()
+    model.compile(backend="was", dynamic=True, options={"lowering": "eager"})
+    observers.append(contexts.append)
+    try:
+        with settings_for_models(), noting_graph_breaks() as breaks:
+            found["compiled"] = _difference(_logits(model, tokens), expected)
+    except Exception as error:
+        breaks = [_first_line(error)]
+    finally:
+        observers.remove(contexts.append)
+    contexts = [each for each in contexts if each.counts["sparse"]]  # Dynamo makes some of the hooks on the model, too
+    decode = sum(context.decode for context in contexts)
+    found |= {"prompt_graphs": len(contexts) - decode, "decode_graphs": decode}
+    found["graph_breaks"] = tuple(_break_reason(reason) for reason in breaks)
+
+
+class _Calls:
+    """What the Linears of a sparsified model do in each call of it, while the context lasts.
+
+    Attributes:
+        called: by call, the names of the scheduled Linears whose modules were called.
+        ran_dense: by call, those of them without a sparse product.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        scheduled = model._was_state.schedule.linears
+        self._linears: dict[str, LinearModule] = {
+            name: each for name, each in find_linears(model).items() if name in scheduled
+        }
+        self.called: list[set[str]] = []
+        self.ran_dense: list[set[str]] = []
+
+    def __enter__(self) -> None:
+        self.called, self.ran_dense = [], []
+        self._now: set[str] = set()
+        self._counts = Counting(self._model)
+        self._looking = looking_at_inputs(self._linears, lambda name, _: self._now.add(name))
+        self._looking.__enter__()
+        self._noting = noting_served(SparseLinear.forward.__code__)
+        self._served = self._noting.__enter__()
+        self._handle = self._model.register_forward_hook(self._after)
+
+    def __exit__(self, *error: Any) -> None:
+        self._handle.remove()
+        self._noting.__exit__(*error)
+        self._looking.__exit__(*error)
+        self._counts.stop()
+
+    def _after(self, *_: object) -> None:
+        """Hook: one call is over."""
+        tokens = self._counts.realised().tokens
+        weights = {weight for each in self._served for weight in each.weights}
+        sparse = {
+            name for name in self._now if tokens.get(name) and self._linears[name].parameter.data_ptr() in weights
+        }
+        self.called.append(self._now)
+        self.ran_dense.append(self._now - sparse)
+        self._now = set()
+        self._served.clear()
+        self._counts.reset()
 
 
 def _oracle(model: nn.Module, schedule: Schedule, tokens: Tensor) -> Tensor:
     """Logits of a dense model whose weak channels are zeroed as they come in: what the sparsified one must equal."""
     linears = {name: each for name, each in find_linears(model).items() if name in schedule.linears}
-    thresholds = {
+    thresholds: dict[str, Tensor | None] = {
         name: schedule.linears[name].channel_thresholds(channel_norms(each.weight, schedule.norm))
         for name, each in linears.items()
     }
-
-    def drop(name: str, x: Tensor) -> Tensor:
-        return x.masked_fill(x.abs() <= thresholds[name], 0)
-
-    with looking_at_inputs(linears, drop):
+    with dropping(linears, thresholds):
         return _logits(model, tokens)
 
 
@@ -229,33 +303,10 @@ def _dense(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[str]]:
     return logits, [name for name in linears if name not in called]
 
 
-def _graph_breaks(model: nn.Module, tokens: Tensor) -> tuple[str, ...]:
-    """Why Dynamo can't take the dense model as one graph; empty if it can."""
-    from torch._dynamo.utils import counters
-
-    torch.compiler.reset()
-    counters.clear()
-    model._compiled_call_impl = torch.compile(model._call_impl, backend="eager", dynamic=True)  # type: ignore[attr-defined]
-    try:
-        _logits(model, tokens)
-    except Exception as error:
-        return (_first_line(error),)
-    return tuple(_break_reason(reason) for reason in counters["graph_break"])
-
-
 def _break_reason(text: str) -> str:
     """The headline of Dynamo's account and its explanation."""
     explanation = re.search(r"^\s*Explanation: (.*)$", text, re.MULTILINE)
     return ": ".join([_first_line(text), *([explanation[1]] if explanation else [])])
-
-
-@contextlib.contextmanager
-def _observing(observer: Callable[[Context], None]) -> Iterator[None]:
-    observers.append(observer)
-    try:
-        yield
-    finally:
-        observers.remove(observer)
 
 
 def _first_line(error: object) -> str:

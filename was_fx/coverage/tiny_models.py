@@ -124,17 +124,16 @@ def tiny_model(model_type: str, *, seed: int = 0, most_parameters: int = 3_000_0
     Raises:
         ValueError: it has more than `most_parameters` although its configuration was made small.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import AutoModelForCausalLM
 
     config = tiny_config(model_type)
-    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in cls._from_config(config).parameters())
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
     if size > most_parameters:
         raise ValueError(f"its smallest configuration known here has {size / 1e6:.1f} million parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = cls._from_config(config, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         _spread(model)
     return model
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from was_fx.compat.dynamo import settings_for_models
+from was_fx.compat.dynamo import compiled_call, set_compiled_call, settings_for_models
 from was_fx.compat.generation import (
     CACHE_NAMES,
     cache_among,
@@ -38,7 +38,7 @@ def use_own_generate(model: nn.Module, options: BackendOptions, lowering: Loweri
     if hasattr(model, "generate") and not (isinstance(before, Generation) and before.settings == (options, lowering)):
         model.generate = Generation(model, options, lowering)  # type: ignore[assignment]
     first = next(model.parameters(), None)
-    if lowering == "inductor" and first is not None and not first.is_cuda and model._compiled_call_impl is None:
+    if lowering == "inductor" and first is not None and not first.is_cuda and compiled_call(model) is None:
         register()
         model.compile(backend=was, dynamic=True, options=options.given)
         vars(model)["_was_compiled"] = True
@@ -56,7 +56,7 @@ def use_plain_generate(model: nn.Module) -> None:
 def _drop_compiled(model: nn.Module) -> None:
     """Take back the compilation of the whole model, if it is ours."""
     if vars(model).pop("_was_compiled", False):
-        vars(model).pop("_compiled_call_impl", None)  # the class has a None
+        set_compiled_call(model, None)
 
 
 class Generation:

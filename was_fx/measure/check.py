@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from was_fx.compat.generation import uses_flash_attention
+from was_fx.compat.generation import attention_of, uses_flash_attention
 from was_fx.compile.cuda_graphs import Call, noting_calls
 from was_fx.generate.generation import Generation
 from was_fx.kernels.parts.served import Served, noting_served
@@ -126,7 +126,7 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
     if all(row.dense for row in rows):
         notes.texts.append("no call had a cache that holds tokens already, so every one was a prompt, and dense")
     if uses_flash_attention(model):
-        attention = model.config._attn_implementation  # type: ignore[union-attr]
+        attention = attention_of(model)
         notes.texts.append(f"{attention} can't read a static cache, so decode steps are not captured as a CUDA graph")
     slow = sum(row.implementation == "reference" for row in rows)
     if slow:

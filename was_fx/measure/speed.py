@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from was_fx.compat.dynamo import settings_for_dense_models
+from was_fx.compat.dynamo import compiled_call, set_compiled_call, settings_for_dense_models
 from was_fx.compile.options import Lowering
 from was_fx.generate.compiled_step import CompiledStep
 from was_fx.measure.sequential import realised_sparsity, uniform_while_dropping
@@ -174,12 +174,12 @@ def _compiled_dense(model: Any, load: Load, lowering: Lowering | None) -> Iterat
     if load.prompt.is_cuda:
         yield torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
         return
-    before = model._compiled_call_impl
+    before = compiled_call(model)
     try:
         model.compile(dynamic=True, fullgraph=True)
         yield model
     finally:
-        model._compiled_call_impl = before
+        set_compiled_call(model, before)
 
 
 class _Runs:

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from was_fx.compat.tensors import version
 from was_fx.kernels.linear.layout import to_input_major, wants_input_major
 from was_fx.modules.linears import LinearModule, is_conv1d
 from was_fx.modules.placement import rearrange
@@ -77,11 +78,7 @@ class Freshness:
 
 def _stamp(module: Any, piece: int) -> tuple[Any, ...]:
     weight = module.weight
-    try:
-        version = weight._version
-    except RuntimeError:
-        version = -1  # what inference mode made has none
-    return id(weight), local(weight).data_ptr(), version, weight.dtype, piece
+    return id(weight), local(weight).data_ptr(), version(weight), weight.dtype, piece
 
 
 def _norms_of_pieces(weights: list[Tensor]) -> list[int]:

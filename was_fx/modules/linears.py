@@ -102,8 +102,8 @@ def _no_plain_weights(what: str, model: nn.Module) -> str:
     method = _quantised_by(model)
     by = f" by {method}" if method else ""
     return (
-        f"{what}{by}, and was-fx needs weights in bf16, fp16 or fp32: load the checkpoint without quantisation, or call "
-        f"model.dequantize() first where {type(model).__name__} has it"
+        f"{what}{by}, and was-fx needs weights in bf16, fp16 or fp32: load the checkpoint without quantisation, or "
+        f"call model.dequantize() first where {type(model).__name__} has it"
     )
 
 
@@ -155,7 +155,7 @@ def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{each}" if name else each: parameter
         for name, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
+        if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
         for each, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3
         and min(parameter.shape) > 1

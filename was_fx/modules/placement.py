@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from was_fx.compat.tensors import take_strides
 from was_fx.modules.linears import LinearModule
 from was_fx.modules.weights import is_offloaded, is_sharded, local
 from was_fx.schedules.score import channel_norms
@@ -106,8 +107,7 @@ def rearrange(weight: Tensor, change: Callable[[Tensor], None]) -> None:
         shape=shape,
         stride=stride,
     )
-    weight.data = again
-    weight._spec = again._spec  # type: ignore[attr-defined]
+    take_strides(weight, again)
 
 
 def sum_over_ranks(values: Tensor, linear: LinearModule) -> Tensor:

@@ -19,7 +19,6 @@ from was_fx.modules.placement import own_channels, whole_channel_norms
 from was_fx.modules.token_rule import TokenRule, decided
 from was_fx.schedules.files.linear_schedule import LinearSchedule
 
-
 _FP32 = ("was_norms", "was_threshold")
 
 
@@ -98,8 +97,7 @@ def make_dense(module: nn.Module) -> None:
     """Undo `make_sparse`."""
     before = type(module)
     for name in ("was_norms", "was_threshold", "was_counts"):
-        del module._buffers[name]
-        module._non_persistent_buffers_set.discard(name)
+        delattr(module, name)
     for name in ("was_entry", "was_norm", "was_rule", "was_is_head"):
         delattr(module, name)
     module.__class__ = before.__mro__[2]

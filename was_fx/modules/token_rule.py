@@ -134,7 +134,7 @@ class TokenRule:
         if given.get("cu_seq_lens_q") is not None:
             self._decide_packed(inputs.shape[1], given)
             return
-        if inputs.shape[1] == 1 and _has_past(cache):
+        if inputs.shape[1] == 1 and (_has_past(cache) or (cache is None and _is_later(given.get("position_ids")))):
             _call.prompt = False
             return
         if self.prefill == "dense":
@@ -225,6 +225,13 @@ def _has_past(cache: Any) -> bool:
         length = cache.get_seq_length()
         return bool(length > 0)
     return True
+
+
+def _is_later(positions: Any) -> bool:
+    """Whether tokens stand after others by their positions: of a model that is given no cache and keeps one itself."""
+    if not isinstance(positions, Tensor):
+        return False
+    return True if torch.compiler.is_compiling() else bool((positions > 0).all())
 
 
 def _is_filled(layer: Any) -> bool:

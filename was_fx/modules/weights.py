@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from was_fx.compat.tensors import part_of
+
 
 def is_sharded(weight: object) -> bool:
     """Whether a weight is a DTensor, which holds this rank's part only."""
@@ -10,8 +12,7 @@ def is_sharded(weight: object) -> bool:
 
 def local(weight: Tensor) -> Tensor:
     """This rank's part of a weight that tensor parallelism made a DTensor; any other weight itself."""
-    # Not to_local(), which may give a view: what moves the part must move the DTensor's own.
-    return getattr(weight, "_local_tensor", weight)
+    return part_of(weight)
 
 
 def is_offloaded(weight: Tensor) -> bool:

@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from was_fx.compat.quantizers import let_given_attributes_win
+from was_fx.compat.saving import origin
 from was_fx.sparse.saving import METHOD, SCHEDULE_FILE, config_entry
 from was_fx.sparse.sparsify import sparsify
 
@@ -121,8 +122,8 @@ def _beside_checkpoint(config: Any, name: str) -> str:
 
     if Path(name).name != name:
         raise ValueError(f"the checkpoint names the schedule {name!r}; expected the name of a file beside it")
-    folder = Path(config._name_or_path)
-    if folder.is_dir():
-        return str(folder / name)
-    found: Any = cached_file(config._name_or_path, name, revision=getattr(config, "_commit_hash", None))
+    folder, commit = origin(config)
+    if Path(folder).is_dir():
+        return str(Path(folder) / name)
+    found: Any = cached_file(folder, name, revision=commit)
     return found

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from was_fx.compat.saving import UPLOAD, saves_adapters_only, upload
 from was_fx.modules.linears import find_linears
 from was_fx.schedules.files.fingerprint import differences
 from was_fx.schedules.files.schedule import Schedule
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 METHOD = "was"
 SCHEDULE_FILE = "schedule.was.safetensors"
-_METHODS = ("save_pretrained", "_upload_modified_files")
+_METHODS = ("save_pretrained", UPLOAD)
 
 
 def attach(model: nn.Module) -> None:
@@ -32,7 +33,7 @@ def attach(model: nn.Module) -> None:
     if hasattr(model, "save_pretrained"):
         # Of the object, so that a copy of the model saves itself and not the original.
         model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[assignment]
-        model._upload_modified_files = partial(_upload_modified_files, model)  # type: ignore[assignment]
+        setattr(model, UPLOAD, partial(_upload, model))
 
 
 def detach(model: nn.Module) -> None:
@@ -72,7 +73,7 @@ def _save_pretrained(
         save_directory: a folder; made if there is none.
         is_main_process, state_dict, arguments: as for `PreTrainedModel.save_pretrained`.
     """
-    adapters_only = getattr(self, "_hf_peft_config_loaded", False)
+    adapters_only = saves_adapters_only(self)
     schedule = None if adapters_only else _schedule_of(self)
     if state_dict is None:
         state_dict = plain_state_dict(self)
@@ -85,14 +86,14 @@ def _save_pretrained(
         )
 
 
-def _upload_modified_files(self: Any, working_dir: str | Path, *arguments: Any, **keywords: Any) -> Any:
+def _upload(self: Any, working_dir: str | Path, *arguments: Any, **keywords: Any) -> Any:
     """Add the schedule, a tag and a section of the model card to what is uploaded."""
     schedule = _schedule_of(self)
     if schedule is not None:
         repository = keywords.get("repo_id") or (arguments[0] if arguments else None)
         schedule.save(Path(working_dir) / SCHEDULE_FILE)  # newer than the upload's first look at the folder
         update_card(Path(working_dir) / "README.md", schedule, repository)
-    return type(self)._upload_modified_files(self, working_dir, *arguments, **keywords)
+    return upload(self, working_dir, *arguments, **keywords)
 
 
 def _schedule_of(model: nn.Module) -> Schedule | None:

@@ -8,7 +8,7 @@ from was_fx.cli.render import coverage_page
 from was_fx.coverage import sweep as coverage_sweep
 from was_fx.coverage.cover import Coverage
 
-WHOLE = {"linears": 15, "rewritten": 14, "exact": 1e-7, "oracle": 2e-7, "effect": 0.5}
+WHOLE = {"linears": 15, "sparse": 14, "decode_steps": 5, "exact": 1e-7, "oracle": 2e-7, "effect": 0.5}
 WHOLE |= {"prompt_graphs": 1, "decode_graphs": 1}
 REASON = "its module is never called"
 ROWS = {
@@ -17,9 +17,9 @@ ROWS = {
         "mixtral", "M", **WHOLE, experts=("layers.0.experts.up", "layers.1.experts.up"), experts_dense=0.69
     ),
     "mamba": Coverage("mamba", "M", **{**WHOLE, "declined": {f"layers.{i}.dt_proj": REASON for i in range(2)}}),
-    "ctrl": Coverage("ctrl", "C", linears=13, graph_breaks=("a | b",)),
+    "ctrl": Coverage("ctrl", "C", **{**WHOLE, "decode_graphs": 0}, graph_breaks=("a | b",)),
     "gpt2": Coverage("gpt2", "G", error="ValueError: no"),
-    "bloom": Coverage("bloom", "B", **{**WHOLE, "decode_graphs": 0}),
+    "bloom": Coverage("bloom", "B", **{**WHOLE, "decode_steps": 0}),
 }
 
 
@@ -56,7 +56,7 @@ def test_markdown_is_written_and_not_replaced_unasked(was, tmp_path):
     page = tmp_path / "coverage.md"
     was("coverage", *ROWS, "--markdown", str(page))
     text = page.read_text(encoding="utf-8")
-    assert "2 of 6 decoder-only causal LM classes" in text
+    assert "3 of 6 decoder-only causal LM classes" in text
     assert "| llama | yes | 15 | 14 | 0 | 1 | 1 | 0 | 1e-07 | 2e-07 |  |" in text
     assert was("coverage", "llama", "--markdown", str(page)).code == 1
     assert page.read_text(encoding="utf-8") == text

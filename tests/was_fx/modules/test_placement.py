@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 import was_fx
 from was_fx.modules.linears import find_linears
-from was_fx.schedules.score import channel_norms
 from was_fx.modules.placement import input_device, whole_channel_norms
+from was_fx.schedules.score import channel_norms
 
 PARTS = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}

@@ -135,6 +135,18 @@ def test_several_tokens_after_others_are_a_prompt(kind):
     assert Model("all").decision(MANY, past_key_values=FILLED[kind]) == (False, None)
 
 
+@pytest.mark.parametrize(
+    ("positions", "step"), [(None, False), ([[0]], False), ([[3]], True), ([[3], [0]], False), ([[3], [7]], True)]
+)
+def test_without_a_cache_one_token_after_others_is_a_step_of_a_model_that_keeps_its_own(positions, step):
+    ids = torch.ones(len(positions or [0]), 1, dtype=torch.long)
+    model = Model("dense")
+    found = model.decision(ids, position_ids=None if positions is None else torch.tensor(positions))
+    assert found == (not step, None)
+    empty = model.decision(ids, past_key_values=EMPTY["length 0"], position_ids=torch.full_like(ids, 3))
+    assert empty == (True, None)
+
+
 def test_arguments_by_position_by_name_and_as_embeddings():
     model, past = Model(), FILLED["length 3"]
     assert model.decision(ONE, None, past) == (False, None)
@@ -393,10 +405,12 @@ def test_other_ways_to_treat_prompts_are_refused(prefill):
 
 def test_prompts_treated_otherwise_for_a_while():
     model = Model("dense")
-    with pytest.raises(KeyError), model.rule.treating_prompts("all"):
+    with model.rule.treating_prompts("all"):
         assert model.decision(MANY) == (False, None)
-        raise KeyError
     assert model.decision(MANY) == (True, None)
+    with pytest.raises(ZeroDivisionError), model.rule.treating_prompts("all"):
+        _ = 1 / 0
+    assert model.rule.prefill == "dense"
     with pytest.raises(ValueError, match="prefill"), model.rule.treating_prompts("some"):
         pass
     assert model.rule.prefill == "dense"
