@@ -169,11 +169,14 @@ def rewrite():
 
 
 @pytest.fixture
-def listed(monkeypatch):
+def meanings(monkeypatch):
+    """The ops of a GPU run by their meaning, which is quicker than Triton's interpreter."""
+    monkeypatch.setattr("was_fx.kernels.parts.triton_parts.interpreted", lambda: False)
+
+
+@pytest.fixture
+def listed(meanings):
     """Rewrites a decode step with channels listed, as for a GPU, and checks it against the same without lists."""
-    monkeypatch.setattr(
-        "was_fx.kernels.parts.triton_parts.interpreted", lambda: False
-    )  # the ops' meaning, which is quicker
 
     def make(module: nn.Module, schedule: dict[str, float | Tensor], *inputs, dynamic: bool | None = None, **options):
         plain = Rewritten(copy.deepcopy(module), schedule, dynamic)

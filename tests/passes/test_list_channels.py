@@ -55,6 +55,7 @@ def test_at_most_four_siblings_share_a_call(listed, count, calls, shape):
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("meanings")
 def test_single_tokens_of_a_gpu_are_listed(rewrite, shape, dtype, options, reason):
     module = rewrite(Fan(2, dtype), schedule(2), **options)
     module(torch.randn(shape, dtype=dtype))
@@ -84,8 +85,8 @@ def test_names_of_the_linears_stay_on_the_product(listed):
     assert names == [tuple(f"linears.{i}" for i in range(4)), ("linears.4",), ("last",)]
 
 
-def test_counted_steps_still_count(rewrite, monkeypatch):
-    monkeypatch.setattr("was_fx.kernels.parts.triton_parts.interpreted", lambda: False)
+@pytest.mark.usefixtures("meanings")
+def test_counted_steps_still_count(rewrite):
     model, x = Fan(2), torch.randn(1, 1, 12)
     module = rewrite(model, schedule(2), lists=True)
     for linear in (*model.linears, model.last):
@@ -159,6 +160,7 @@ def test_unread_output_does_not_matter(listed):
     assert listed(Unread(3), schedule(3), torch.randn(1, 1, 12)).context.counts["listed"] == 4
 
 
+@pytest.mark.usefixtures("meanings")
 def test_nothing_or_everything_kept(rewrite):
     x = torch.randn(1, 1, 12)
     for threshold in (0.0, float("inf")):

@@ -68,8 +68,8 @@ DISABLED = [(), *[(name,) for name in NAMES], tuple(NAMES), *itertools.combinati
 
 @pytest.mark.parametrize("lists", [True, False])
 @pytest.mark.parametrize("disable", DISABLED, ids=lambda names: "+".join(names) or "none")
-def test_passes_may_be_left_out_and_the_numbers_are_the_same(rewrite, monkeypatch, disable, lists):
-    monkeypatch.setattr("was_fx.kernels.parts.triton_parts.interpreted", lambda: False)
+@pytest.mark.usefixtures("meanings")
+def test_passes_may_be_left_out_and_the_numbers_are_the_same(rewrite, disable, lists):
     torch.manual_seed(0)
     plain, passed = Step(), Step()
     passed.load_state_dict(plain.state_dict())
