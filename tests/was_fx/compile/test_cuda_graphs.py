@@ -2,8 +2,23 @@
 
 import pytest
 import torch
+from torch import nn
 
-from was_fx.compile.cuda_graphs import MAX_GRAPHS, CudaGraphs, graphable
+from was_fx.compile.cuda_graphs import (
+    MAX_GRAPHS,
+    CudaGraphs,
+    fixed_inputs,
+    graphable,
+    has_state,
+    noting_calls,
+    versioned_inputs,
+)
+from was_fx.modules.linears import LinearModule
+from was_fx.modules.sparse_linear import make_sparse
+from was_fx.modules.token_rule import TokenRule
+from was_fx.passes.graph.context import Numbers, Options
+from was_fx.passes.pipeline import run
+from was_fx.schedules.files.linear_schedule import LinearSchedule
 
 
 class Graph:
@@ -14,7 +29,7 @@ class Graph:
 
 
 @pytest.fixture
-def step(monkeypatch):
+def step(monkeypatch, request):
     """A `CudaGraphs` of a step (weight, cache, token, number) that adds to the cache in place, and its calls."""
 
     class Captured(CudaGraphs):
@@ -53,7 +68,7 @@ def step(monkeypatch):
         cache.add_(token)
         return [weight * token + number, cache, cache.view(-1)[:1], number, None]
 
-    return Captured(compiled, {0, 1})
+    return Captured(compiled, {0, 1}, {0} if getattr(request, "param", None) == "versioned" else ())
 
 
 def test_replays_calculate_with_the_inputs_of_their_own_call(step):
@@ -136,7 +151,103 @@ def test_graph_unused_for_longest_is_dropped(step):
     assert step.captures == MAX_GRAPHS + 1
 
 
+@pytest.mark.parametrize("step", ["versioned"], indirect=True)
+def test_weights_of_which_something_is_remembered_are_captured_anew_when_they_change(step):
+    weight, cache = torch.ones(2), torch.zeros(2)
+    for changes in range(3):
+        for _ in range(3):
+            assert step(weight, cache, torch.ones(2), 0)[0].tolist() == [1.0 + changes] * 2
+        weight.add_(1)
+    assert step.captures == 3
+
+
+@pytest.mark.parametrize("step", ["versioned"], indirect=True)
+def test_weights_without_a_version_are_captured_once(step):
+    with torch.inference_mode():
+        weight, cache = torch.ones(2), torch.zeros(2)
+        for _ in range(3):
+            step(weight, cache, torch.ones(2), 0)
+    assert step.captures == 1
+
+
+def test_calls_are_noted_while_someone_listens(step):
+    inputs = torch.ones(2), torch.zeros(2), torch.ones(2), 1
+    step(*inputs)
+    with noting_calls() as outer:
+        step(*inputs)
+        with noting_calls() as inner:
+            outputs = step(*inputs)
+    step(*inputs)
+    assert len(outer) == 2
+    (call,) = inner
+    assert call is outer[1]
+    assert (call.step, call.inputs, call.outputs) == (step, inputs, outputs)
+
+
 @pytest.mark.parametrize("devices", [(), ("cpu",), ("meta", "cpu")], ids=str)
 def test_steps_off_a_gpu_are_not_captured(devices):
     with torch.no_grad():
         assert not graphable([torch.empty(1, device=device) for device in devices] + [3])
+
+
+class Step(nn.Module):
+    """A sparse Linear of a token, a table, and a cache that is written to."""
+
+    def __init__(self, writes=True):
+        super().__init__()
+        self.linear, self.writes = nn.Linear(4, 4), writes
+        self.register_buffer("table", torch.rand(4))
+
+    def forward(self, x, position, cache, length):
+        y = self.linear(x * self.table)
+        if self.writes:
+            cache.index_copy_(0, position, y)
+            length.add_(1)
+        return cache.sum(0) + x + y + length
+
+
+def context_of(model, **options):
+    """What the passes did to the model's step, and the inputs of its call."""
+    contexts = []
+
+    def backend(module, inputs):
+        contexts.append(run(module, inputs, Options(**options)))
+        return contexts[-1].module.forward
+
+    inputs = torch.rand(1, 4), torch.tensor([2]), torch.zeros(5, 4), torch.tensor(2)
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(*inputs)
+    return contexts[0], inputs
+
+
+def made_sparse(model):
+    linear = LinearModule("linear", model.linear, False, False)
+    make_sparse(linear, LinearSchedule(0.5, 0.3, 1.0), 1, TokenRule("all"))
+    return model
+
+
+def test_weights_thresholds_and_what_is_written_stay_where_they_are():
+    model = made_sparse(Step())
+    context, (x, position, cache, length) = context_of(model)
+    fixed = [context.inputs[place] for place in fixed_inputs(context)]
+    moving = [each for each in context.inputs if not any(each is other for other in fixed)]
+    linear = model.linear
+    for kept in (linear.weight, linear.bias, linear.was_threshold, model.table, cache, length):
+        assert any(kept is each for each in fixed)
+    assert [id(each) for each in moving] == [id(x), id(position)]
+    assert has_state(context)
+    assert versioned_inputs(context) == []
+
+
+def test_step_that_writes_nothing_has_no_state():
+    context, (_, _, cache, length) = context_of(made_sparse(Step(writes=False)))
+    assert not has_state(context)
+    assert not {id(cache), id(length)} & {id(context.inputs[place]) for place in fixed_inputs(context)}
+
+
+@pytest.mark.parametrize(("exponent", "versioned"), [(1.0, True), (0.0, False)])
+def test_weights_whose_thresholds_are_remembered_are_versioned(exponent, versioned):
+    model = Step()
+    context, _ = context_of(model, schedule={"linear": Numbers((4, 4), 0.3, exponent, 1)})
+    assert context.counts["inserted"] == 1
+    assert [context.inputs[place] is model.linear.weight for place in versioned_inputs(context)] == [True] * versioned
