@@ -56,7 +56,7 @@ def test_the_wheel_holds_the_embedded_model(wheel):
 
 
 def test_the_wheel_holds_the_published_schedules(wheel):
-    expected = {f"was_fx/schedules/published/{path.name}" for path in (ROOT / "schedules/published").iterdir()}
+    expected = {f"was_fx/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "schedules/released/data").iterdir()}
     assert len(expected) == 15
     assert expected <= set(wheel.namelist())
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import was_fx
 from was_fx.sparse.sparsify import sparse_state
 
-EAGER = {"prefill": "all"}
+ALL = {"prefill": "all"}
 TOLERANCE = {torch.float32: {"atol": 2e-4, "rtol": 1e-4}, torch.bfloat16: {"atol": 0.25, "rtol": 0.05}}
 
 
@@ -19,12 +19,13 @@ def test_all_ways_agree(llama, oracle, tokens, tmp_path, dtype, target):
     dense = copy.deepcopy(model)
     schedule = was_fx.uniform(was_fx.calibrate(model, tokens), target)
     expected = dense if target == 0 else oracle(dense, schedule)
-    was_fx.sparsify(model, schedule, **EAGER)
+    was_fx.sparsify(model, schedule, **ALL)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert sparse_state(loaded).schedule == schedule
-    was_fx.sparsify(loaded, schedule, **EAGER)
-    by_hand = torch.compile(copy.deepcopy(dense), backend="was", options={**EAGER, "schedule": schedule})
+    was_fx.sparsify(loaded, schedule, **ALL)
+    options = {"lowering": "eager", **ALL, "schedule": schedule}
+    by_hand = torch.compile(copy.deepcopy(dense), backend="was", options=options)
     with torch.no_grad():
         wanted = expected(prompt).logits
         for way in (model, loaded, by_hand):

@@ -115,7 +115,8 @@ def main(directory: str, result: str) -> None:
     tokens = torch.randint(3, 128, (2, 18), generator=torch.Generator().manual_seed(0))
     one, two = load(directory), load(directory, tp_plan="auto")
     before, stride = logits(two, tokens[:1]), two.get_submodule(OWN[0]).weight.to_local().stride()
-    weights, classes = [each.to_local().clone() for each in own_weights(two)], [type(each) for each in two.modules()]
+    weights = [each.detach().to_local().clone() for each in own_weights(two)]
+    classes = [type(each) for each in two.modules()]
     found: dict = {"dense": difference(before, logits(one, tokens[:1]))}
     for score in ("was", "wina"):
         schedule = was_fx.uniform(was_fx.calibrate(one, tokens, score=was_fx.Score.named(score)), 0.5)
@@ -137,7 +138,7 @@ def main(directory: str, result: str) -> None:
     found["stride undone"] = two.get_submodule(OWN[0]).weight.to_local().stride() == stride
     found["classes undone"] = classes == [type(each) for each in two.modules()]
     pairs = zip(own_weights(two), weights, strict=True)
-    found["weights undone"] = max(difference(each.to_local(), then) for each, then in pairs)
+    found["weights undone"] = max(difference(each.detach().to_local(), then) for each, then in pairs)
     try:
         was_fx.calibrate(two, tokens)
     except ValueError as error:

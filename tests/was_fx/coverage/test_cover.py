@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch import nn
 
+from was_fx.coverage import cover as coverage
 from was_fx.coverage.cover import TOLERANCE, Coverage, candidates, cover
 
 PAGE = Path(__file__).parents[3] / "docs" / "coverage.md"
+
+WHOLE = {"linears": 15, "sparse": 14, "decode_steps": 5, "exact": 1e-7, "oracle": 1e-7, "compiled": 1e-7, "effect": 0.5}
 
 # With those of test_architectures.py: every family that was-fx promises, and a sample of the others.
 PROMISED = [
@@ -27,11 +31,24 @@ PROMISED = [
 SAMPLE = ["codegen", "recurrent_gemma"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products lose by threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("model_type", PROMISED + SAMPLE)
-def test_every_linear_is_rewritten_in_whole_graphs_and_equal_to_both_references(model_type):
+def test_every_linear_is_sparse_and_equal_to_both_references(model_type):
     found = cover(model_type)
     assert found.complete, found
-    assert found.rewritten == found.linears - 1  # the head
+    assert found.sparse == found.linears - 1  # the head
+    assert found.compiled is not None
+    assert found.decode_graphs >= 1
+    if model_type in PROMISED:
+        assert (found.prompt_graphs, found.graph_breaks) == (1, ())
 
 
 def types_of_the_page() -> dict[str, bool]:
@@ -56,7 +73,7 @@ def test_at_least_nine_in_ten_classes_are_complete():
 def test_what_is_no_decoder_is_left_out_with_a_reason():
     left_out = candidates()
     assert all(left_out[name] for name in ("bert", "bart", "whisper", "gemma3", "fuyu"))
-    assert left_out["internlm3"] == "the same class as llama"
+    assert left_out["gpt-sw3"] == "the same class as gpt2"
 
 
 def test_an_unknown_type_is_an_error_in_the_result():
@@ -73,26 +90,27 @@ def test_an_unknown_type_is_an_error_in_the_result():
         {"oracle": float("inf")},
         {"effect": TOLERANCE},  # a comparison that moves nothing proves nothing
         {"declined": {"model.layers.0.mlp.up_proj": "its module is never called"}},
-        {"graph_breaks": ("data-dependent branch",)},
-        {"decode_graphs": 0},
+        {"compiled": 2 * TOLERANCE},
+        {"sparse": 0},
+        {"decode_steps": 0},
         {"error": "ValueError: no"},
     ],
 )
 def test_incomplete(change):
-    whole = {"linears": 15, "rewritten": 14, "exact": 1e-7, "oracle": 1e-7, "effect": 0.5}
-    whole |= {"prompt_graphs": 1, "decode_graphs": 1}
-    assert Coverage("llama", "LlamaForCausalLM", **whole).complete
-    assert not Coverage("llama", "LlamaForCausalLM", **{**whole, **change}).complete
+    assert Coverage("llama", "LlamaForCausalLM", **WHOLE).complete
+    assert not Coverage("llama", "LlamaForCausalLM", **{**WHOLE, **change}).complete
+
+
+def test_a_graph_break_is_no_reason_to_be_incomplete():
+    assert Coverage("llama", "LlamaForCausalLM", **WHOLE, graph_breaks=("data-dependent branch",)).complete
 
 
 def test_a_wrong_threshold_is_found(monkeypatch):
-    from was_fx.coverage import cover as coverage
-
     sparsify = coverage.sparsify
 
     def wrong(model, *arguments, **keywords):
         sparsify(model, *arguments, **keywords)
-        next(iter(model.model.layers[1].mlp.up_proj.weight._was.bindings.values())).threshold.mul_(1.5)
+        model.model.layers[1].mlp.up_proj.was_threshold.mul_(1.5)
 
     monkeypatch.setattr(coverage, "sparsify", wrong)
     found = cover("llama")
@@ -100,28 +118,72 @@ def test_a_wrong_threshold_is_found(monkeypatch):
     assert not found.complete
 
 
-def test_linears_that_cannot_be_rewritten_are_left_dense_and_named(monkeypatch):
-    from was_fx.coverage import cover as coverage
+def change_model(monkeypatch, change):
+    """Let `cover` see what `change` makes of a small model."""
+    build = coverage.tiny_model
+    monkeypatch.setattr(coverage, "tiny_model", lambda model_type: change(build(model_type)))
 
-    class Reads(torch.nn.Module):
+
+class Reads(nn.Module):
+    """Uses a Linear and its weight."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return x @ (self.inner.weight * 2).t() + self.inner(x)
+
+
+def test_linears_that_run_dense_are_named_and_the_others_compared(monkeypatch):
+    def strange(model):
+        model.model.layers[0].mlp.up_proj = Reads(model.model.layers[0].mlp.up_proj)
+        module = model.model.layers[1].mlp.gate_proj
+        module.forward = lambda x: x @ (module.weight + 0).t()
+        return model
+
+    change_model(monkeypatch, strange)
+    found = cover("llama")
+    assert found.declined == {"model.layers.1.mlp.gate_proj": "it is called, and no sparse product is made"}
+    assert found.sparse == 13
+    assert found.oracle <= TOLERANCE
+    assert not found.complete
+
+
+def test_a_linear_whose_module_is_never_called_is_named(monkeypatch):
+    class Weight(nn.Module):
         def __init__(self, inner):
             super().__init__()
             self.inner = inner
 
         def forward(self, x):
-            return x @ (self.inner.weight * 2).t() + self.inner(x)
+            return nn.functional.linear(x, self.inner.weight)
 
-    build = coverage.tiny_model
-
-    def strange(model_type):
-        model = build(model_type)
-        model.model.layers[0].mlp.up_proj = Reads(model.model.layers[0].mlp.up_proj)
-        head = model.model.layers[1].mlp
-        head.gate_proj.forward = lambda x: x @ (head.gate_proj.weight + 0).t()
+    def strange(model):
+        model.model.layers[0].mlp.up_proj = Weight(model.model.layers[0].mlp.up_proj)
         return model
 
-    monkeypatch.setattr(coverage, "tiny_model", strange)
+    change_model(monkeypatch, strange)
     found = cover("llama")
-    assert list(found.declined) == ["model.layers.1.mlp.gate_proj"]
+    assert found.declined == {"model.layers.0.mlp.up_proj.inner": "its module is never called, only its weight is read"}
     assert found.oracle <= TOLERANCE
+
+
+def test_what_breaks_graphs_is_told_and_right_all_the_same(monkeypatch):
+    def breaking(model):
+        model.model.layers[0].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+        return model
+
+    change_model(monkeypatch, breaking)
+    found = cover("llama")
+    assert found.complete
+    assert found.graph_breaks
+    assert found.prompt_graphs > 1
+
+
+def test_a_model_without_a_cache_is_incomplete():
+    """Each of its steps is a prompt again, and dense by default."""
+    found = cover("openai-gpt")
+    assert found.oracle <= TOLERANCE
+    assert (found.decode_steps, found.declined) == (0, {})
     assert not found.complete
