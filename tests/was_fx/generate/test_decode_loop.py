@@ -143,8 +143,7 @@ def test_as_many_steps_are_queued_as_may_be(llama, tokens, new, monkeypatch, ahe
 
     def late(loop, length, token):
         queue(loop, length, token)
-        at, token, flag, *_ = loop.waiting.pop()
-        loop.waiting.append((at, token, flag, Late(), None))
+        loop.waiting[-1].event = Late()
         lengths.append(len(loop.waiting))
 
     monkeypatch.setattr(decode_loop._Loop, "_queue", late)
@@ -162,8 +161,7 @@ def test_nothing_is_left_of_steps_past_the_end(llama, tokens, new, monkeypatch, 
 
     def late(loop, length, token):
         queue(loop, length, token)
-        at, token, flag, *_ = loop.waiting.pop()
-        loop.waiting.append((at, token, flag, Late(), None))
+        loop.waiting[-1].event = Late()
 
     ends = llama.generate(tokens[:1, :9], **new)[0, 9:]
     arguments = new | STATIC | {"eos_token_id": int(ends[3]), "pad_token_id": 1}
