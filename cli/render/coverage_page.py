@@ -47,7 +47,7 @@ def notes(row: "Coverage") -> str:
     for reason, items in groupby(declined, key=lambda item: item[1]):
         found.append(f"{_short([name for name, _ in items])}: {reason}")
     if row.sparse and not row.decode_steps:
-        found.append("has no cache: each step is a prompt")
+        found.append("each step is a prompt: no cache, or all tokens are given again")
     if row.experts_dense:
         found.append(f"{_short(row.experts)} stay dense: {100 * row.experts_dense:.0f} % of the bytes")
     return "; ".join(found)

@@ -128,6 +128,11 @@ def noting_graph_breaks() -> Iterator[list[str]]:
         found += (counters["graph_break"] - before).keys()
 
 
+def call_of(model: Any) -> Any:
+    """What a module's call runs, its forward with its hooks, if it was not compiled."""
+    return model._call_impl
+
+
 def compiled_call(model: Any) -> Any:
     """What `model.compile()` made a module call in the place of its forward; None if it was not compiled."""
     return model._compiled_call_impl

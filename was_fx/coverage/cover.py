@@ -68,8 +68,8 @@ class Coverage:
         declined: reason by qualified name, for every Linear but the head that is not.
         experts: qualified names of the weights held as 3-D parameters, such as experts, which stay dense.
         experts_dense: their share of the weight bytes of a decode step.
-        decode_steps: calls after the prompt that were taken for decode steps; 0 if the model has no cache, so that each
-            is a prompt again.
+        decode_steps: calls after the prompt that were taken for decode steps; 0 if each is a prompt again, because the
+            model has no cache, or is given all tokens in spite of it.
         prompt_graphs: graphs that `torch.compile` makes of the prompt.
         decode_graphs: graphs of the steps after it; more than one where a sliding window fills up.
         graph_breaks: reasons of graph breaks, or why nothing can be compiled; the modules are right all the same.

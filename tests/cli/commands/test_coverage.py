@@ -70,7 +70,7 @@ def test_markdown_is_written_and_not_replaced_unasked(was, tmp_path):
         ("mamba", f"layers.*.dt_proj: {REASON}"),
         ("ctrl", "graph break: a | b"),
         ("gpt2", "ValueError: no"),
-        ("bloom", "has no cache: each step is a prompt"),
+        ("bloom", "each step is a prompt: no cache, or all tokens are given again"),
     ],
 )
 def test_notes_say_what_the_numbers_do_not(model_type, note):

@@ -229,6 +229,7 @@ CHECKS: dict[str, Callable[[Captured], object]] = {
     "_C": lambda _: torch._C,
     "_nn": lambda found: torch._C._nn.linear is dynamo.linear_function is found.linear,
     "_BACKENDS": lambda _: isinstance(torch._dynamo.backends.registry._BACKENDS, dict),
+    "_call_impl": lambda _: dynamo.call_of(nn.ReLU())(torch.tensor([-1.0, 2.0])).tolist() == [0, 2],
     "_cdata": lambda _: tells_storages_apart(),
     "_compiled_call_impl": lambda _: with_compiled_call(),
     "_dynamo": lambda _: (
