@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 # One token is split over bags, because the bags are what runs in parallel. Each bag rounds its sum to the
 # input's dtype, and more than one per thread was no faster (`benchmarks/cpu_kernels.py`).
 BAGS_PER_THREAD = 1

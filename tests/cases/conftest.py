@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import was_fx
+from was_fx.generate.compiled_step import CompiledModel
 
 # Sentences that may stand for "this is not supported": short, and about the thing itself.
 _LONGEST_SENTENCE = 400
@@ -105,8 +106,7 @@ class Case:
         """A sparsified copy. With lowering="eager", compiled as a whole by the backend, its graphs run node by node."""
         model = was_fx.sparsify(self.dense(), schedule or self.schedule, **how)
         if how.get("lowering") == "eager":
-            options = {"lowering": "eager", "disable": how.get("disable", ())}
-            model.compile(backend="was", dynamic=True, options=options)
+            model._compiled_call_impl = CompiledModel(model, {"lowering": "eager", "disable": how.get("disable", ())})
         return model
 
     def oracle(

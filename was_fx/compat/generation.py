@@ -46,6 +46,18 @@ def pad_token(config: Any) -> Any:
     return getattr(config, "_pad_token_tensor", None)
 
 
+def end_tokens(criteria: Any) -> Any:
+    """The tokens that end a sequence, [n] on the inputs' device, where stopping criteria ask for nothing but those
+    and a length; None where there are others."""
+    import torch
+    from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+    if not all(type(each) in (EosTokenCriteria, MaxLengthCriteria) for each in criteria):
+        return None
+    found = [each.eos_token_id.reshape(-1) for each in criteria if isinstance(each, EosTokenCriteria)]
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
+
+
 def static_layers(cache: Any) -> list[Any] | None:
     """The layers of a cache if all of them are static and nothing is offloaded; else None."""
     from transformers.cache_utils import StaticLayer

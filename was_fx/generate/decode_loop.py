@@ -14,12 +14,14 @@ would see them, none is queued.
 
 import inspect
 from collections import deque
+from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from was_fx.compat.generation import cache_among, decoding_method, is_callers, pad_token
+from was_fx.compat.generation import cache_among, decoding_method, end_tokens, is_callers, pad_token
 from was_fx.compile.cuda_graphs import noting_calls
 from was_fx.generate.direct_step import DirectStep
 
@@ -89,6 +91,41 @@ def serves(config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool
     )
 
 
+@dataclass
+class _Sent:
+    """What a step has sent to the CPU: its tokens [B], for a streamer, and whether a sequence goes on, if that is open.
+
+    `random` is the state of the GPU's random numbers after it.
+    """
+
+    length: int
+    tokens: Tensor | None
+    goes_on: Tensor | None
+    event: Any
+    random: Tensor | None
+
+
+class _Mail:
+    """Sends tokens and flags to the CPU without waiting for the GPU, into pinned memory that is used again."""
+
+    def __init__(self, batch: int, device: torch.device, slots: int) -> None:
+        self._slots: Any = None
+        if device.type == "cuda":  # a copy to memory that is not pinned waits for the GPU
+            tokens = torch.empty((slots, batch), dtype=torch.long, pin_memory=True)
+            flags = torch.empty(slots, dtype=torch.bool, pin_memory=True)
+            self._slots = cycle([(tokens[i], flags[i], torch.cuda.Event()) for i in range(slots)])
+
+    def send(self, tokens: Tensor | None, flag: Tensor | None) -> tuple[Tensor | None, Tensor | None, Any]:
+        """Both as they will be on the CPU once the event has come to pass."""
+        if self._slots is None:
+            return tokens, flag, None
+        own_tokens, own_flag, event = next(self._slots)
+        tokens = None if tokens is None else own_tokens.copy_(tokens, non_blocking=True)
+        flag = None if flag is None else own_flag.copy_(flag, non_blocking=True)
+        event.record()
+        return tokens, flag, event
+
+
 class _Loop:
     def __init__(
         self, model: Any, step: Any, input_ids: Tensor, processor: Any, criteria: Any, config: Any, streamer: Any
@@ -99,15 +136,20 @@ class _Loop:
         self.end = criteria.max_length
         self.text = input_ids.new_empty((batch, self.end if self.end is not None else self.start + 256))
         self.text[:, : self.start] = input_ids
-        self.pads = any(hasattr(each, "eos_token_id") for each in criteria)
+        # Without criteria of a caller's own, all there is to ask after a step is whether it gave an end-of-text token.
+        ends = end_tokens(criteria)
+        self.ends = None if ends is None else ends.to(input_ids.device)
+        self.may_end = self.ends is None or self.ends.numel() > 0
+        self.pads = batch > 1 and any(hasattr(each, "eos_token_id") for each in criteria)
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-        self.waiting: deque[tuple[int, Tensor, Tensor, Any, Any]] = deque()
+        self.waiting: deque[_Sent] = deque()
         takes = inspect.signature(model.forward).parameters
         keywords = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values())
         self.takes_positions = "position_ids" in takes or keywords
 
     def run(self, model_kwargs: dict[str, Any], ahead: int) -> Tensor:
         self.kwargs, self.ahead = model_kwargs, ahead
+        self.mail = _Mail(self.text.shape[0], self.text.device, ahead + 2)
         self.name, cache = cache_among(model_kwargs)
         self.direct = DirectStep(self.model, cache)
         length, stopped = self.start, None
@@ -153,7 +195,9 @@ class _Loop:
 
     def _choose(self, length: int, logits: Tensor) -> Tensor:
         """The next token of each sequence, [B]."""
-        scores = logits[:, -1].to(torch.float32, copy=True)
+        scores = logits[:, -1]
+        if self.processor or self.config.do_sample:
+            scores = scores.to(torch.float32, copy=True)
         if self.processor:
             scores = self.processor(self.text[:, :length], scores)
         if self.config.do_sample:
@@ -169,38 +213,35 @@ class _Loop:
         if length > self.text.shape[1]:
             self.text = torch.cat([self.text, torch.empty_like(self.text)], dim=1)
         self.text[:, length - 1] = token
-        self.unfinished = self.unfinished & ~self.criteria(self.text[:, :length], None)
-        flag = self.unfinished.any()
-        if not token.is_cuda:
-            self.waiting.append((length, token, flag, None, None))
-            return
-        random = torch.cuda.get_rng_state(token.device) if self.config.do_sample else None  # held by the CPU
-        event = torch.cuda.Event()
-        # Into pinned memory: a copy to any other waits for the GPU.
-        token, flag = (
-            torch.empty(each.shape, dtype=each.dtype, pin_memory=True).copy_(each, non_blocking=True)
-            for each in (token, flag)
-        )
-        event.record()
-        self.waiting.append((length, token, flag, event, random))
+        goes_on = None
+        if self.may_end:
+            ended = self.criteria(self.text[:, :length], None) if self.ends is None else torch.isin(token, self.ends)
+            self.unfinished = self.unfinished & ~ended
+            goes_on = self.unfinished.any()
+        random = None
+        if self.config.do_sample and token.is_cuda:
+            random = torch.cuda.get_rng_state(token.device)  # the CPU holds it
+        tokens, goes_on, event = self.mail.send(token if self.streamer is not None else None, goes_on)
+        self.waiting.append(_Sent(length, tokens, goes_on, event, random))
 
     def _read(self, length: int) -> int | None:
         """Take what has arrived, in order; the length at which all sequences have ended, if they have."""
         last = self.end is not None and length >= self.end
         while self.waiting:
-            at, token, flag, event, random = self.waiting[0]
-            if event is not None and not event.query():
+            first = self.waiting[0]
+            if first.event is not None and not first.event.query():
                 if not last and len(self.waiting) <= self.ahead:
                     return None
-                event.synchronize()
+                first.event.synchronize()
             self.waiting.popleft()
             if self.streamer is not None:
-                self.streamer.put(token)
-            if not flag or (self.end is not None and at >= self.end):
-                if random is not None and self.waiting:
-                    torch.cuda.set_rng_state(random, self.text.device)
+                self.streamer.put(first.tokens if first.event is None else first.tokens.clone())  # type: ignore[union-attr]
+            ended = first.goes_on is not None and not first.goes_on
+            if ended or (self.end is not None and first.length >= self.end):
+                if first.random is not None and self.waiting:
+                    torch.cuda.set_rng_state(first.random, self.text.device)
                 self.waiting.clear()
-                return at
+                return first.length
         return None
 
 

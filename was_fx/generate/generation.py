@@ -15,9 +15,9 @@ from was_fx.compat.generation import (
     static_layers,
     uses_flash_attention,
 )
-from was_fx.compile.backend import register, was
+from was_fx.compile.backend import register
 from was_fx.compile.options import BackendOptions, Lowering
-from was_fx.generate.compiled_step import CompiledStep
+from was_fx.generate.compiled_step import CompiledModel, CompiledStep
 from was_fx.generate.decode_loop import AHEAD, decode
 from was_fx.modules.weights import is_sharded
 
@@ -39,9 +39,7 @@ def use_own_generate(model: nn.Module, options: BackendOptions, lowering: Loweri
         model.generate = Generation(model, options, lowering)  # type: ignore[assignment]
     first = next(model.parameters(), None)
     if lowering == "inductor" and first is not None and not first.is_cuda and compiled_call(model) is None:
-        register()
-        model.compile(backend=was, dynamic=True, options=options.given)
-        vars(model)["_was_compiled"] = True
+        set_compiled_call(model, CompiledModel(model, options.given))
     elif lowering != "inductor":
         _drop_compiled(model)
 
@@ -55,7 +53,7 @@ def use_plain_generate(model: nn.Module) -> None:
 
 def _drop_compiled(model: nn.Module) -> None:
     """Take back the compilation of the whole model, if it is ours."""
-    if vars(model).pop("_was_compiled", False):
+    if isinstance(compiled_call(model), CompiledModel):
         set_compiled_call(model, None)
 
 

@@ -37,7 +37,10 @@ class Freshness:
             Handles of the hooks.
         """
         body = body_of(model)
-        handles = [model.register_forward_pre_hook(self.before_model)]
+        handles: list[Any] = [
+            model.register_forward_pre_hook(self.before_model),
+            model.register_load_state_dict_post_hook(self.after_loading),
+        ]
         if body is not None and body is not model:
             handles.append(body.register_forward_pre_hook(self.before_body))
         return handles
@@ -49,6 +52,10 @@ class Freshness:
     def before_body(self, body: nn.Module, _: Any) -> None:
         """Hook: refresh at a prompt of the body alone."""
         self._before("body", body)
+
+    def after_loading(self, model: nn.Module, _: Any) -> None:
+        """Hook: refresh when a state dict was loaded, for compiled calls don't look."""
+        self.refresh(model)
 
     def _before(self, role: Literal["model", "body"], module: nn.Module) -> None:
         if not torch.compiler.is_compiling() and prompt_begins(role):
