@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: workers share the cores
@@ -13,6 +14,19 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
+
+# Folders of what depends on the versions of torch and transformers.
+_CORE = ("cases", "passes", "was_fx/compat", "was_fx/generate", "was_fx/modules", "was_fx/plugins", "was_fx/sparse")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the core of the tests."""
+    root = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(root).as_posix() if item.path.is_relative_to(root) else ""
+        if folder.startswith(_CORE):
+            item.add_marker(pytest.mark.core)
 
 
 @pytest.fixture(autouse=True)
