@@ -19,14 +19,14 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("executor", ["eager", "inductor"])
-def test_logits_are_as_near_to_exact_as_the_oracles(llama, tokens, oracle, dtype, executor):
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_logits_are_as_near_to_exact_as_the_oracles(llama, tokens, oracle, dtype, lowering):
     """In bf16 a channel near its threshold can fall on either side, so both are compared with fp32."""
     model, ids = llama.to("cuda", dtype), tokens.cuda()
     schedule = was_fx.uniform(was_fx.calibrate(model, tokens), target=0.5)
     expected = oracle(model, schedule)
     exact = copy.deepcopy(expected).float()
-    was_fx.sparsify(model, schedule, prefill="all", executor=executor)
+    was_fx.sparsify(model, schedule, prefill="all", lowering=lowering)
     with torch.no_grad():
         wanted = exact(ids).logits
         ours, theirs = [(each(ids).logits.float() - wanted).norm() / wanted.norm() for each in (model, expected)]
@@ -85,7 +85,7 @@ def test_steps_with_a_static_cache_are_replayed(llama, tokens, steps, contexts, 
     tokens_with = generate(model, ids)
     assert [step.captures for step in steps] == [1]
     decode = contexts[-1]
-    assert (decode.phase, decode.counts["listed"]) == ("decode", 14)
+    assert (decode.decode, decode.counts["listed"]) == (True, 14)
     assert (decode.counts["fused norms"], decode.counts["decode attention"]) == (4, 2)
     torch.compiler.reset()
     monkeypatch.setattr(was_fx.compile.backend, "graphable", lambda inputs: False)
@@ -151,14 +151,34 @@ def test_new_thresholds_reach_a_captured_step(llama, tokens, steps):
     assert not torch.allclose(sparse, dense, rtol=1e-3)
 
 
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_dense_model_with_a_schedule_replays_steps_and_sees_changed_weights(llama, tokens, steps, lowering):
+    model, ids = llama.to("cuda"), tokens[:1, :16].cuda()
+    schedule = was_fx.uniform(was_fx.calibrate(model, tokens), target=0.5)
+    fast = torch.compile(model, backend="was", dynamic=True, options={"schedule": schedule, "lowering": lowering})
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    captures = []
+    for _ in range(3):
+        twin = was_fx.sparsify(copy.deepcopy(model), schedule, lowering="eager", allow_other_model=True)
+        expected = decode_by_hand(twin, ids, StaticCache(config=model.config, max_cache_len=64), 6)
+        for _ in range(2):
+            cache.reset()
+            torch.testing.assert_close(decode_by_hand(fast, ids, cache, 6), expected, rtol=1e-3, atol=1e-4)
+        captures.append(steps[-1].captures)
+        with torch.no_grad():
+            for name in schedule.linears:
+                model.get_submodule(name).weight.mul_(1.1)
+    assert captures == [1, 2, 3], "a graph for each version of the weights"
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("executor", ["eager", "inductor"])
-def test_generate_equals_the_oracle(llama, tokens, oracle, cache, executor):
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_generate_equals_the_oracle(llama, tokens, oracle, cache, lowering):
     """With a static cache, transformers' own compilation starts around ours."""
     model, ids = llama.to("cuda"), tokens[:1, :16].cuda()
     schedule = was_fx.uniform(was_fx.calibrate(model, tokens), target=0.5)
     expected = oracle(model, schedule)
-    was_fx.sparsify(model, schedule, prefill="all", executor=executor)
+    was_fx.sparsify(model, schedule, prefill="all", lowering=lowering)
     got = model.generate(ids, max_new_tokens=12, do_sample=False, cache_implementation=cache)
     assert got.equal(expected.generate(ids, max_new_tokens=12, do_sample=False))
 
