@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from was_fx.kernels.linear.layout import follows, restore, to_input_major, wants_input_major
+from was_fx.kernels.linear.layout import restore, to_input_major, wants_input_major
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(5, 3), (1, 4), (4, 1), (1, 1), (17, 33)]
@@ -74,22 +74,6 @@ def test_weights_move_in_inference_mode_and_out_of_it_and_stay_of_their_kind(mad
     assert weight.stride() == (3, 1)
     assert weight.is_inference() is made_inside
     assert torch.equal(bits(weight), before)
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [(slice(0, 4), slice(4, 8), True), (slice(0, 4), slice(5, 9), False), (slice(4, 8), slice(0, 4), False)],
-)
-def test_follows_needs_the_very_next_element(first, second, expected):
-    storage = torch.arange(10.0)
-    assert follows(storage[first], storage[second]) is expected
-
-
-def test_follows_needs_one_storage():
-    memory = bytearray(32)
-    first, second = (torch.frombuffer(memory, dtype=torch.float32, count=4, offset=offset) for offset in (0, 16))
-    assert second.data_ptr() == first.data_ptr() + 16
-    assert not follows(first, second)
 
 
 @pytest.mark.parametrize(
