@@ -75,15 +75,20 @@ def flattening_of(x: Node, kinds: set[str]) -> Node | None:
     numbers = torch.arange(value(node).numel()).view(value(node).shape)
     moved = numbers
     for view in reversed(chain):
-        arguments = [value(each) for each in view.args[1:]]
-        keywords = {name: value(each) for name, each in view.kwargs.items()}
+        arguments, keywords = _numbers(list(view.args[1:])), _numbers(dict(view.kwargs))
         function = getattr(torch.Tensor, view.target) if isinstance(view.target, str) else view.target
-        moved = function(moved, *_values(arguments), **keywords)
+        moved = function(moved, *arguments, **keywords)
     return node if moved.flatten().equal(numbers.flatten()) else None
 
 
-def _values(arguments: list[Any]) -> list[Any]:
-    return [[value(item) for item in each] if isinstance(each, list | tuple) else each for each in arguments]
+def _numbers(item: Any) -> Any:
+    """Arguments with what nodes stand for; a size that is a symbol becomes a number, and a guard."""
+    if isinstance(item, dict):
+        return {name: _numbers(each) for name, each in item.items()}
+    if isinstance(item, list | tuple):
+        return [_numbers(each) for each in item]
+    item = value(item)
+    return int(item) if isinstance(item, torch.SymInt) else item
 
 
 def written_storages(graph: Graph) -> set[int]:

@@ -37,8 +37,15 @@ class DirectStep:
     the model is called again.
     """
 
-    def __init__(self, model: nn.Module, cache: Any) -> None:
+    def __init__(self, model: nn.Module, cache: Any, look_every: int = 1) -> None:
+        """
+        Args:
+            model: a sparsified model.
+            cache: the static cache of the generation.
+            look_every: look for changes at every so-many-th step.
+        """
         self._model, self._cache = model, cache
+        self._look_every, self._steps = look_every, 0
         self._last: _Pattern | None = None
         self._found: _Pattern | None = None
         self._structure: Structure | None = None
@@ -47,7 +54,8 @@ class DirectStep:
         """Logits [B, 1, V] of a step with this token [B, 1] and position [B, 1]; None if it is not known how."""
         if self._found is None or self._structure is None:
             return None
-        if not self._structure.is_unchanged():
+        self._steps += 1
+        if self._steps % self._look_every == 0 and not self._structure.is_unchanged():
             self._found = self._structure = self._last = None
             return None
         inputs = list(self._found.inputs)

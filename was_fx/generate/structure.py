@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Structure:
-    """A model as it is now. `is_unchanged` is for every step of a decode loop, so its loops are C's."""
+    """A model as it is now. `is_unchanged` is for steps of a decode loop, so its loops are C's."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
