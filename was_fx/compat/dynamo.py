@@ -121,7 +121,8 @@ def noting_graph_breaks() -> Iterator[list[str]]:
     """Dynamo's accounts of the graph breaks that happen while the context lasts; in the list when it has ended."""
     from torch._dynamo.utils import counters
 
-    before, found = counters["graph_break"].copy(), []
+    before = counters["graph_break"].copy()
+    found: list[str] = []
     try:
         yield found
     finally:

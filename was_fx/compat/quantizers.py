@@ -8,4 +8,4 @@ def let_given_attributes_win(config_class: type) -> None:
     """
     from transformers.quantizers import auto
 
-    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, config_class)
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, config_class)  # type: ignore[assignment]

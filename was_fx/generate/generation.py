@@ -108,6 +108,7 @@ class Generation:
                 log.warning("generate() uses a cache that grows, with which decode steps are slower: %s", reason)
             else:
                 keywords["cache_implementation"] = "static"
+        self._let_transformers_compile(keywords)  # what our loop turns down
         ahead = 0 if any(keywords.get(name) for name in _CALLBACKS) else AHEAD
         # generate() itself keeps the streamer from a custom loop.
         streamer = keywords.get("streamer")
@@ -120,7 +121,7 @@ class Generation:
             cache = keywords[name] = self._reused(cache, len(input_ids))
         if self.step is None:
             self.step = CompiledStep(model, self.settings[0].given)
-        text = decode(model, input_ids, *arguments, step=self.step, **keywords)
+        text = decode(model, input_ids, *arguments, step=self.step, **keywords)  # type: ignore[misc]
         if cache is not None and static_layers(cache) and self._may_be_kept(cache):
             self._kept = cache
         return text

@@ -1,6 +1,7 @@
 """Whether a model is still the one it was: its modules, parameters, buffers and hooks."""
 
 from itertools import chain
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +11,9 @@ class Structure:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        self._tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
+        self._tables: list[dict[str, Any]] = []
+        for module in modules:
+            self._tables += [module._modules, module._parameters, module._buffers]  # type: ignore[list-item]
         self._hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
         self._contents = self._identities()
         self._counts = list(map(len, self._hooks))

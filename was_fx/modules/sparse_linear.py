@@ -83,7 +83,7 @@ def make_sparse(linear: LinearModule, entry: LinearSchedule, norm: int, rule: To
         rule: which tokens are sparse.
     """
     module: Any = linear.module
-    before = type(module)
+    before: Any = type(module)
     norms = whole_channel_norms(linear, norm)
     module.register_buffer("was_norms", norms, persistent=False)
     module.register_buffer("was_threshold", own_channels(entry.channel_thresholds(norms), linear), persistent=False)
@@ -128,17 +128,17 @@ def sparse_linears(model: nn.Module) -> dict[str, Any]:
 
 
 @cache
-def _sparse_class(kind: type) -> type:
+def _sparse_class(kind: Any) -> Any:
     """The sparse subclass of a Linear's class: `SparseLinear` of `Linear`, `SparseConv1D` of `Conv1D`, …"""
     return type(f"Sparse{kind.__name__}", (SparseLinear, kind), {"__module__": kind.__module__})
 
 
-def _rebuild(kind: type) -> nn.Module:
+def _rebuild(kind: Any) -> Any:
     sparse = _sparse_class(kind)
     return sparse.__new__(sparse)
 
 
-def _rebind_forward(module: nn.Module, before: type) -> None:
+def _rebind_forward(module: nn.Module, before: Any) -> None:
     """Let what wraps the module's forward (accelerate's hooks, tensor parallelism) call that of its present class."""
 
     def ours(found: object) -> bool:

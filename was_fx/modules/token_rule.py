@@ -173,7 +173,7 @@ class TokenRule:
         )
 
 
-def decided(module: nn.Module, x: Tensor) -> tuple[bool, Tensor | None]:
+def decided(module: Any, x: Tensor) -> tuple[bool, Tensor | None]:
     """For a sparse Linear and its input x [..., K]: whether all its tokens are dense, and else which are sparse.
 
     A module that is called by itself, outside of a call of its model, takes the sequences of x [B, S, K] for prompts,
@@ -248,16 +248,15 @@ def _after_the_first(inputs: Tensor, mask: Any, cache: Any, prefill: str) -> Ten
     padding is not counted and keeps every channel."""
     batch, new = inputs.shape[0], inputs.shape[1]
     past = _past_length(cache)
-    own = _own_tokens(mask, batch, new, past)
-    place = torch.arange(new, device=inputs.device)
-    if own is None:
-        place, length = (place + past)[None], new + past
+    found = _own_tokens(mask, batch, new, past)
+    if found is None:
+        place, length = (torch.arange(new, device=inputs.device) + past)[None], new + past
     else:
-        own, before = own
+        own, before = found
         place, length = own.cumsum(-1) - 1 + before, own.sum(-1, keepdim=True) + before
     first = (length + 99) // 100 if prefill == "sparse" else (length + 1) // 2
     tokens = place >= first
-    return tokens.expand(batch, new) if own is None else tokens & own
+    return tokens.expand(batch, new) if found is None else tokens & found[0]
 
 
 def _past_length(cache: Any) -> Any:
