@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="decoded per repetition; 64 on a GPU, 32 on a CPU")
     parser.add_argument("--cache", choices=["static", "dynamic"], help="static on a GPU, dynamic on a CPU")
     parser.add_argument("--skip-dense", action="store_true", help="time the sparse model only")
+    parser.add_argument("--lowering", choices=["inductor", "eager"], help="of the sparse model, as for sparsify")
     parser.add_argument("--repetitions", type=int, default=7)
     arguments = parser.parse_args()
 
@@ -86,6 +87,7 @@ def main() -> None:
         repetitions=arguments.repetitions,
         cache=arguments.cache,
         with_dense=not arguments.skip_dense,
+        lowering=arguments.lowering,
         progress=progress,
     )
     common = describe(device) | machine | {"shape": shape, "dtype": "bf16", **changes}
