@@ -5,12 +5,13 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from was_fx.coverage.cover import Coverage, cover
+from was_fx.schedules.progress import Progress
 
 METHOD = "forkserver" if sys.platform != "win32" else "spawn"
 # What every type needs; a new process that imports them itself takes a third longer.
@@ -20,8 +21,6 @@ _PRELOADED = [
     "transformers.generation.utils",
     "transformers.models.auto.modeling_auto",
 ]
-
-Progress = Callable[[int, int], None]
 
 
 def sweep(

@@ -7,7 +7,7 @@ what the Linears before it have left. Works on the module's own hooks: nothing i
 import torch
 from torch import Tensor, nn
 
-from was_fx.modules.linears import body_linears, dropping, looking_at_inputs, weight_bytes_per_token
+from was_fx.modules.linears import body_linears, dropping, weight_bytes_per_token
 from was_fx.modules.tokens import check_tokens
 from was_fx.schedules.files.linear_schedule import LinearSchedule
 from was_fx.schedules.files.schedule import Schedule
@@ -28,17 +28,19 @@ def uniform_while_dropping(model: nn.Module, tokens: Tensor, target: float, scor
     score = score or Score(1.0, 1)
     linears = body_linears(model)
     found: dict[str, LinearSchedule] = {}
+    thresholds: dict[str, Tensor | None] = {}
 
-    def read_and_drop(name: str, x: Tensor) -> Tensor:
+    def read(name: str, x: Tensor) -> None:
+        if name in found:
+            return
         norms = channel_norms(linears[name].weight, score.norm)
-        if name not in found:
-            scores = (x.float().abs() * channel_scale(norms, score.exponent)).flatten()
-            rank = round(target * scores.numel())
-            threshold = float(scores.kthvalue(rank).values) if rank else 0.0
-            found[name] = LinearSchedule(target, threshold, score.exponent)
-        return x.masked_fill(x.abs() <= found[name].channel_thresholds(norms), 0)
+        scores = (x.float().abs() * channel_scale(norms, score.exponent)).flatten()
+        rank = round(target * scores.numel())
+        threshold = float(scores.kthvalue(rank).values) if rank else 0.0
+        found[name] = LinearSchedule(target, threshold, score.exponent)
+        thresholds[name] = found[name].channel_thresholds(norms)
 
-    with looking_at_inputs(linears, read_and_drop):
+    with dropping(linears, thresholds, look=read):
         model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
     ordered = {name: found[name] for name in linears if name in found}
     return Schedule(ordered, {name: linears[name].shape for name in ordered}, score.norm)
