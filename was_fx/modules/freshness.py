@@ -61,26 +61,38 @@ class Freshness:
         if not torch.compiler.is_compiling() and prompt_begins(role):
             self.refresh(module)
 
+    def remember(self, model: nn.Module) -> None:
+        """Take the weights as they are for those that the thresholds are of."""
+        for _, module, stamp in _stamped(model):
+            self._stamps[module] = stamp
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:
-        """Bring up to date what has changed since the last call; everything, at the first."""
-        modules = {name: module for name, module in sparse_linears(model).items() if not is_offloaded(module.weight)}
-        pieces = _norms_of_pieces([local(module.weight) for module in modules.values()])
-        for (name, module), piece in zip(modules.items(), pieces, strict=True):
-            if self._stamps.get(module) == _stamp(module, piece):
+        """Bring up to date what has changed since the last call; everything that is not remembered."""
+        for name, module, stamp in _stamped(model):
+            if self._stamps.get(module) == stamp:
                 continue
             linear = LinearModule(name, module, is_conv1d(module), module.was_is_head)
             take_norms(linear)
             if not linear.input_major and wants_input_major(module.weight):
                 rearrange(module.weight, to_input_major)
-            self._stamps[module] = _stamp(module, piece)
+            self._stamps[module] = _stamp(module, stamp[-1])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Freshness":
         return Freshness()  # a copy's weights are other tensors
 
     def __reduce__(self) -> Any:
         return Freshness, ()
+
+
+def _stamped(model: nn.Module) -> list[tuple[str, Any, tuple[Any, ...]]]:
+    """(name, module, stamp) of each sparse Linear whose weight is loaded."""
+    modules = {name: module for name, module in sparse_linears(model).items() if not is_offloaded(module.weight)}
+    pieces = _norms_of_pieces([local(module.weight) for module in modules.values()])
+    return [
+        (name, module, _stamp(module, piece)) for (name, module), piece in zip(modules.items(), pieces, strict=True)
+    ]
 
 
 def _stamp(module: Any, piece: int) -> tuple[Any, ...]:

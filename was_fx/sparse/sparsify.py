@@ -80,7 +80,7 @@ def sparsify(
         _replace(scheduled, state)
         state.handles = [*rule.watch(model), *state.freshness.watch(model)]
         model._was_state = state  # type: ignore[assignment]
-        state.freshness.refresh(model)
+        state.freshness.remember(model)
         saving.attach(model)
     else:
         known.schedule, known.rule.prefill, known.lowering = schedule, prefill, lowering
