@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from was_fx.compat.dynamo import add_constant, like_in_graph, source_name
@@ -73,20 +73,13 @@ def insert(context: Context) -> None:
 def _rewrite(context: Context, site: LinearSite, numbers: Numbers, number: int) -> Node:
     """The sparse Linear in place of a dense one."""
     graph = context.module.graph
+    with graph.inserting_after(_last_input(graph, site.weight)):  # early: later passes list channels above the Linear
+        threshold = _threshold(context, site, numbers, f"was_threshold_{number}")
     with graph.inserting_before(site.node):
         weight = site.weight
         if site.input_major:
             weight = graph.call_method("t", (site.weight,))
             weight.meta["example_value"] = value(site.weight).t()
-        if numbers.channel_threshold is None and numbers.exponent:
-            threshold = graph.call_function(
-                channel_threshold_op,
-                (site.weight, numbers.threshold, numbers.exponent, numbers.norm, site.input_major),
-            )
-            channels = value(weight).shape[1]
-            threshold.meta["example_value"] = value(weight).new_empty(channels, dtype=torch.float32)
-        else:
-            threshold = _constant(context, site, numbers, f"was_threshold_{number}")
         sparse = graph.call_function(sparse_linear, (site.x, weight, site.bias, threshold, None))
     sparse.meta.update(site.node.meta)
     sparse.meta["was_linear"] = site.path
@@ -95,13 +88,24 @@ def _rewrite(context: Context, site: LinearSite, numbers: Numbers, number: int) 
     return sparse
 
 
-def _constant(context: Context, site: LinearSite, numbers: Numbers, name: str) -> Node:
-    weight = context.input_of(site.weight)
+def _last_input(graph: Graph, weight: Node) -> Node:
+    """The node after which the weight is known: the graph's last input, unless the weight is computed."""
+    return weight if weight.op != "placeholder" else graph.find_nodes(op="placeholder")[-1]
+
+
+def _threshold(context: Context, site: LinearSite, numbers: Numbers, name: str) -> Node:
+    graph = context.module.graph
+    if numbers.channel_threshold is None and numbers.exponent:
+        node = graph.call_function(
+            channel_threshold_op, (site.weight, numbers.threshold, numbers.exponent, numbers.norm, site.input_major)
+        )
+        node.meta["example_value"] = value(site.weight).new_empty(numbers.shape[1], dtype=torch.float32)
+        return node
     tensor = numbers.channel_threshold
     if tensor is None:
         tensor = torch.full((numbers.shape[1],), numbers.threshold)
-    add_constant(context.module, name, tensor.to(weight.device, torch.float32))
-    node = context.module.graph.get_attr(name)
+    add_constant(context.module, name, tensor.to(context.input_of(site.weight).device, torch.float32))
+    node = graph.get_attr(name)
     node.meta["example_value"] = like_in_graph(getattr(context.module, name), context.module)
     return node
 

@@ -104,6 +104,7 @@ def test_a_long_limit_does_not_allocate_the_whole_cache(case):
     was_fx.sparsify(model, case.schedule, allow_other_model=True)
     prompt = case.prompt.cuda()
     end = int(case.greedy(case.oracle("dense"), case.prompt)[0, 4])
+    case.greedy(model, prompt, max_new_tokens=500_000, eos_token_id=end, pad_token_id=0)  # the compiler takes 256 MB
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     found = case.greedy(model, prompt, max_new_tokens=500_000, eos_token_id=end, pad_token_id=0)

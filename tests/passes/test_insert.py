@@ -192,6 +192,20 @@ def test_norms_are_only_asked_for_where_they_are_needed(exponent, explicit, ops)
         assert (constant.shape, constant.dtype) == ((12,), torch.float32)
 
 
+@pytest.mark.parametrize("exponent", [0.0, 1.0], ids=["constants", "norms"])
+@torch.no_grad()
+def test_thresholds_stand_before_all_that_is_computed(exponent):
+    """Passes that list channels above a Linear read its threshold there."""
+    shapes = {"a": (10, 12), "b": (12, 10), "head": (7, 12)}
+    fast, contexts = compiled(Block(), {name: Numbers(shape, 0.4, exponent, 2) for name, shape in shapes.items()})
+    fast(torch.randn(1, 1, 12))
+    nodes = list(contexts[0].module.graph.nodes)
+    thresholds = [node.args[3] for node in nodes if node.target is sparse_linear]
+    (*_, last) = sorted(nodes.index(threshold) for threshold in thresholds)
+    assert len(thresholds) == 3
+    assert not [node for node in nodes[:last] if node not in thresholds and node.op != "placeholder"]
+
+
 @torch.no_grad()
 def test_changed_weights_are_seen():
     model = nn.Sequential(nn.Linear(12, 10))

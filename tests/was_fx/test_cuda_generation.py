@@ -24,6 +24,8 @@ pytestmark = [
     pytest.mark.gpu,
     # Inductor says that fp32 products could be faster and less exact.
     pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning"),
+    # So does torch of a graph of its own, when transformers compiles.
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
@@ -69,6 +71,8 @@ def pair(model, tokens, oracle):
 def test_modes_equal_the_oracle(llama, tokens, oracle, arguments):
     if arguments.get("cache_implementation") == "quantized":
         pytest.importorskip("optimum.quanto")
+    if arguments.get("cache_implementation") == "offloaded_static" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 crashes when transformers compiles this cache, whatever the model")
     dense = copy.deepcopy(llama).cuda()
     model, expected = pair(llama, tokens, oracle)
     prompt = tokens[:1, :16].cuda()

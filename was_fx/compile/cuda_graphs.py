@@ -6,7 +6,7 @@ set of tensors runs as it is, the second is captured, the others are replays.
 Weights, thresholds and whatever the step changes in place, a static cache above all, are captured where they are: a
 call with another cache is another graph, and nothing goes stale, because a graph is only replayed for tensors at the
 addresses and of the sizes it was captured with. All other inputs (the token, its position, a mask) are copied to where
-the graph reads them.
+the graph reads them; numbers, which Dynamo may pass as tensors without dimensions on the CPU, belong to the graph.
 """
 
 import contextlib
@@ -128,8 +128,8 @@ class CudaGraphs:
         if self._others is None:
             self._others = tuple(sorted(set(range(len(inputs))) - set(self._in_place)))
         others = [inputs[position] for position in self._others]
-        moving = [each for each in others if isinstance(each, Tensor)]
-        plain = [each.shape if isinstance(each, Tensor) else each for each in others]
+        moving = [each for each in others if isinstance(each, Tensor) and not _is_number(each)]
+        plain = [each if not isinstance(each, Tensor) else each.item() if _is_number(each) else each.shape for each in others]
         versions = map(version, map(inputs.__getitem__, self._versioned))
         # Hundreds of weights at every token: map, which loops in C.
         return (*map(Tensor.data_ptr, map(inputs.__getitem__, self._in_place)), *plain, *versions), moving
@@ -139,7 +139,7 @@ class CudaGraphs:
         places = iter(copied)
         fixed = list(inputs)
         for position in self._others or ():
-            if isinstance(inputs[position], Tensor):
+            if isinstance(inputs[position], Tensor) and not _is_number(inputs[position]):
                 fixed[position] = next(places)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
@@ -154,12 +154,16 @@ class CudaGraphs:
 
 
 def graphable(inputs: Sequence[Any]) -> bool:
-    """Whether a step on these inputs can be captured: all tensors on one CUDA device, none of them sharded over ranks
-    (a capture would hold their collectives), and no gradients asked for."""
+    """Whether a step on these inputs can be captured: all tensors but numbers on one CUDA device, none of them sharded
+    over ranks (a capture would hold their collectives), and no gradients asked for."""
     if any(hasattr(each, "placements") for each in inputs):
         return False
-    devices = {each.device for each in inputs if isinstance(each, Tensor)}
+    devices = {each.device for each in inputs if isinstance(each, Tensor) and not _is_number(each)}
     return len(devices) == 1 and next(iter(devices)).type == "cuda" and not torch.is_grad_enabled()
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.dim() == 0 and tensor.device.type == "cpu"
 
 
 def fixed_inputs(context: Context) -> list[int]:

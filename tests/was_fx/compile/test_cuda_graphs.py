@@ -90,6 +90,16 @@ def test_outputs_that_are_an_input_are_that_input_and_others_are_kept(step):
     assert y.data_ptr() != first.data_ptr()
 
 
+def test_a_number_given_as_a_tensor_belongs_to_the_graph(step):
+    """As Dynamo passes a float that may change: it is read when the step is captured."""
+    weight, cache = torch.ones(2), torch.zeros(2)
+    for number, captures in ((1.0, 1), (4.0, 2), (1.0, 2)):
+        for _ in range(3):
+            y = step(weight, cache, torch.ones(2), torch.tensor(number))[0]
+            assert y.tolist() == [1.0 + number] * 2
+        assert step.captures == captures
+
+
 def test_changed_weights_are_seen(step):
     weight, cache = torch.ones(2), torch.zeros(2)
     for _ in range(3):
