@@ -27,12 +27,10 @@ def bench(
         typer.Argument(
             metavar="MODEL",
             help="Directory or Hub name of a causal LM, [bold]embedded[/], or the name of a shape with random weights.",
-            show_default=False,
         ),
     ],
     target: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SHARE", help="Model sparsity, such as 50% (default: 50% and 75%).", show_default=False),
+        list[str] | None, typer.Option(metavar="SHARE", help="Model sparsity, such as 50% (default: 50% and 75%).")
     ] = None,
     tokens: Annotated[int, typer.Option(min=25, metavar="N", help="New tokens per repetition.")] = 32,
     repetitions: Annotated[int, typer.Option(min=1, metavar="N", help="How often each is timed.")] = 5,

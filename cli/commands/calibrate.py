@@ -11,7 +11,7 @@ import was_fx
 from was_fx.cli.input import options
 from was_fx.cli.input.files import check_output
 from was_fx.cli.input.models import load_model
-from was_fx.cli.input.texts import read_text, text_name, windows
+from was_fx.cli.input.texts import read_text, windows
 from was_fx.cli.render.console import print_json, progress, say
 
 if TYPE_CHECKING:
@@ -26,12 +26,8 @@ EXAMPLES = options.examples(
 )
 
 
-class ScoreName(StrEnum):
-    """The scores of published methods."""
-
-    was = "was"
-    teal = "teal"
-    wina = "wina"
+# The scores of published methods.
+ScoreName = StrEnum("ScoreName", ["was", "teal", "wina"])
 
 
 def calibrate(
@@ -44,19 +40,14 @@ def calibrate(
         ScoreName | None,
         typer.Option(
             help="What decides whether channel j counts. was: |x_j| times the 1-norm of its weights. teal: |x_j|. "
-            "wina: |x_j| times their 2-norm. By default was.",
-            show_default=False,
+            "wina: |x_j| times their 2-norm. By default was."
         ),
     ] = None,
     exponent: Annotated[
-        float | None,
-        typer.Option(min=0, metavar="A", help="Your own score instead: |x_j| · ‖W_j‖^A.", show_default=False),
+        float | None, typer.Option(min=0, metavar="A", help="Your own score instead: |x_j| · ‖W_j‖^A.")
     ] = None,
     norm: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=2, metavar="P", help="Which norm of the weights --exponent uses, 1 or 2.", show_default=False
-        ),
+        int | None, typer.Option(min=1, max=2, metavar="P", help="Which norm of the weights --exponent uses, 1 or 2.")
     ] = None,
     tokens: Annotated[
         int | None,
@@ -79,20 +70,19 @@ def calibrate(
     """
 
     chosen = _score(score, exponent, norm)
-    name = text_name(text, model, "calibration")
     check_output(out, force)
-    content = read_text(name)
+    source = read_text(text, model, "calibration")
 
     from was_fx.modules.linears import dense_expert_share, expert_parameters
 
     loaded = load_model(model, dtype, device)
-    ids = windows(loaded, content, name, length=length, tokens=tokens)
+    ids = windows(loaded, source, length=length, tokens=tokens)
     with progress(f"Calibrating on {ids.numel():,} tokens") as advance:
         result = was_fx.calibrate(
             loaded.model,
             ids,
             score=chosen,
-            text=name,
+            text=source.name,
             include=include or None,
             exclude=exclude or (),
             batch_size=batch_size,
@@ -102,9 +92,11 @@ def calibrate(
     if json:
         score_used = {"exponent": chosen.exponent, "norm": chosen.norm}
         linears = len(result.thresholds)
-        print_json({"path": str(out), "linears": linears, "tokens": result.tokens, "text": name, "score": score_used})
+        print_json(
+            {"path": str(out), "linears": linears, "tokens": result.tokens, "text": source.name, "score": score_used}
+        )
         return
-    say(f"Wrote {out}: {len(result.thresholds)} Linears, {result.tokens:,} tokens of {name}, score {chosen}")
+    say(f"Wrote {out}: {len(result.thresholds)} Linears, {result.tokens:,} tokens of {source.name}, score {chosen}")
     experts = expert_parameters(loaded.model)
     if experts:
         share = 100 * dense_expert_share(loaded.model)

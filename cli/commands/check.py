@@ -23,10 +23,7 @@ EXAMPLES = options.examples(
 
 def check(
     model: options.Model,
-    schedule: Annotated[
-        Path | None,
-        typer.Option(help="A schedule; none for a checkpoint that has its own.", show_default=False),
-    ] = None,
+    schedule: Annotated[Path | None, typer.Option(help="A schedule; none for a checkpoint that has its own.")] = None,
     new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to generate.")] = 8,
     lowering: options.LoweringOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,

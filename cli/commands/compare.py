@@ -29,8 +29,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 def compare(
     schedules: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[SCHEDULE]...", help="Files, or names of `was published list`.", show_default=False),
+        list[str] | None, typer.Argument(metavar="[SCHEDULE]...", help="Files, or names of `was published list`.")
     ] = None,
     ppl: Annotated[
         list[Path] | None,
@@ -41,8 +40,7 @@ def compare(
         typer.Option(metavar="FILE", help="The trials of a search (JSON lines); may be given several times."),
     ] = None,
     plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Draw it too: a file that ends in .png, .svg or .pdf.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="Draw it too: a file that ends in .png, .svg or .pdf.")
     ] = None,
     force: options.Force = False,
     json: options.Json = False,

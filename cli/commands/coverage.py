@@ -25,8 +25,7 @@ EXAMPLES = options.examples(
 
 def coverage(
     types: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[TYPE]...", help="Model types, as in config.json; by default all.", show_default=False),
+        list[str] | None, typer.Argument(metavar="[TYPE]...", help="Model types, as in config.json; by default all.")
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Give up on a type after so long.")] = 180.0,
     record: Annotated[
@@ -35,12 +34,9 @@ def coverage(
             metavar="FILE",
             help="JSON Lines with a line per type, added to as each is done. Types that it holds for the same versions "
             "are not tried again.",
-            show_default=False,
         ),
     ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the tables as a page, too.", show_default=False)
-    ] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as a page, too.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the page if it exists.")] = False,
     json: options.Json = False,
 ) -> None:

@@ -30,8 +30,7 @@ def evaluate(
     model: options.Model,
     schedule: options.Schedules = None,
     task: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="A task of lm-eval by name; may be given several times.", show_default=False),
+        list[str] | None, typer.Option(metavar="NAME", help="A task of lm-eval by name; may be given several times.")
     ] = None,
     pairs: Annotated[
         list[Path] | None,
@@ -39,15 +38,10 @@ def evaluate(
             metavar="FILE",
             help="A task from a file: JSON lines with sentence_good and sentence_bad, as BLiMP's. Without --task and "
             "--pairs, the pairs that come with was-fx.",
-            show_default=False,
         ),
     ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A folder with more tasks (YAML).", show_default=False)
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="At most so many documents per task.", show_default=False)
-    ] = None,
+    include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder with more tasks (YAML).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="At most so many documents per task.")] = None,
     prefill: options.PrefillOption = options.Prefill.sparse,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Texts per forward pass.")] = 16,
     lowering: options.LoweringOption = None,
@@ -59,7 +53,6 @@ def evaluate(
         typer.Option(
             metavar="FILE",
             help="Keep each schedule's result as a line of JSON, and take from there what has been measured before.",
-            show_default=False,
         ),
     ] = None,
     json: options.Json = False,

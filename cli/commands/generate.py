@@ -21,7 +21,7 @@ EXAMPLES = options.examples(
 
 def generate(
     model: options.Model,
-    prompt: Annotated[str, typer.Option(help="The text to go on from.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     schedule: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A schedule; without one, the model is dense.")
     ] = None,

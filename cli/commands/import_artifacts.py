@@ -24,7 +24,6 @@ def import_artifacts(
         typer.Argument(
             metavar="FOLDER",
             help="A released folder: histograms/layer-*/{self_attn,mlp}/histograms.pt and lookup/layer-*/results.csv.",
-            show_default=False,
         ),
     ],
     model: Annotated[
@@ -34,21 +33,17 @@ def import_artifacts(
             help="The model that the folder was made for: a directory or Hub name. Only its configuration is read.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the schedule.", show_default=False)],
+    out: options.ScheduleOut,
     level: Annotated[
         float | None,
         typer.Option(
             parser=options.parse_share,
             metavar="SHARE",
             help="The same level for every block, such as 0.5 or 50%, as TEAL and WINA have it.",
-            show_default=False,
         ),
     ] = None,
     blocks: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="A JSON list of levels, one for each block, as WAS has it.", show_default=False
-        ),
+        Path | None, typer.Option(metavar="FILE", help="A JSON list of levels, one for each block, as WAS has it.")
     ] = None,
     force: options.Force = False,
     json: options.Json = False,

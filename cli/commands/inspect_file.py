@@ -18,10 +18,7 @@ EXAMPLES = options.examples(
 
 
 def inspect_file(
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="A schedule or a calibration (safetensors).", show_default=False),
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A schedule or a calibration (safetensors).")],
     thresholds: Annotated[
         bool, typer.Option("--thresholds", help="A schedule's thresholds τ, in score units, instead of sparsities.")
     ] = False,

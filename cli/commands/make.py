@@ -19,9 +19,7 @@ EXAMPLES = options.examples(
 
 
 def make(
-    calibration: Annotated[
-        Path, typer.Argument(metavar="CALIBRATION", help="A file that `was calibrate` wrote.", show_default=False)
-    ],
+    calibration: Annotated[Path, typer.Argument(metavar="CALIBRATION", help="A file that `was calibrate` wrote.")],
     target: Annotated[
         float,
         typer.Option(
@@ -30,9 +28,7 @@ def make(
             help="Share of the scheduled weights that a token shall not read, such as 0.5 or 50%.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the schedule.")] = Path(
-        "schedule.was.safetensors"
-    ),
+    out: options.ScheduleOut = options.SCHEDULE_OUT,
     include: options.Include = None,
     exclude: options.Exclude = None,
     force: options.Force = False,

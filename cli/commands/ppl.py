@@ -10,7 +10,7 @@ import was_fx
 from was_fx.cli.input import options
 from was_fx.cli.input.files import load_schedule
 from was_fx.cli.input.models import load_model
-from was_fx.cli.input.texts import read_text, text_name, windows
+from was_fx.cli.input.texts import read_text, windows
 from was_fx.cli.render.console import print_json, progress, say, stdout
 from was_fx.cli.render.tables import new_table, percent
 
@@ -30,9 +30,7 @@ def ppl(
     text: options.Text = None,
     prefill: options.PrefillOption = options.Prefill.sparse,
     length: options.Length = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Score at most so many windows.", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Score at most so many windows.")] = None,
     batch_size: options.BatchSize = 4,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
@@ -46,12 +44,11 @@ def ppl(
     """
 
     paths = schedule or []
-    name = text_name(text, model, "test")
-    content = read_text(name)
+    source = read_text(text, model, "test")
     schedules = [load_schedule(path) for path in paths]
 
     loaded = load_model(model, dtype, device)
-    ids = windows(loaded, content, name, length=length, limit=limit)
+    ids = windows(loaded, source, length=length, limit=limit)
     arguments: dict[str, Any] = {"prefill": prefill.value, "batch_size": batch_size}
     results: list[tuple[Path | None, Evaluation]] = []
     for path, each in zip([None, *paths], [None, *schedules], strict=True):
@@ -62,10 +59,12 @@ def ppl(
             results.append((path, was_fx.evaluate(loaded.model, ids, progress=advance, **arguments)))
     if json:
         rows = [{"schedule": str(path) if path else None, **_row(result)} for path, result in results]
-        print_json({"model": model, "text": name, "prefill": prefill.value, "length": ids.shape[1], "results": rows})
+        print_json(
+            {"model": model, "text": source.name, "prefill": prefill.value, "length": ids.shape[1], "results": rows}
+        )
         return
     scored = f"{results[0][1].tokens:,} tokens in windows of {ids.shape[1]}"
-    _show(results, f"{model} on {name}: {scored}, prefill {prefill.value}")
+    _show(results, f"{model} on {source.name}: {scored}, prefill {prefill.value}")
 
 
 def _row(result: "Evaluation") -> dict[str, Any]:

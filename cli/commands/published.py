@@ -29,7 +29,7 @@ EXPORT_EXAMPLES = options.examples(
     "was published export was-mistral-7b-75 --out mistral.was.safetensors",
     "was generate meta-llama/Llama-2-7b-hf --schedule was-llama-2-7b-60.safetensors  [dim]use it[/]",
 )
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `was published list`.", show_default=False)]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `was published list`.")]
 
 
 def list_published(json: options.Json = False) -> None:

@@ -10,7 +10,7 @@ import was_fx
 from was_fx.cli.input import options
 from was_fx.cli.input.files import check_output, load_schedule
 from was_fx.cli.input.models import load_model
-from was_fx.cli.input.texts import read_text, text_name, windows
+from was_fx.cli.input.texts import read_text, windows
 from was_fx.cli.render.console import print_json, progress, say
 
 EXAMPLES = options.examples(
@@ -21,10 +21,8 @@ EXAMPLES = options.examples(
 
 def recalibrate(
     model: options.Model,
-    schedule: Annotated[
-        Path, typer.Argument(metavar="SCHEDULE", help="The schedule whose sparsities are kept.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the new schedule.", show_default=False)],
+    schedule: Annotated[Path, typer.Argument(metavar="SCHEDULE", help="The schedule whose sparsities are kept.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the new schedule.")],
     text: options.Text = None,
     tokens: Annotated[
         int, typer.Option(min=2, metavar="N", help="Measure at most about so many tokens (whole windows) a round.")
@@ -43,13 +41,12 @@ def recalibrate(
     less than the schedule's sparsities. This measures them while it drops, and takes each threshold anew.
     """
 
-    name = text_name(text, model, "calibration")
     check_output(out, force)
-    content = read_text(name)
+    source = read_text(text, model, "calibration")
     before = load_schedule(schedule)
 
     loaded = load_model(model, dtype, device)
-    ids = windows(loaded, content, name, length=length, tokens=tokens)
+    ids = windows(loaded, source, length=length, tokens=tokens)
     with progress(f"Recalibrating on {ids.numel():,} tokens, {rounds} times") as advance:
         result = was_fx.recalibrate(loaded.model, before, ids, rounds=rounds, batch_size=batch_size, progress=advance)
     result.save(out)

@@ -11,7 +11,7 @@ import was_fx
 from was_fx.cli.input import options
 from was_fx.cli.input.files import check_output, load_schedule
 from was_fx.cli.input.models import Loaded, load_model
-from was_fx.cli.input.texts import read_text, text_name, windows
+from was_fx.cli.input.texts import read_text, windows
 from was_fx.cli.render.console import print_json, progress, say
 from was_fx.cli.render.search_progress import SearchDisplay
 
@@ -27,22 +27,9 @@ EXAMPLES = options.examples(
 )
 
 
-class RecipeName(StrEnum):
-    """What a schedule is searched by."""
-
-    exact = "exact"
-    was = "was"
-    teal = "teal"
-    wina = "wina"
-    wisparse = "wisparse"
-    uniform = "uniform"
-
-
-class Cost(StrEnum):
-    """What a schedule is to save."""
-
-    bytes = "bytes"
-    latency = "latency"
+# What a schedule is searched by, and what it is to save.
+RecipeName = StrEnum("RecipeName", ["exact", "was", "teal", "wina", "wisparse", "uniform"])
+Cost = StrEnum("Cost", ["bytes", "latency"])
 
 
 def search(
@@ -70,12 +57,9 @@ def search(
             metavar="FILE",
             help="Text for thresholds and for errors of blocks; by default as --text, for the embedded model its "
             "calibration text.",
-            show_default=False,
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the schedule.")] = Path(
-        "schedule.was.safetensors"
-    ),
+    out: options.ScheduleOut = options.SCHEDULE_OUT,
     trials: Annotated[
         int | None,
         typer.Option(
@@ -83,7 +67,6 @@ def search(
             metavar="N",
             help="How many trials over blocks; by default the recipe's. For exact: trials that refine its answer, by "
             "default none.",
-            show_default=False,
         ),
     ] = None,
     tokens: Annotated[
@@ -91,10 +74,7 @@ def search(
         typer.Option(min=2, metavar="N", help="Validation tokens of a trial (whole windows), at most about so many."),
     ] = 8192,
     seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same schedule.")] = 0,
-    log: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write each trial as a JSON line here.", show_default=False),
-    ] = None,
+    log: Annotated[Path | None, typer.Option(metavar="FILE", help="Write each trial as a JSON line here.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the search whose --log this is.")] = False,
     workers: Annotated[
         int, typer.Option(min=1, metavar="N", help="Run so many trials at once, each in a process of its own.")
@@ -102,9 +82,7 @@ def search(
     dask: Annotated[
         str | None,
         typer.Option(
-            metavar="ADDRESS",
-            help="Run trials on a Dask cluster, tcp://host:8786; --workers says how many at once.",
-            show_default=False,
+            metavar="ADDRESS", help="Run trials on a Dask cluster, tcp://host:8786; --workers says how many at once."
         ),
     ] = None,
     cost: Annotated[
@@ -120,15 +98,13 @@ def search(
             metavar="FILE",
             help="Measured curves: JSON lines with n, k, sparsity and us for each shape of the model, as "
             "benchmarks/gpu_kernels.py prints them.",
-            show_default=False,
         ),
     ] = None,
     head: Annotated[
         bool, typer.Option("--head", help="Schedule the output head too (exact and uniform only).")
     ] = False,
     start: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A schedule whose block levels are tried first.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="A schedule whose block levels are tried first.")
     ] = None,
     paper_exact: Annotated[
         bool,
@@ -156,18 +132,17 @@ def search(
         raise typer.BadParameter("--cost latency and --latency FILE go together", param_hint="'--cost'")
     if resume and log is None:
         raise typer.BadParameter("give the log to resume from with --log", param_hint="'--resume'")
-    name = text_name(text, model, "validation")
-    sample_name = calibration_text or (name if text else text_name(None, model, "calibration"))
     check_output(out, force)
     chosen = find_recipe(recipe.value, paper_exact=paper_exact)
-    contents = read_text(name), read_text(sample_name)
+    validation = read_text(text, model, "validation")
+    sample_text = read_text(calibration_text or text, model, "calibration")
     arguments: dict[str, Any] = {"start": load_schedule(start) if start else None, "latency": _latency(latency)}
     arguments["workers"] = _workers(workers, dask)
 
     loaded = load_model(model, dtype, device)
-    ids = windows(loaded, contents[0], name, length=length, tokens=tokens)
-    samples = windows(loaded, contents[1], sample_name, length=length, tokens=chosen.calibration_tokens)
-    calibration = _calibrate(loaded, chosen, samples, sample_name, batch_size)
+    ids = windows(loaded, validation, length=length, tokens=tokens)
+    samples = windows(loaded, sample_text, length=length, tokens=chosen.calibration_tokens)
+    calibration = _calibrate(loaded, chosen, samples, sample_text.name, batch_size)
     with SearchDisplay() as display:
         found = was_fx.search(
             loaded.model,
@@ -183,7 +158,7 @@ def search(
             resume=resume,
             batch=workers,
             batch_size=batch_size,
-            text=name,
+            text=validation.name,
             progress=display.update,
             **arguments,
         )

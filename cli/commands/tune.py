@@ -23,7 +23,6 @@ def tune(
             metavar="MODEL...",
             help="Directories or Hub names of causal LMs (only their configuration is read), or names of shapes such "
             "as llama-3-8b.",
-            show_default=False,
         ),
     ],
     dtype: options.DtypeOption = options.Dtype.auto,

@@ -57,12 +57,10 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="Directory or Hub name of a causal LM, or [bold]embedded[/] for the small model inside was-fx.",
-        show_default=False,
     ),
 ]
 Schedules = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="FILE", help="A schedule to measure; may be given several times.", show_default=False),
+    list[Path] | None, typer.Option(metavar="FILE", help="A schedule to measure; may be given several times.")
 ]
 Text = Annotated[
     str | None,
@@ -70,7 +68,6 @@ Text = Annotated[
         metavar="FILE",
         help="UTF-8 text file; or embedded:calibration, embedded:validation or embedded:test for a text inside "
         "was-fx. Only the embedded model has a default.",
-        show_default=False,
     ),
 ]
 Length = Annotated[
@@ -80,7 +77,6 @@ Length = Annotated[
         metavar="N",
         help="Tokens per window. The text is cut into windows that don't overlap; what fills no window is dropped. "
         "By default 512, or what the model can take if that is less.",
-        show_default=False,
     ),
 ]
 BatchSize = Annotated[
@@ -98,15 +94,13 @@ DtypeOption = Annotated[
     typer.Option(help="Dtype to load the model in. auto: as the checkpoint is stored (the embedded model: fp32)."),
 ]
 Device = Annotated[
-    str,
-    typer.Option(metavar="cpu|cuda|auto", help="Device to run on. auto: a CUDA device if there is one."),
+    str, typer.Option(metavar="cpu|cuda|auto", help="Device to run on. auto: a CUDA device if there is one.")
 ]
 LoweringOption = Annotated[
     Lowering | None,
     typer.Option(
         help="inductor: decode steps are compiled, which takes a while to start. eager: nothing is compiled. By "
-        "default inductor on a GPU, eager elsewhere.",
-        show_default=False,
+        "default inductor on a GPU, eager elsewhere."
     ),
 ]
 OtherModel = Annotated[
@@ -122,12 +116,12 @@ Include = Annotated[
         metavar="PATTERN",
         help="Only these Linears: a qualified name, a glob such as '*.mlp.*', or a regular expression after re:. May "
         "be given several times. By default all but the head.",
-        show_default=False,
     ),
 ]
 Exclude = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN", help="Leave these Linears dense; patterns as for --include.", show_default=False),
+    list[str] | None, typer.Option(metavar="PATTERN", help="Leave these Linears dense; patterns as for --include.")
 ]
+ScheduleOut = Annotated[Path, typer.Option(metavar="FILE", help="Where to write the schedule.")]
+SCHEDULE_OUT = Path("schedule.was.safetensors")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")]

@@ -1,5 +1,6 @@
 """Texts, and the windows of tokens that a model reads them in."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,55 +15,47 @@ if TYPE_CHECKING:
 _DEFAULT_LENGTH = 512
 
 
-def text_name(text: str | None, model: str, split: str) -> str:
-    """What `--text` stands for: itself, or for the embedded model its own text.
+@dataclass(frozen=True)
+class Text:
+    """A text, and what it is called."""
+
+    name: str
+    content: str
+
+
+def read_text(name: str | None, model: str, split: str) -> Text:
+    """What `--text` stands for: a file, `embedded:<split>`, or without it the embedded model's own text.
 
     Raises:
         typer.BadParameter: another model needs a text.
-    """
-    if text is not None:
-        return text
-    if model == EMBEDDED:
-        return f"{EMBEDDED}:{split}"
-    raise typer.BadParameter(
-        f"the model {model!r} needs a text: a UTF-8 file, or {EMBEDDED}:{split} for one inside was-fx",
-        param_hint="'--text'",
-    )
-
-
-def read_text(name: str) -> str:
-    """The text of a file or of an embedded split.
-
-    Raises:
         ValueError: an unknown split, or the file is not UTF-8.
         OSError: it can't be read.
     """
+    own = f"{EMBEDDED}:{split}"
+    if name is None and model != EMBEDDED:
+        raise typer.BadParameter(
+            f"the model {model!r} needs a text: a UTF-8 file, or {own} for one inside was-fx", param_hint="'--text'"
+        )
+    name = own if name is None else name
     if name.startswith(f"{EMBEDDED}:"):
         from was_fx import embedded
 
-        return embedded.text(name.removeprefix(f"{EMBEDDED}:"))  # type: ignore[arg-type]
+        return Text(name, embedded.text(name.removeprefix(f"{EMBEDDED}:")))  # type: ignore[arg-type]
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return Text(name, Path(name).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
 
 
 def windows(
-    loaded: Loaded,
-    text: str,
-    name: str,
-    *,
-    length: int | None = None,
-    limit: int | None = None,
-    tokens: int | None = None,
+    loaded: Loaded, text: Text, *, length: int | None, limit: int | None = None, tokens: int | None = None
 ) -> "Tensor":
     """The text as ids [n, length]: consecutive windows without overlap.
 
     Args:
         loaded: whose tokenizer is used, and whose positions bound the length.
         text: the text.
-        name: what to call it in an error.
-        length: tokens per window; by default 512, or the model's positions if they are fewer.
+        length: tokens per window; None takes 512, or the model's positions if they are fewer.
         limit: at most so many windows.
         tokens: at most so many tokens, in whole windows.
 
@@ -75,11 +68,11 @@ def windows(
     if length is not None and most is not None and length > most:
         raise ValueError(f"--length is {length}, but {loaded.name} takes at most {most} tokens")
     length = length or min(_DEFAULT_LENGTH, most or _DEFAULT_LENGTH)
-    ids = loaded.tokenizer(text)["input_ids"]
+    ids = loaded.tokenizer(text.content)["input_ids"]
     count = len(ids) // length
     if count < 1:
         raise ValueError(
-            f"{name} has {len(ids)} tokens, too few for one window of {length}; "
+            f"{text.name} has {len(ids)} tokens, too few for one window of {length}; "
             "give a longer text, or a smaller --length"
         )
     if tokens is not None:
