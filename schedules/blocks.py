@@ -37,15 +37,7 @@ def find_blocks(shapes: Mapping[str, tuple[int, int]]) -> list[Block]:
 
     Args:
         shapes: (N, K) by qualified name.
-
-    Returns:
-        At least one block; together they have all Linears.
-
-    Raises:
-        ValueError: without a Linear.
     """
-    if not shapes:
-        raise ValueError("no Linear was given, so there are no blocks")
     groups: dict[str, dict[str, tuple[int, int]]] = {}
     for name, shape in shapes.items():
         index, projection = split_name(name)

@@ -18,18 +18,16 @@ class ScoreHistogram:
     that come from bf16 activations alone are such values: a quantile then falls on the side of them that
     drops the share nearest to the one asked for.
 
-    NaN and infinite scores are counted apart; `quantiles` refuses them.
+    NaN and infinite scores are counted apart: quantiles are for a histogram without them.
+
+    Attributes:
+        total: number of scores added, the non-finite ones included.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         with torch.inference_mode(False):  # counts from inference mode could not be added to outside it
             self._counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
-        self._total = 0
-
-    @property
-    def total(self) -> int:
-        """Number of scores added, the non-finite ones included."""
-        return self._total
+        self.total = 0
 
     @property
     def nonfinite(self) -> int:
@@ -40,7 +38,7 @@ class ScoreHistogram:
         """Count scores: any shape and floating dtype, on the histogram's device. The sign is ignored."""
         bins = scores.detach().to(torch.bfloat16).abs().view(torch.int16).flatten()
         self._counts += torch.bincount(bins, minlength=_BINS)
-        self._total += bins.numel()
+        self.total += bins.numel()
 
     def quantiles(self, levels: Tensor | Sequence[float]) -> Tensor:
         """Smallest τ with a share of scores ≤ τ of at least each level, linear inside a bin.
@@ -50,20 +48,11 @@ class ScoreHistogram:
 
         Returns:
             [L] fp32 on the CPU, nondecreasing in the level; 0 for every level up to the share of zeros.
-
-        Raises:
-            ValueError: for levels out of range, without scores, or with NaN or infinite scores.
         """
         levels = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
-        if not bool(((levels >= 0) & (levels <= 1)).all()):
-            raise ValueError(f"quantile levels must be from 0 to 1, found {levels.tolist()}")
-        if self._total == 0:
-            raise ValueError("no scores were added, so there are no quantiles: add scores first")
-        if self.nonfinite:
-            raise ValueError(f"{self.nonfinite} of {self._total} scores are NaN or infinite")
         counts = self._counts.cpu().double()
         cumulative = counts.cumsum(0)
-        rank = levels * self._total
+        rank = levels * self.total
         bins = torch.searchsorted(cumulative, rank)
         below = cumulative[bins] - counts[bins]
         inside = ((rank - below) / counts[bins].clamp(min=1)).clamp(0, 1)

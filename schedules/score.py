@@ -67,12 +67,9 @@ def channel_norms(weight: Tensor, norm: int) -> Tensor:
         [K] fp32 on the weight's device. Sums are taken in fp32, over 32 MiB of the weight at a time.
 
     Raises:
-        ValueError: for a weight that is not a floating-point matrix, or another norm.
+        ValueError: for another norm.
     """
     _check_norm(norm)
-    if weight.ndim != 2 or not weight.is_floating_point():
-        found = f"{list(weight.shape)} {weight.dtype}"
-        raise ValueError(f"channel norms need a floating-point weight [N, K], found {found}")
     outputs, inputs = weight.shape
     weight = weight.detach()
     norms = torch.empty(inputs, dtype=torch.float32, device=weight.device)
@@ -81,8 +78,7 @@ def channel_norms(weight: Tensor, norm: int) -> Tensor:
     width = max(32, _BLOCK_ELEMENTS // max(outputs, 1))
     for start in range(0, inputs, width):
         block = weight[:, start : start + width].float()
-        column_norms = block.abs().sum(dim=0) if norm == 1 else block.square().sum(dim=0).sqrt()
-        norms[start : start + width] = column_norms
+        norms[start : start + width] = block.abs().sum(dim=0) if norm == 1 else block.square().sum(dim=0).sqrt()
     return norms
 
 

@@ -15,11 +15,10 @@ from was_fx.schedules.files import storage
 from was_fx.schedules.files.calibration_file import (
     calibration_problems,
     pack,
-    pack_settings,
     unpack,
     unpack_settings,
 )
-from was_fx.schedules.files.metadata import MetadataReader, plain
+from was_fx.schedules.files.metadata import MetadataReader, plain, to_json
 from was_fx.schedules.histogram import ScoreHistogram
 from was_fx.schedules.names import suggestion
 from was_fx.schedules.score import Score, channel_scale
@@ -86,7 +85,9 @@ class Calibration:
         last = float(self.levels[-1])
         if not 0 <= sparsity <= last:
             raise ValueError(f"{name}: sparsity must be from 0 to {last:.6g}, found {sparsity!r}")
-        return float(np.interp(sparsity, self.levels.numpy(), self._of(name)))
+        if name not in self.thresholds:
+            raise ValueError(f"{name} was not calibrated{suggestion(name, self.thresholds)}")
+        return float(np.interp(sparsity, self.levels.numpy(), self.thresholds[name].numpy()))
 
     def save(self, path: str | Path) -> None:
         """Write the calibration as a safetensors file, atomically. Equal ones give the same bytes.
@@ -94,8 +95,10 @@ class Calibration:
         Raises:
             OSError: if it cannot be written; an older file at `path` is then untouched.
         """
-        settings = pack_settings(self.score, self.shapes, self.tokens, self.text, self.fingerprint, self.excluded)
-        storage.write(path, storage.CALIBRATION, pack(self.levels, self.thresholds), settings)
+        values = {name: getattr(self, name) for name in ("tokens", "fingerprint", "excluded")}
+        strings = {key: to_json(value, key) for key, value in (values | vars(self.score)).items()}
+        strings |= {"shapes": to_json(self.shapes, "shapes", sort_keys=False), "text": self.text}
+        storage.write(path, storage.CALIBRATION, pack(self.levels, self.thresholds), strings)
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
@@ -115,11 +118,6 @@ class Calibration:
             raise ScheduleError(f"{path} is not a valid calibration", problems, "Calibrate again.")
         return cls(score, levels, thresholds, shapes, tokens, text, fingerprint, excluded)
 
-    def _of(self, name: str) -> np.ndarray:
-        if name not in self.thresholds:
-            raise ValueError(f"{name} was not calibrated{suggestion(name, self.thresholds)}")
-        return self.thresholds[name].numpy()
-
 
 class CalibrationBuilder:
     """Collects the scores of each Linear's input, in 256 KiB per Linear on the device of its input.
@@ -128,15 +126,9 @@ class CalibrationBuilder:
         score: the score to measure.
         shapes: (N, K) of each Linear, by qualified name.
         norms: its channel norms g for `score.norm`, [K], by the same names.
-
-    Raises:
-        ValueError: if the norms do not fit the shapes.
     """
 
     def __init__(self, score: Score, shapes: Mapping[str, tuple[int, int]], norms: Mapping[str, Tensor]) -> None:
-        unfit = [name for name in shapes if name not in norms or norms[name].shape != shapes[name][1:]]
-        if unfit:
-            raise ValueError(f"expected channel norms [K] for each Linear, wrong or missing: {', '.join(unfit)}")
         self._score = score
         self._shapes = dict(shapes)
         self._scales = {name: channel_scale(norms[name].detach(), score.exponent) for name in shapes}
@@ -144,16 +136,8 @@ class CalibrationBuilder:
 
     @torch.no_grad()
     def add(self, name: str, x: Tensor) -> None:
-        """Count the scores of one input of Linear `name`: x [..., K], any floating dtype.
-
-        Raises:
-            ValueError: for an unknown Linear or another number of channels.
-        """
-        if name not in self._shapes:
-            raise ValueError(f"{name} is not calibrated here{suggestion(name, self._shapes)}")
+        """Count the scores of one input of Linear `name`: x [..., K], any floating dtype."""
         channels = self._shapes[name][1]
-        if x.shape[-1] != channels:
-            raise ValueError(f"{name}: expected an input [..., {channels}], found {list(x.shape)}")
         if name not in self._histograms:
             self._histograms[name] = ScoreHistogram(x.device)
             self._scales[name] = self._scales[name].to(x.device)
@@ -161,15 +145,12 @@ class CalibrationBuilder:
             scores = block if self._score.exponent == 0 else block.float() * self._scales[name]
             self._histograms[name].add(scores)
 
-    def build(
-        self, text: str, fingerprint: Mapping[str, Any], *, tokens: int | None = None, excluded: Collection[str] = ()
-    ) -> Calibration:
-        """The calibration of what was added.
+    def build(self, text: str, fingerprint: Mapping[str, Any], excluded: Collection[str] = ()) -> Calibration:
+        """The calibration of what was added; its tokens are the largest number that one Linear has seen.
 
         Args:
             text: description of the calibration text.
             fingerprint: the model's.
-            tokens: number of tokens in the text; without it, the largest number that one Linear has seen.
             excluded: qualified names of the Linears that were left out on purpose.
 
         Raises:
@@ -189,13 +170,12 @@ class CalibrationBuilder:
             raise ScheduleError("the calibration is not usable", problems, remedy)
         levels = torch.arange(_LEVELS, dtype=torch.float64) / _LEVELS
         thresholds = {name: self._histograms[name].quantiles(levels) for name in self._shapes}
-        seen = max((self._total(name) // shape[1] for name, shape in self._shapes.items()), default=0)
         return Calibration(
             score=self._score,
             levels=levels.float(),
             thresholds=thresholds,
             shapes=self._shapes,
-            tokens=seen if tokens is None else tokens,
+            tokens=max(self._total(name) // channels for name, (_, channels) in self._shapes.items()),
             text=text,
             fingerprint=fingerprint,
             excluded=tuple(excluded),

@@ -1,12 +1,12 @@
 """A calibration's numbers as the tensors and strings of a file, and back; what can be wrong with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from was_fx.schedules.files.metadata import MetadataReader, Shapes, is_matrix_shape, to_json
+from was_fx.schedules.files.metadata import MetadataReader, Shapes, is_matrix_shape
 from was_fx.schedules.score import Score
 
 _LEVELS = "levels"
@@ -16,26 +16,6 @@ _SUFFIX = ".thresholds"
 def pack(levels: Tensor, thresholds: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`levels` fp32 [L], and `<qualified name>.thresholds` fp32 [L] of each Linear."""
     return {_LEVELS: levels, **{name + _SUFFIX: values for name, values in thresholds.items()}}
-
-
-def pack_settings(
-    score: Score,
-    shapes: Mapping[str, tuple[int, int]],
-    tokens: int,
-    text: str,
-    fingerprint: Mapping[str, Any],
-    excluded: Sequence[str],
-) -> dict[str, str]:
-    """The metadata. The order of the shapes is the order of the Linears."""
-    return {
-        "exponent": to_json(score.exponent, "exponent"),
-        "norm": to_json(score.norm, "norm"),
-        "shapes": to_json(shapes, "shapes", sort_keys=False),
-        "tokens": to_json(tokens, "tokens"),
-        "text": text,
-        "fingerprint": to_json(fingerprint, "fingerprint"),
-        "excluded": to_json(list(excluded), "excluded"),
-    }
 
 
 def unpack(tensors: Mapping[str, Tensor], order: Mapping[str, object]) -> tuple[Tensor, dict[str, Tensor], list[str]]:
@@ -51,7 +31,7 @@ def unpack(tensors: Mapping[str, Tensor], order: Mapping[str, object]) -> tuple[
 
 
 def unpack_settings(reader: MetadataReader) -> tuple[Score, Shapes, int, str, dict[str, Any], tuple[str, ...]]:
-    """The inverse of `pack_settings`; what is wrong is noted in the reader."""
+    """Score, shapes, tokens, text, fingerprint and excluded Linears; what is wrong is noted in the reader."""
     try:
         score = Score(reader.value("exponent", (int, float), 1.0), reader.value("norm", int, 1))
     except ValueError as error:

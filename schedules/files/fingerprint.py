@@ -20,20 +20,11 @@ def fingerprint(architecture: str, weights: Mapping[str, Tensor]) -> dict[str, s
 
     Args:
         architecture: the model's class name.
-        weights: [N, K] by qualified name, any floating dtype and strides; the order does not matter.
+        weights: [N, K] by qualified name, with values, any floating dtype and strides; the order does not matter.
 
     Returns:
         `architecture`, and the SHA-256 digests `shapes` and `weights` in hexadecimal. JSON can hold it.
-
-    Raises:
-        ValueError: without weights, or for a weight that is no matrix or has no values (meta device).
     """
-    if not weights:
-        raise ValueError("a fingerprint needs at least one weight, found none")
-    for name, weight in weights.items():
-        if weight.ndim != 2 or weight.numel() == 0 or weight.is_meta:
-            found = f"{list(weight.shape)} on {weight.device}"
-            raise ValueError(f"a fingerprint needs weights [N, K] with values; {name} is {found}: load it first")
     content = hashlib.sha256()
     for sample in _samples([weights[name].detach() for name in sorted(weights)]):
         content.update(sample)

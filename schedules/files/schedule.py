@@ -11,8 +11,8 @@ from was_fx.schedules.errors import ScheduleError
 from was_fx.schedules.files import storage
 from was_fx.schedules.files.fingerprint import differences
 from was_fx.schedules.files.linear_schedule import LinearSchedule, schedule_problems
-from was_fx.schedules.files.metadata import MetadataReader
-from was_fx.schedules.files.schedule_file import pack_linears, pack_settings, unpack_linears, unpack_settings
+from was_fx.schedules.files.metadata import MetadataReader, to_json
+from was_fx.schedules.files.schedule_file import pack_linears, unpack_linears
 from was_fx.schedules.files.schedule_metadata import ScheduleMetadata
 from was_fx.schedules.names import suggestion, unknown_problems
 from was_fx.schedules.score import Score
@@ -110,8 +110,11 @@ class Schedule:
         Raises:
             OSError: if it cannot be written; an older file at `path` is then untouched.
         """
-        settings = pack_settings(self.shapes, self.norm, self.sparsity)
-        strings = {**self.metadata.to_strings(), **settings}
+        strings = self.metadata.to_strings() | {
+            "shapes": to_json(self.shapes, "shapes", sort_keys=False),
+            "norm": to_json(self.norm, "norm"),
+            "nominal_sparsity": to_json(self.sparsity, "nominal_sparsity"),
+        }
         storage.write(path, storage.SCHEDULE, pack_linears(self.linears), strings)
 
     @classmethod
@@ -124,7 +127,8 @@ class Schedule:
         """
         tensors, strings = storage.read(path, storage.SCHEDULE)
         reader = MetadataReader(strings)
-        shapes, norm, nominal = unpack_settings(reader)
+        shapes, norm = reader.shapes("shapes"), reader.value("norm", int, 1)
+        nominal = float(reader.value("nominal_sparsity", (int, float), 0.0))
         metadata = ScheduleMetadata.read(reader)
         reader.finish()
         linears, problems = unpack_linears(tensors, shapes)

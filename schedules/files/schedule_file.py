@@ -1,4 +1,4 @@
-"""A schedule's numbers as the tensors and strings of a file, and back."""
+"""A schedule's numbers as the tensors of a file, and back."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from was_fx.schedules.files.linear_schedule import LinearSchedule
-from was_fx.schedules.files.metadata import MetadataReader, Shapes, to_json
 
 _SCALARS = ("sparsity", "threshold", "exponent")
 _CHANNELS = "channel_threshold"
@@ -21,21 +20,6 @@ def pack_linears(linears: Mapping[str, LinearSchedule]) -> dict[str, Tensor]:
         if linear.channel_threshold is not None:
             tensors[f"{name}.{_CHANNELS}"] = linear.channel_threshold
     return tensors
-
-
-def pack_settings(shapes: Mapping[str, tuple[int, int]], norm: int, sparsity: float) -> dict[str, str]:
-    """The metadata that is not provenance. The order of the shapes is the order of the Linears."""
-    return {
-        "shapes": to_json(shapes, "shapes", sort_keys=False),
-        "norm": to_json(norm, "norm"),
-        "nominal_sparsity": to_json(sparsity, "nominal_sparsity"),
-    }
-
-
-def unpack_settings(reader: MetadataReader) -> tuple[Shapes, int, float]:
-    """The inverse of `pack_settings`: shapes, norm and nominal sparsity."""
-    nominal = float(reader.value("nominal_sparsity", (int, float), 0.0))
-    return reader.shapes("shapes"), reader.value("norm", int, 1), nominal
 
 
 def unpack_linears(

@@ -15,34 +15,27 @@ class LevelTable:
 
     Attributes:
         names: qualified names of the Linears, P of them.
-        weights: N·K of each, [P].
         levels: levels of the rows, [R], increasing from 0.
         rows: sparsities, [R, P]; their mean by `weights` is the row's level.
     """
 
     names: tuple[str, ...]
-    weights: Vector
     levels: Vector
     rows: Vector
-
-    @property
-    def limit(self) -> float:
-        """The highest level of the table."""
-        return float(self.levels[-1])
 
     def at(self, level: float, *, nearest: bool = False) -> dict[str, float]:
         """Sparsities at a level, linear between rows, so that their weighted mean is the level.
 
         Args:
-            level: from 0 to `limit`.
+            level: from 0 to that of the last row.
             nearest: give the row nearest to the level instead, as TEAL and WAS do; its level is another one.
 
         Raises:
             ValueError: for a level that the table does not reach.
         """
-        if not 0 <= level <= self.limit + 1e-9:
+        if not 0 <= level <= self.levels[-1] + 1e-9:
             raise ValueError(
-                f"the level table of {self.names[0]} … reaches {self.limit:.4g}, found a level of {level:.6g}; "
+                f"the level table of {self.names[0]} … reaches {self.levels[-1]:.4g}, found a level of {level:.6g}; "
                 "lower the bounds or make the table with a higher limit"
             )
         if nearest:
@@ -55,8 +48,7 @@ class LevelTable:
 def uniform_table(block: Block, limit: float) -> LevelTable:
     """Every Linear of the block gets the block's level, up to `limit`, above 0 and below 1: a table of two rows."""
     names = tuple(block.shapes)
-    weights = np.array(list(block.weights.values()), dtype=np.float64)
-    return LevelTable(names, weights, np.array([0.0, limit]), np.array([[0.0] * len(names), [limit] * len(names)]))
+    return from_rows(names, block.weights, [[0.0] * len(names), [limit] * len(names)])
 
 
 def from_rows(names: tuple[str, ...], weights: Mapping[str, float], rows: list[list[float]]) -> LevelTable:
@@ -69,4 +61,4 @@ def from_rows(names: tuple[str, ...], weights: Mapping[str, float], rows: list[l
     """
     weight = np.array([weights[name] for name in names], dtype=np.float64)
     sparsities = np.array(rows, dtype=np.float64)
-    return LevelTable(names, weight, sparsities @ (weight / weight.sum()), sparsities)
+    return LevelTable(names, sparsities @ (weight / weight.sum()), sparsities)

@@ -92,18 +92,3 @@ def test_scores_from_inside_and_outside_inference_mode_add_up():
     histogram.add(torch.ones(2))
     assert histogram.total == 5
     assert histogram.quantiles([1.0]).item() == pytest.approx(1.0, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("scores", "levels", "message"),
-    [
-        ([1.0, math.nan, 2.0], [0.5], "1 of 3 scores are NaN or infinite"),
-        ([1.0, math.inf, math.nan], [0.5], "2 of 3 scores are NaN or infinite"),
-        ([], [0.5], "no scores were added"),
-        ([1.0], [1.5], "levels must be from 0 to 1"),
-        ([1.0], [math.nan], "levels must be from 0 to 1"),
-    ],
-)
-def test_refusals(scores, levels, message):
-    with pytest.raises(ValueError, match=message):
-        histogram_of(torch.tensor(scores)).quantiles(levels)

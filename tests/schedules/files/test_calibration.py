@@ -60,13 +60,6 @@ def test_calibration_describes_itself():
     assert calibration.score == Score()
 
 
-def test_the_number_of_tokens_can_be_given():
-    builder = builder_for(Score())
-    for name in SHAPES:
-        builder.add(name, inputs(name))
-    assert builder.build("text", {}, tokens=123).tokens == 123
-
-
 def test_batches_and_blocks_equal_one_pass(monkeypatch):
     whole = calibrated()
     monkeypatch.setattr(calibration_module, "_BLOCK_ELEMENTS", 1000)
@@ -102,10 +95,6 @@ def test_unusable_inputs_are_refused_with_the_names_of_their_linears():
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        (lambda: builder_for(Score()).add("upp", torch.ones(1, 16)), r"upp is not calibrated here \(did you"),
-        (lambda: builder_for(Score()).add("up", torch.ones(2, 24)), r"expected an input \[..., 16\]"),
-        (lambda: CalibrationBuilder(Score(), SHAPES, {"up": torch.ones(16)}), "wrong or missing: down"),
-        (lambda: CalibrationBuilder(Score(), {"up": (24, 16)}, {"up": torch.ones(24)}), "missing: up"),
         (lambda: by_hand().threshold("up", 0.76), "sparsity must be from 0 to 0.75, found 0.76"),
         (lambda: by_hand().threshold("up", -0.1), "found -0.1"),
         (lambda: by_hand().threshold("up", math.nan), "found nan"),

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -6,7 +7,6 @@ import torch
 from was_fx.schedules.files.calibration_file import (
     calibration_problems,
     pack,
-    pack_settings,
     unpack,
     unpack_settings,
 )
@@ -32,17 +32,19 @@ def test_unknown_tensors_are_named():
     assert problems == ["unknown tensor a.threshold: expected levels or <Linear>.thresholds"]
 
 
-def test_settings_there_and_back():
+def test_settings_of_a_file():
     settings = (Score(0.3, 2), SHAPES, 100, "text", {"architecture": "Llama"}, ("lm_head",))
-    reader = MetadataReader(pack_settings(*settings))
+    values = {"exponent": Score(0.3).exponent, "norm": 2, "shapes": SHAPES, "tokens": 100, "excluded": ["lm_head"]}
+    strings = {name: json.dumps(value) for name, value in values.items()}
+    reader = MetadataReader({**strings, "text": "text", "fingerprint": '{"architecture": "Llama"}'})
     assert unpack_settings(reader) == settings
     assert reader.problems == []
 
 
 def test_an_impossible_score_is_noted():
-    reader = MetadataReader({**pack_settings(Score(), SHAPES, 1, "text", {}, ()), "exponent": "-1", "norm": "2"})
+    reader = MetadataReader({"exponent": "-1", "norm": "2"})
     unpack_settings(reader)
-    assert reader.problems == ["a score's exponent must be finite and at least 0, found -1"]
+    assert reader.problems[:1] == ["a score's exponent must be finite and at least 0, found -1"]
 
 
 def test_good_numbers_have_no_problems():

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from was_fx.schedules.files.linear_schedule import LinearSchedule
-from was_fx.schedules.files.metadata import MetadataReader
-from was_fx.schedules.files.schedule_file import pack_linears, pack_settings, unpack_linears, unpack_settings
+from was_fx.schedules.files.schedule_file import pack_linears, unpack_linears
 
 LINEARS = {
     "z.up": LinearSchedule(0.6, 0.25, 0.3),
@@ -25,13 +24,6 @@ def test_linears_there_and_back_keep_their_order():
     assert problems == []
     assert linears == LINEARS
     assert list(linears) == list(LINEARS)
-
-
-def test_settings_there_and_back_keep_their_order():
-    reader = MetadataReader(pack_settings(SHAPES, 2, 0.5))
-    shapes, norm, sparsity = unpack_settings(reader)
-    assert (list(shapes.items()), norm, sparsity) == (list(SHAPES.items()), 2, 0.5)
-    assert reader.problems == []
 
 
 @pytest.mark.parametrize(
