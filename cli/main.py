@@ -27,6 +27,7 @@ from was_fx.cli.commands import (
 )
 from was_fx.cli.errors import INTERRUPTED, Commands, report_interrupt
 from was_fx.cli.input.options import examples
+from was_fx.version import __version__
 
 HELP = """Decode faster by not reading the weight columns whose input is negligible.
 
@@ -50,8 +51,6 @@ def _joined(text: str) -> str:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from was_fx import __version__
-
         typer.echo(f"was-fx {__version__}")
         raise typer.Exit
 

@@ -48,8 +48,8 @@ BELOW = {
 }
 # A folder that those of another top folder may import all the same: private names of torch and transformers.
 ALLOWED = {("passes", "was_fx/compat")}
-# Names that are there before anything else of the package is imported, so every floor may take them.
-EVERYWHERE = {"was_fx.__version__"}
+# Names of modules that import nothing, so every floor may take them.
+EVERYWHERE = {"was_fx.version.__version__"}
 
 
 def folder_of(module: str) -> str:

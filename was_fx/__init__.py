@@ -9,12 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from was_fx.version import __version__
+
 # In a checkout passes/, kernels/, schedules/ and cli/ lie beside this folder; installed, inside it.
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
     __path__.append(str(_root))
-
-__version__ = "0.1.0"
 
 # Imported when first used: `import was_fx` stays light.
 _HOMES = {

@@ -6,13 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from was_fx.schedules.files.metadata import MetadataReader, plain, to_json
-
-
-def tool_version() -> str:
-    """The version of was-fx that runs."""
-    from was_fx import __version__
-
-    return __version__
+from was_fx.version import __version__
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class ScheduleMetadata:
     calibration_text: str = ""
     calibration_tokens: int = 0
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
-    tool_version: str = field(default_factory=tool_version)
+    tool_version: str = __version__
 
     def __post_init__(self) -> None:
         for name in ("search", "history", "source", "fingerprint"):

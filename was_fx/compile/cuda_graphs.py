@@ -129,7 +129,9 @@ class CudaGraphs:
             self._others = tuple(sorted(set(range(len(inputs))) - set(self._in_place)))
         others = [inputs[position] for position in self._others]
         moving = [each for each in others if isinstance(each, Tensor) and not _is_number(each)]
-        plain = [each if not isinstance(each, Tensor) else each.item() if _is_number(each) else each.shape for each in others]
+        plain = [
+            (each.item() if _is_number(each) else each.shape) if isinstance(each, Tensor) else each for each in others
+        ]
         versions = map(version, map(inputs.__getitem__, self._versioned))
         # Hundreds of weights at every token: map, which loops in C.
         return (*map(Tensor.data_ptr, map(inputs.__getitem__, self._in_place)), *plain, *versions), moving

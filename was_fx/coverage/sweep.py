@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from was_fx.coverage.cover import Coverage, cover
 from was_fx.schedules.progress import Progress
+from was_fx.version import __version__
 
 METHOD = "forkserver" if sys.platform != "win32" else "spawn"
 # What every type needs; a new process that imports them itself takes a third longer.
@@ -59,8 +60,6 @@ def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     import torch
     import transformers
-
-    from was_fx import __version__
 
     return {"was-fx": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 

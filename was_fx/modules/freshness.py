@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.compat.tensors import version
-from was_fx.kernels.linear.layout import to_input_major, wants_input_major
 from was_fx.modules.linears import LinearModule, is_conv1d
-from was_fx.modules.placement import rearrange
+from was_fx.modules.placement import make_input_major
 from was_fx.modules.sparse_linear import sparse_linears, take_norms
 from was_fx.modules.token_rule import body_of, prompt_begins
 from was_fx.modules.weights import is_offloaded, local
@@ -41,7 +40,7 @@ class Freshness:
             model.register_forward_pre_hook(self.before_model),
             model.register_load_state_dict_post_hook(self.after_loading),
         ]
-        if body is not None and body is not model:
+        if body is not None:
             handles.append(body.register_forward_pre_hook(self.before_body))
         return handles
 
@@ -75,8 +74,7 @@ class Freshness:
                 continue
             linear = LinearModule(name, module, is_conv1d(module), module.was_is_head)
             take_norms(linear)
-            if not linear.input_major and wants_input_major(module.weight):
-                rearrange(module.weight, to_input_major)
+            make_input_major(linear)
             self._stamps[module] = _stamp(module, stamp[-1])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Freshness":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.compat.tensors import take_strides
+from was_fx.kernels.linear.layout import to_input_major, wants_input_major
 from was_fx.modules.linears import LinearModule
 from was_fx.modules.weights import is_offloaded, is_sharded, local
 from was_fx.schedules.score import channel_norms
@@ -85,6 +86,13 @@ def own_channels(values: Tensor, linear: LinearModule) -> Tensor:
 
     placements = [Shard(0) if _dim(each, weight) == 1 else Replicate() for each in weight.placements]  # type: ignore[attr-defined]
     return distribute_tensor(values, weight.device_mesh, placements, src_data_rank=None).to_local()  # type: ignore[attr-defined]
+
+
+def make_input_major(linear: LinearModule) -> None:
+    """Move a weight that is here into the storage of a sparse product, where that is another than it has."""
+    weight = linear.parameter
+    if not linear.input_major and not is_offloaded(weight) and wants_input_major(weight):
+        rearrange(weight, to_input_major)
 
 
 @torch.no_grad()

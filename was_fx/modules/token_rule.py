@@ -20,10 +20,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from was_fx.compat.generation import CACHE_NAMES
+
 Prefill = Literal["dense", "sparse", "half", "all"]
 
 # Names that transformers has for the cache of a model's forward.
-_CACHES = ("past_key_values", "cache", "cache_params", "past_key_value", "state")
+_CACHES = (*CACHE_NAMES, "past_key_value", "state")
 
 
 class _Call(threading.local):
@@ -88,23 +90,22 @@ class TokenRule:
         Returns:
             Handles of the hooks, in the order to remove them.
         """
-        body = body_of(model)
-        handles = []
-        for role, module in (("model", model), ("body", body)):
-            if module is None or (role == "body" and module is model):
+        handles: list[Any] = []
+        for role, module, before, after in (
+            ("model", model, self.before_model, self.after_model),
+            ("body", body_of(model), self.before_body, self.after_body),
+        ):
+            if module is None:
                 continue
             # The class's forward, for an instance's own may be a wrapper that takes anything.
             self._names[role] = tuple(inspect.signature(type(module).forward).parameters)[1:]
-            before, after = (
-                (self.before_model, self.after_model) if role == "model" else (self.before_body, self.after_body)
-            )
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(after, always_call=True))
         return handles
 
     def before_model(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Hook: decide."""
-        self._decide(module, {**dict(zip(self._names["model"], arguments, strict=False)), **keywords})
+        self._decide({**dict(zip(self._names["model"], arguments, strict=False)), **keywords})
         _call.within = "model"
 
     def after_model(self, *_: Any) -> None:
@@ -115,7 +116,7 @@ class TokenRule:
     def before_body(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Hook: decide, unless the model's call has."""
         if _call.within != "model":
-            self._decide(module, {**dict(zip(self._names["body"], arguments, strict=False)), **keywords})
+            self._decide({**dict(zip(self._names["body"], arguments, strict=False)), **keywords})
             _call.within = "body"
 
     def after_body(self, *_: Any) -> None:
@@ -123,7 +124,7 @@ class TokenRule:
         if _call.within == "body":
             _call.within = "head"
 
-    def _decide(self, module: nn.Module, given: Mapping[str, Any]) -> None:
+    def _decide(self, given: Mapping[str, Any]) -> None:
         inputs = given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
         _call.prompt, _call.dense, _call.tokens = True, False, None
@@ -200,7 +201,7 @@ def prompt_begins(role: Literal["model", "body"]) -> bool:
 def body_of(model: nn.Module) -> nn.Module | None:
     """The decoder of a causal LM, whose output the head reads; None for any other module."""
     body = getattr(model, "base_model", None)
-    return body if isinstance(body, nn.Module) else None
+    return body if isinstance(body, nn.Module) and body is not model else None
 
 
 def _has_past(cache: Any) -> bool:

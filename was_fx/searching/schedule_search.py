@@ -17,7 +17,6 @@ from was_fx.schedules.errors import ScheduleError
 from was_fx.schedules.files.calibration import Calibration
 from was_fx.schedules.files.fingerprint import differences
 from was_fx.schedules.files.schedule import Schedule, ScheduleMetadata
-from was_fx.schedules.files.schedule_metadata import tool_version
 from was_fx.schedules.projection import check_budget
 from was_fx.schedules.search.block_search import SearchProgress, ramps
 from was_fx.schedules.search.latency import LatencyTable
@@ -30,6 +29,7 @@ from was_fx.searching.block_level_search import history, search_blocks
 from was_fx.searching.search_context import SearchContext
 from was_fx.searching.search_trials import running
 from was_fx.sparse.state import model_fingerprint, sparse_state
+from was_fx.version import __version__
 
 
 def search(
@@ -113,7 +113,7 @@ def search(
         "calibration_tokens": [*samples.shape, _digest(samples)],
         "start": None if start is None else {name: entry.sparsity for name, entry in start.linears.items()},
         "model": calibration.fingerprint,
-        "was_fx": tool_version(),
+        "was_fx": __version__,
     }
     record = TrialLog(log, settings, resume=resume)
     context = SearchContext(

@@ -20,6 +20,7 @@ from was_fx.schedules.files.fingerprint import differences
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.sparse.model_card import update_card
 from was_fx.sparse.state import model_fingerprint, sparse_state
+from was_fx.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,5 @@ def _config_names_schedule(model: Any, schedule: Schedule | None) -> Iterator[No
 
 def config_entry(prefill: str, *, schedule: str = SCHEDULE_FILE, allow_other_model: bool = False) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint's config.json."""
-    from was_fx import __version__
-
     entry = {"quant_method": METHOD, "schedule": schedule, "prefill": prefill, "was_fx_version": __version__}
     return {**entry, "allow_other_model": True} if allow_other_model else entry

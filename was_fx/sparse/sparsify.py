@@ -10,10 +10,10 @@ from torch import nn
 from was_fx.compile.backend import register
 from was_fx.compile.options import BackendOptions, Lowering, mode_options
 from was_fx.generate.generation import use_own_generate, use_plain_generate
-from was_fx.kernels.linear.layout import restore, to_input_major, wants_input_major
+from was_fx.kernels.linear.layout import restore
 from was_fx.modules.freshness import Freshness
 from was_fx.modules.linears import LinearModule, body_linears, find_linears
-from was_fx.modules.placement import rearrange
+from was_fx.modules.placement import make_input_major, rearrange
 from was_fx.modules.sparse_linear import make_dense, make_sparse, set_numbers, sparse_linears
 from was_fx.modules.token_rule import Prefill, TokenRule
 from was_fx.modules.weights import is_offloaded, local
@@ -76,14 +76,14 @@ def sparsify(
         known = None
     scheduled = {name: linears[name] for name in schedule.linears}
     if known is None:
-        state = SparseState(schedule, rule, Freshness(), lowering)
+        state = SparseState(schedule, rule, Freshness())
         _replace(scheduled, state)
         state.handles = [*rule.watch(model), *state.freshness.watch(model)]
         model._was_state = state  # type: ignore[assignment]
         state.freshness.remember(model)
         saving.attach(model)
     else:
-        known.schedule, known.rule.prefill, known.lowering = schedule, prefill, lowering
+        known.schedule, known.rule.prefill = schedule, prefill
         for name, linear in scheduled.items():
             set_numbers(linear, schedule.linears[name])
     use_own_generate(model, options, lowering)
@@ -155,8 +155,7 @@ def _replace(linears: dict[str, LinearModule], state: SparseState) -> None:
                 state.strides[name] = local(parameter).stride()
             make_sparse(linear, state.schedule.linears[name], state.schedule.norm, state.rule)
             done.append(linear.module)
-            if not linear.input_major and not is_offloaded(parameter) and wants_input_major(parameter):
-                rearrange(parameter, to_input_major)
+            make_input_major(linear)
     except BaseException:
         for module in done:
             make_dense(module)

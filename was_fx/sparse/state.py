@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from was_fx.compile.options import Lowering
 from was_fx.modules.freshness import Freshness
 from was_fx.modules.linears import LinearModule
 from was_fx.modules.token_rule import TokenRule
@@ -22,7 +21,6 @@ class SparseState:
         schedule: the schedule in force.
         rule: which tokens are sparse.
         freshness: looks after weights that change.
-        lowering: see `sparsify`.
         handles: of the hooks on the model.
         strides: by qualified name of a Linear, its weight's (this rank's part's) before it was moved.
     """
@@ -30,7 +28,6 @@ class SparseState:
     schedule: Schedule
     rule: TokenRule
     freshness: Freshness
-    lowering: Lowering | None
     handles: list[Any] = field(default_factory=list)
     strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
 

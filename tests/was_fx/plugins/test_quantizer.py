@@ -51,7 +51,7 @@ def test_a_dense_checkpoint_with_a_schedule(dense, schedule, oracle, llama, toke
     config = was_fx.WasConfig(tmp_path / "s.safetensors" if as_path else schedule, prefill="all", lowering="eager")
     model = load(dense, config)
     state = sparse_state(model)
-    assert (state.schedule, state.rule.prefill, state.lowering) == (schedule, "all", "eager")
+    assert (state.schedule, state.rule.prefill, model.generate.settings[1]) == (schedule, "all", "eager")
     with torch.no_grad():
         expected = oracle(llama, schedule)(tokens).logits
         torch.testing.assert_close(model(tokens).logits, expected, atol=2e-4, rtol=1e-4)
@@ -64,15 +64,17 @@ def test_a_path_in_a_config_for_a_dense_checkpoint_is_not_looked_for_beside_it(d
 
 
 def test_a_saved_checkpoint_says_it_all(saved, schedule):
-    state = sparse_state(load(saved))
-    assert (state.schedule, state.rule.prefill, state.lowering) == (schedule, "half", None)
+    model = load(saved)
+    state = sparse_state(model)
+    assert (state.schedule, state.rule.prefill, model.generate.settings[1]) == (schedule, "half", None)
 
 
 @BOTH
 def test_given_attributes_win_over_the_checkpoints_own(saved, schedule, calibration, tmp_path):
     other = was_fx.uniform(calibration, 0.3)
-    state = sparse_state(load(saved, was_fx.WasConfig(other, prefill="all", lowering="eager")))
-    assert (state.schedule, state.rule.prefill, state.lowering) == (other, "all", "eager")
+    model = load(saved, was_fx.WasConfig(other, prefill="all", lowering="eager"))
+    state = sparse_state(model)
+    assert (state.schedule, state.rule.prefill, model.generate.settings[1]) == (other, "all", "eager")
     other.save(tmp_path / "other.safetensors")
     state = sparse_state(load(saved, was_fx.WasConfig(str(tmp_path / "other.safetensors"))))
     assert (state.schedule, state.rule.prefill) == (other, "dense")

@@ -229,7 +229,7 @@ def test_a_schedule_of_another_model_is_refused_unless_allowed(llama, calibratio
 
 
 def test_a_failure_half_way_leaves_the_model_dense(llama, calibration, monkeypatch):
-    from was_fx.sparse import sparsify as sparsification
+    from was_fx.modules import placement
 
     calls = []
 
@@ -238,7 +238,7 @@ def test_a_failure_half_way_leaves_the_model_dense(llama, calibration, monkeypat
         if len(calls) == 5:
             raise MemoryError("no memory left")
 
-    monkeypatch.setattr(sparsification, "to_input_major", fail)
+    monkeypatch.setattr(placement, "to_input_major", fail)
     before = copy.deepcopy(llama)
     with pytest.raises(MemoryError):
         was_fx.sparsify(llama, was_fx.uniform(calibration, target=0.5))
