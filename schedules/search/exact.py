@@ -135,7 +135,7 @@ def sweep(problem: Problem, at: Vector, divergences: Divergences, settings: Exac
         raised = at.copy()
         raised[index] = min(at[index] + settings.probe, 0.5 * (1 + at[index]))
         points.append(raised)
-    start, *raised_to = divergences([_named(problem.names, point) for point in points])
+    start, *raised_to = divergences([named(problem.names, point) for point in points])
     drops = np.diagonal(np.stack([problem.energy(point) for point in points[1:]])) - problem.energy(at)
     return Sweep(np.array(raised_to) - start, np.maximum(drops, 1e-6))
 
@@ -174,5 +174,6 @@ def _product(names: Sequence[str], values: Vector) -> Vector:
     return left[row] * right[column]
 
 
-def _named(names: Sequence[str], values: Vector) -> dict[str, float]:
+def named(names: Sequence[str], values: Vector) -> dict[str, float]:
+    """An allocation [D] by name."""
     return dict(zip(names, values.tolist(), strict=True))

@@ -8,6 +8,8 @@ that; how many graphs `torch.compile` makes is looked at afterwards.
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +20,8 @@ from was_fx.compat.dynamo import noting_graph_breaks, settings_for_models
 from was_fx.coverage.tiny_models import VOCABULARY, tiny_model
 from was_fx.kernels.parts.served import noting_served
 from was_fx.measure.calibrate import calibrate
-from was_fx.measure.realised import Counting
+from was_fx.measure.realised import counting
 from was_fx.modules.linears import (
-    LinearModule,
     body_linears,
     dense_expert_share,
     dropping,
@@ -168,15 +169,13 @@ def _compare(model: nn.Module, found: dict[str, Any]) -> None:
         expected = _oracle(model, schedule, tokens[:1])
         found["effect"] = _difference(expected, dense)
         sparsify(model, schedule, prefill="all")
-        calls = _Calls(model)
-        with calls:
+        with _noting_calls(model) as sparse_calls:
             found["oracle"] = _difference(_logits(model, tokens[:1]), expected)
-        in_prompt = calls.ran_dense[:1]
-        with prompts_treated(model, "dense"), calls:
+        with prompts_treated(model, "dense"), _noting_calls(model) as calls:
             _logits(model, tokens[:1])
-        steps = [called for called, dense in zip(calls.called[1:], calls.ran_dense[1:], strict=True) if dense != called]
-        in_steps = calls.ran_dense[1:] if steps else []
-        refused = set().union(*in_prompt, *in_steps)
+        steps = [called for called, ran_dense in calls[1:] if ran_dense != called]
+        judged = [*sparse_calls[:1], *(calls[1:] if steps else [])]
+        refused = set().union(*(ran_dense for _, ran_dense in judged))
         found |= {"decode_steps": len(steps), "sparse": len(schedule.linears) - len(refused)}
         if not refused:
             break
@@ -209,51 +208,31 @@ def _compile(model: Any, tokens: Tensor, expected: Tensor, found: dict[str, Any]
     found["graph_breaks"] = tuple(_break_reason(reason) for reason in breaks)
 
 
-class _Calls:
-    """What the Linears of a sparsified model do in each call of it, while the context lasts.
+@contextmanager
+def _noting_calls(model: Any) -> Iterator[list[tuple[set[str], set[str]]]]:
+    """Of each call of a sparsified model while the context lasts: the names of the scheduled Linears whose modules were
+    called, and of those without a sparse product."""
+    scheduled = model._was_state.schedule.linears
+    linears = {name: each for name, each in find_linears(model).items() if name in scheduled}
+    calls: list[tuple[set[str], set[str]]] = []
+    now: set[str] = set()
 
-    Attributes:
-        called: by call, the names of the scheduled Linears whose modules were called.
-        ran_dense: by call, those of them without a sparse product.
-    """
+    def after(*_: object) -> None:
+        tokens = counts.realised().tokens
+        weights = {weight for each in served for weight in each.weights}
+        sparse = {name for name in now if tokens.get(name) and linears[name].parameter.data_ptr() in weights}
+        calls.append((set(now), now - sparse))
+        now.clear()
+        served.clear()
+        counts.reset()
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        scheduled = model._was_state.schedule.linears
-        self._linears: dict[str, LinearModule] = {
-            name: each for name, each in find_linears(model).items() if name in scheduled
-        }
-        self.called: list[set[str]] = []
-        self.ran_dense: list[set[str]] = []
-
-    def __enter__(self) -> None:
-        self.called, self.ran_dense = [], []
-        self._now: set[str] = set()
-        self._counts = Counting(self._model)
-        self._looking = looking_at_inputs(self._linears, lambda name, _: self._now.add(name))
-        self._looking.__enter__()
-        self._noting = noting_served(SparseLinear.forward.__code__)
-        self._served = self._noting.__enter__()
-        self._handle = self._model.register_forward_hook(self._after)
-
-    def __exit__(self, *error: Any) -> None:
-        self._handle.remove()
-        self._noting.__exit__(*error)
-        self._looking.__exit__(*error)
-        self._counts.stop()
-
-    def _after(self, *_: object) -> None:
-        """Hook: one call is over."""
-        tokens = self._counts.realised().tokens
-        weights = {weight for each in self._served for weight in each.weights}
-        sparse = {
-            name for name in self._now if tokens.get(name) and self._linears[name].parameter.data_ptr() in weights
-        }
-        self.called.append(self._now)
-        self.ran_dense.append(self._now - sparse)
-        self._now = set()
-        self._served.clear()
-        self._counts.reset()
+    looking = looking_at_inputs(linears, lambda name, _: now.add(name))
+    with counting(model) as counts, looking, noting_served(SparseLinear.forward.__code__) as served:
+        handle = model.register_forward_hook(after)
+        try:
+            yield calls
+        finally:
+            handle.remove()
 
 
 def _oracle(model: nn.Module, schedule: Schedule, tokens: Tensor) -> Tensor:
@@ -294,11 +273,7 @@ def _dense(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[str]]:
     """Logits of a dense model, and the Linears of its body whose module is not called on the way."""
     linears = body_linears(model)
     called: set[str] = set()
-
-    def note(name: str, x: Tensor) -> None:
-        called.add(name)
-
-    with looking_at_inputs(linears, note):
+    with looking_at_inputs(linears, lambda name, _: called.add(name)):
         logits = _logits(model, tokens)
     return logits, [name for name in linears if name not in called]
 

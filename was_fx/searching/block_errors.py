@@ -2,6 +2,7 @@
 exponents compare."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -27,17 +28,11 @@ class BlockInputs:
         self._model, self.tokens = model, tokens.numel()
         self._calls: dict[str, tuple[Any, Any]] = {}
         modules = dict(model.named_modules())
-        handles = [
-            modules[block.name].register_forward_pre_hook(partial(self._keep, block.name), with_kwargs=True)
-            for block in blocks
-            if block.name in modules and block.name not in block.shapes
-        ]
-        try:
-            with torch.no_grad():
-                model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack, torch.no_grad():
+            for name in (block.name for block in blocks if block.name in modules and block.name not in block.shapes):
+                handle = modules[name].register_forward_pre_hook(partial(self._keep, name), with_kwargs=True)
+                stack.callback(handle.remove)
+            model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
 
     def __contains__(self, block: Block) -> bool:
         return block.name in self._calls

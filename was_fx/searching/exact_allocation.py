@@ -1,13 +1,13 @@
 """The step of the recipe `exact`: sparsities of all Linears at once, by measured sensitivities."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from was_fx.schedules.blocks import block_levels
 from was_fx.schedules.projection import Vector, project
-from was_fx.schedules.search.exact import Problem, Sweep, sensitivities, sweep
+from was_fx.schedules.search.exact import Problem, Sweep, named, sensitivities, sweep
 from was_fx.schedules.search.latency import byte_savings
 from was_fx.schedules.search.threshold_table import ThresholdTable
 from was_fx.schedules.search.trial_runner import TrialRunner
@@ -41,16 +41,16 @@ def allocate(
     visited = [at]
     for number in range(settings.sweeps):
         context.report(f"sensitivities of {len(names)} Linears", number, settings.sweeps)
-        table = context.table_at(table, _named(names, at))
+        table = context.table_at(table, named(names, at))
         window = int(windows[number % len(windows)])
         measure = divergences(context, table, runner, f"sweep {number}", window)
         sweeps.append(sweep(problem, at, measure, settings))
         weights = sensitivities(names, sweeps, settings)
         at = problem.allocate(weights, context.target, settings)
         visited.append(at)
-    table = context.table_at(table, _named(names, at))
+    table = context.table_at(table, named(names, at))
     # One noisy sweep can lead astray: of the last two points and the uniform one, the best on windows of their own.
-    candidates = [_named(names, point) for point in (*visited[:-3:-1], visited[0])]
+    candidates = [named(names, point) for point in (*visited[:-3:-1], visited[0])]
     scores = np.zeros(len(candidates))
     for check in range(_CHECKS):
         window = int(windows[(settings.sweeps + check) % len(windows)])
@@ -72,11 +72,7 @@ def _around(context: SearchContext, sparsities: dict[str, float]) -> Callable[[V
         for block, level in zip(context.blocks, levels, strict=True):
             own = [sparsities[name] for name in block.shapes]
             sizes = [outputs * inputs for outputs, inputs in block.shapes.values()]
-            moved |= _named(list(block.shapes), project(own, sizes, float(level), 0.0, context.recipe.exact.limit))
+            moved |= named(list(block.shapes), project(own, sizes, float(level), 0.0, context.recipe.exact.limit))
         return {name: moved[name] for name in sparsities}
 
     return expand
-
-
-def _named(names: Sequence[str], values: Vector) -> dict[str, float]:
-    return dict(zip(names, values.tolist(), strict=True))

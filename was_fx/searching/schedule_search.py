@@ -95,10 +95,27 @@ def search(
         FileExistsError: there is a log and `resume` is not set.
     """
     chosen = find_recipe(recipe, paper_exact=paper_exact) if isinstance(recipe, str) else recipe
-    _check(model, calibration, chosen, tokens, target, trials, batch, include_head, latency)
     samples = tokens if calibration_tokens is None else calibration_tokens
-    check_tokens(model, samples)
     trials = chosen.trials if trials is None else trials
+    context = SearchContext(
+        model=model,
+        calibration=calibration,
+        recipe=chosen,
+        target=target,
+        trials=trials,
+        seed=seed,
+        tokens=tokens,
+        samples=samples,
+        head=include_head,
+        latency=latency,
+        start=start,
+        level_tables=level_tables,
+        workers=workers,
+        batch=batch,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    _check(context)
     settings = {
         "recipe": chosen.name,
         "recipe_settings": asdict(chosen),
@@ -115,26 +132,7 @@ def search(
         "model": calibration.fingerprint,
         "was_fx": __version__,
     }
-    record = TrialLog(log, settings, resume=resume)
-    context = SearchContext(
-        model=model,
-        calibration=calibration,
-        recipe=chosen,
-        target=target,
-        trials=trials,
-        seed=seed,
-        tokens=tokens,
-        samples=samples,
-        head=include_head,
-        latency=latency,
-        start=start,
-        level_tables=level_tables,
-        log=record,
-        workers=workers,
-        batch=batch,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    context.log = TrialLog(log, settings, resume=resume)
     return _run(context, {key: settings[key] for key in ("trials", "batch", "cost", "tokens")} | {"text": text})
 
 
@@ -174,35 +172,28 @@ def _run(context: SearchContext, settings: Mapping[str, Any]) -> Schedule:
     return schedule.replace({}, history={**found, "tokens": dict(context.spent)})
 
 
-def _check(
-    model: nn.Module,
-    calibration: Calibration,
-    recipe: Recipe,
-    tokens: Tensor,
-    target: float,
-    trials: int | None,
-    batch: int,
-    include_head: bool,
-    latency: LatencyTable | None,
-) -> None:
+def _check(context: SearchContext) -> None:
+    model, calibration, recipe = context.model, context.calibration, context.recipe
+    target, trials, batch = context.target, context.trials, context.batch
     if sparse_state(model) is not None:
         raise ValueError("the model is sparsified; a search needs the dense one: was_fx.densify(model) first")
-    check_tokens(model, tokens)
+    check_tokens(model, context.tokens)
     if not 0 < target < 1:
         raise ValueError(f"the target sparsity must be above 0 and below 1, found {target!r}; give for example 0.5")
-    if batch < 1 or (trials is not None and trials < (1 if recipe.searches else 0)):
+    if batch < 1 or trials < (1 if recipe.searches else 0):
         raise ValueError(f"a search needs at least one trial at a time and in all, found {trials} and batch {batch}")
     if recipe.score is not None and recipe.score != calibration.score and recipe.over != "exact":
         raise ScheduleError(
             f"the recipe {recipe.name!r} scores by {recipe.score}, but the calibration measured {calibration.score}",
             remedy=f"Calibrate with the score {recipe.score}, or choose the recipe of this calibration.",
         )
-    if (include_head or latency is not None) and recipe.over not in ("exact", "uniform"):
+    if (context.head or context.latency is not None) and recipe.over not in ("exact", "uniform"):
         raise ValueError(f"the head and measured latencies are for the recipe 'exact', not {recipe.name!r}")
     found = model_fingerprint(model, find_linears(model))
     other = differences(calibration.fingerprint, found) if calibration.fingerprint else []
     if other:
         raise ScheduleError("the calibration is of another model", other, "Calibrate this model first.")
+    check_tokens(model, context.samples)
 
 
 def _digest(tokens: Tensor) -> str:

@@ -31,6 +31,7 @@ class SearchContext:
     """One search. The attributes are the arguments of `was_fx.search`; `samples` are its calibration tokens.
 
     Attributes:
+        log: finished trials; set once the arguments have been checked.
         spent: forward-pass tokens by step; a pass through one block counts as its share of all blocks.
     """
 
@@ -46,11 +47,11 @@ class SearchContext:
     latency: LatencyTable | None
     start: Schedule | None
     level_tables: dict[str, LevelTable] | None
-    log: TrialLog
     workers: Callable[[], Executor] | None
     batch: int
     batch_size: int
     progress: SearchProgress | None
+    log: TrialLog = field(init=False)
     spent: Counter[str] = field(default_factory=Counter)
 
     @cached_property

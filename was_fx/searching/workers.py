@@ -36,35 +36,28 @@ class RemoteEvaluator:
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Evaluate a trial; see `TrialEvaluator`."""
-        return _evaluator(_Key(self))(inputs)
+        schedule = self.schedule
+        key = (self.checkpoint, self.dtype, self.device, self.tokens, schedule.norm, tuple(schedule.linears))
+        evaluate = _evaluators.get(key)
+        if evaluate is None:
+            _evaluators.clear()
+            evaluate = _evaluators[key] = self._load()
+        return evaluate(inputs)
+
+    def _load(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        from was_fx.searching.trial_evaluation import TrialEvaluator
+        from was_fx.sparse.sparsify import sparsify
+
+        model: Any = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=getattr(torch, self.dtype))
+        model = sparsify(model.to(self.device).eval(), self.schedule)
+        tokens = torch.tensor(self.tokens, dtype=torch.long)
+        return TrialEvaluator(model, self.schedule, tokens, batch_size=self.batch_size)
 
 
-class _Key:
-    """Equal for evaluators of one search, for the cache of a worker."""
-
-    def __init__(self, remote: RemoteEvaluator) -> None:
-        self.remote = remote
-        self._identity = (remote.checkpoint, remote.dtype, remote.device, remote.tokens, tuple(remote.schedule.linears))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._identity == other._identity
-
-    def __hash__(self) -> int:
-        return hash(self._identity)
-
-
-@functools.lru_cache(maxsize=1)
-def _evaluator(key: _Key) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    from was_fx.searching.trial_evaluation import TrialEvaluator
-    from was_fx.sparse.sparsify import sparsify
-
-    remote = key.remote
-    model: Any = AutoModelForCausalLM.from_pretrained(remote.checkpoint, dtype=getattr(torch, remote.dtype))
-    model = sparsify(model.to(remote.device).eval(), remote.schedule)
-    tokens = torch.tensor(remote.tokens, dtype=torch.long)
-    return TrialEvaluator(model, remote.schedule, tokens, batch_size=remote.batch_size)
+# The evaluator that this process has loaded, by what tells its search from others.
+_evaluators: dict[tuple[Any, ...], Any] = {}
 
 
 def checkpoint_of(model: nn.Module) -> str:

@@ -7,6 +7,8 @@ The text is the dense model's own, for the dense model verifies every token; onl
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,33 +125,30 @@ def acceptance(
     arguments = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "do_sample": False}
     for done, prompt in enumerate(prompts.to(next(model.parameters()).device).split(1), start=1):
         mask = torch.ones_like(prompt)
-        counts = _Lengths(model)
-        with counts:
+        with _noting_lengths(model) as lengths:
             text = model.generate(prompt, attention_mask=mask, assistant_model=sparse_draft, **arguments)  # type: ignore[operator]
         alone = model.generate(prompt, attention_mask=mask, **arguments)  # type: ignore[operator]
         tokens += text.shape[1] - prompt.shape[1]
-        steps += len(counts.lengths)
+        steps += len(lengths)
         # A step sees the last accepted token and the guesses; the first one sees the prompt too.
-        guessed += sum(counts.lengths) - prompt.shape[1] - (len(counts.lengths) - 1)
+        guessed += sum(lengths) - prompt.shape[1] - (len(lengths) - 1)
         equal = equal and text.equal(alone)
         if progress is not None:
             progress(done, len(prompts))
     return Acceptance(tokens, steps, guessed, equal)
 
 
-class _Lengths:
-    """Notes how many tokens each forward pass of a model sees."""
+@contextmanager
+def _noting_lengths(model: nn.Module) -> Iterator[list[int]]:
+    """How many tokens each forward pass of a model sees, while the context lasts."""
+    lengths: list[int] = []
 
-    def __init__(self, model: nn.Module) -> None:
-        self.lengths: list[int] = []
-        self._model = model
+    def note(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        ids = keywords.get("input_ids", arguments[0] if arguments else None)
+        lengths.append(ids.shape[1])  # type: ignore[union-attr]
 
-    def __enter__(self) -> None:
-        self._handle = self._model.register_forward_pre_hook(self._note, with_kwargs=True)
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        self.lengths.append(ids.shape[1])  # type: ignore[union-attr]
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield lengths
+    finally:
+        handle.remove()
