@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from was_fx.kernels.parts.private_names import storage_id, version
+from was_fx.kernels.parts.registration import register_op
 
 # Past so many results, those of weights that are gone are dropped: more than any model has Linears, twice.
 _MANY = 4096
@@ -68,15 +69,9 @@ def _no_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.mark_non_differentiable(output)
 
 
-_library = torch.library.Library("was", "FRAGMENT")
-_library.define(
+channel_threshold_op = register_op(
     "channel_threshold(Tensor weight, float threshold, float exponent, int norm, bool input_major) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    channel_threshold,
+    _fake,
 )
-_library.impl("channel_threshold", channel_threshold, "CompositeExplicitAutograd")
-torch.library.register_fake("was::channel_threshold", _fake, lib=_library)
-torch.library.register_autograd(
-    "was::channel_threshold", lambda ctx, grad: (None,) * 5, setup_context=_no_gradients, lib=_library
-)
-
-channel_threshold_op = torch.ops.was.channel_threshold.default
+torch.library.register_autograd(channel_threshold_op, lambda ctx, grad: (None,) * 5, setup_context=_no_gradients)

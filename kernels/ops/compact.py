@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.triton_parts import begin, launch_options, list_kept, serves, slots
 
 # Channels per segment: one program lists them. `gather_gemv` looks every channel up among the segments' counts, so more
@@ -112,9 +113,8 @@ def compact(x: Tensor, thresholds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return index, count
 
 
-_library = torch.library.Library("was", "FRAGMENT")
-_library.define("compact(Tensor x, Tensor[] thresholds) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("compact", compact, "CompositeExplicitAutograd")
-torch.library.register_fake("was::compact", lambda x, thresholds: empty_list(x, len(thresholds)), lib=_library)
-
-compact_op = torch.ops.was.compact.default
+compact_op = register_op(
+    "compact(Tensor x, Tensor[] thresholds) -> (Tensor, Tensor)",
+    compact,
+    lambda x, thresholds: empty_list(x, len(thresholds)),
+)

@@ -4,8 +4,9 @@ counts[0] += number of dropped channels among the sparse tokens of x
 counts[1] += number of channels of those tokens
 """
 
-import torch
 from torch import Tensor
+
+from was_fx.kernels.parts.registration import register_op
 
 
 def count_dropped(x: Tensor, threshold: Tensor, counts: Tensor, tokens: Tensor | None) -> None:
@@ -26,12 +27,8 @@ def count_dropped(x: Tensor, threshold: Tensor, counts: Tensor, tokens: Tensor |
     counts[0] += dropped.sum()
 
 
-_library = torch.library.Library("was", "FRAGMENT")
-_library.define(
+count_dropped_op = register_op(
     "count_dropped(Tensor x, Tensor threshold, Tensor(a!) counts, Tensor? tokens) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    count_dropped,
+    lambda x, threshold, counts, tokens: None,
 )
-_library.impl("count_dropped", count_dropped, "CompositeExplicitAutograd")
-torch.library.register_fake("was::count_dropped", lambda x, threshold, counts, tokens: None, lib=_library)
-
-count_dropped_op = torch.ops.was.count_dropped.default

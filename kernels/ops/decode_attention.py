@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from was_fx.kernels.ops import compact
+from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.triton_parts import begin, interpreted, launch_options, list_kept, serves, slots
 
 # Keys per step of a program.
@@ -251,13 +252,9 @@ def fake(
     return (y, *compact.empty_list(flat, len(thresholds), segment_size(flat.shape[1])))
 
 
-_library = torch.library.Library("was", "FRAGMENT")
-_library.define(
+decode_attention_op = register_op(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, Tensor[] thresholds) "
     "-> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    decode_attention,
+    fake,
 )
-_library.impl("decode_attention", decode_attention, "CompositeExplicitAutograd")
-torch.library.register_fake("was::decode_attention", fake, lib=_library)
-
-decode_attention_op = torch.ops.was.decode_attention.default

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from was_fx.kernels.ops import compact
+from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.triton_parts import begin, launch_options, list_kept, serves, sum_partials
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid")
@@ -162,13 +163,9 @@ def fake(
     return (x, *compact.empty_list(x, 1))
 
 
-_library = torch.library.Library("was", "FRAGMENT")
-_library.define(
+gated_product_compact_op = register_op(
     "gated_product_compact(Tensor partial, int[] starts, Tensor?[] biases, Tensor threshold, str activation, "
     "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    gated_product_compact,
+    fake,
 )
-_library.impl("gated_product_compact", gated_product_compact, "CompositeExplicitAutograd")
-torch.library.register_fake("was::gated_product_compact", fake, lib=_library)
-
-gated_product_compact_op = torch.ops.was.gated_product_compact.default

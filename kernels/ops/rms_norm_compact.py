@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from was_fx.kernels.ops import compact
+from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.triton_parts import begin, launch_options, serves, slots, sum_partials
 
 STYLES = ("cast_first", "cast_last", "unit_offset")
@@ -227,13 +228,9 @@ def fake(
     )
 
 
-_library = torch.library.Library("was", "FRAGMENT")
-_library.define(
+rms_norm_compact_op = register_op(
     "rms_norm_compact(Tensor residual, Tensor? partial, Tensor? bias, Tensor weight, Tensor[] thresholds, "
     "float eps, str style) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    rms_norm_compact,
+    fake,
 )
-_library.impl("rms_norm_compact", rms_norm_compact, "CompositeExplicitAutograd")
-torch.library.register_fake("was::rms_norm_compact", fake, lib=_library)
-
-rms_norm_compact_op = torch.ops.was.rms_norm_compact.default
