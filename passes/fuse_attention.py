@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node, map_arg
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from was_fx.kernels.ops.compact import compact_op
@@ -75,11 +75,7 @@ def fuse_attention(context: Context) -> None:
     lists = graph.find_nodes(op="call_function", target=compact_op)
     written = written_storages(graph)
     readers = {flattening_of(x, {_SDPA}): each for each in lists if storage(x := each.args[0]) not in written}
-    for node in [each for each in graph.nodes if kind(each) == _SDPA]:
-        found = match(node)
-        if isinstance(found, str):
-            context.declined.append((node.name, found))
-            continue
+    for node, found in context.matches([each for each in graph.nodes if kind(each) == _SDPA], match):
         _rewrite(context, node, found, readers.get(node))
         context.counts["decode attention"] += 1
 
@@ -104,13 +100,10 @@ def _unrepeated(node: Any) -> Any:
 
 
 def _rewrite(context: Context, node: Node, found: Attention, reader: Node | None) -> None:
-    graph = context.module.graph
     thresholds = list(arguments_of(reader)[1]) if reader is not None else []
-    arguments: Any = (found.q, found.k, found.v, found.mask, found.scale, thresholds)
-    with graph.inserting_before(node):
-        fused = graph.call_function(decode_attention_op, arguments)
-        fused.meta["example_value"] = fake(*map_arg(arguments, value))
-        y, index, count = context.outputs(fused, 3)
+    arguments = (found.q, found.k, found.v, found.mask, found.scale, thresholds)
+    with context.module.graph.inserting_before(node):
+        y, index, count = context.fused(decode_attention_op, fake, arguments)
     context.replace(node, y)
     if reader is not None:
         context.replace_outputs(reader, (index, count))

@@ -11,7 +11,7 @@ gate and up may be two Linears or the halves of one.
 from collections.abc import Collection
 from typing import Any
 
-from torch.fx import Node, map_arg
+from torch.fx import Node
 
 from was_fx.kernels.ops.compact import compact_op
 from was_fx.kernels.ops.gated_product_compact import fake, gated_product_compact_op
@@ -49,11 +49,8 @@ def match(context: Context, listed: Node, written: Collection[int] = ()) -> tupl
 def fuse_gated_products(context: Context) -> None:
     """Rewrite every listing whose input is a gated product."""
     written = written_storages(context.module.graph)
-    for listed in context.module.graph.find_nodes(op="call_function", target=compact_op):
-        found = match(context, listed, written)
-        if isinstance(found, str):
-            context.declined.append((listed.name, found))
-            continue
+    lists = context.module.graph.find_nodes(op="call_function", target=compact_op)
+    for listed, found in context.matches(lists, lambda listed: match(context, listed, written)):
         _rewrite(context, listed, *found)
         context.counts["fused gated products"] += 1
 
@@ -72,17 +69,12 @@ def _part(context: Context, node: Any) -> Part | None:
 
 
 def _rewrite(context: Context, listed: Node, activation: str, gate: Part, up: Part) -> None:
-    graph = context.module.graph
     x, (threshold,) = arguments_of(listed)
-    arguments: Any = (
-        gate.partial, [gate.start, up.start], [gate.bias, up.bias], threshold, activation, value(x).dtype
-    )  # fmt: skip
-    with graph.inserting_before(x):
-        fused = graph.call_function(gated_product_compact_op, arguments)
-        fused.meta["example_value"] = fake(*map_arg(arguments, value))
-        flat, index, count = context.outputs(fused, 3)
-        shaped = graph.call_method("view", (flat, tuple(value(x).shape)))
-        shaped.meta["example_value"] = value(flat).view(value(x).shape)
+    starts, biases = [gate.start, up.start], [gate.bias, up.bias]
+    with context.module.graph.inserting_before(x):
+        arguments = (gate.partial, starts, biases, threshold, activation, value(x).dtype)
+        flat, index, count = context.fused(gated_product_compact_op, fake, arguments)
+        shaped = context.call("view", (flat, tuple(value(x).shape)), value(flat).view(value(x).shape))
     context.replace(x, shaped)
     context.replace_outputs(listed, (index, count))
     context.erase_unused(x)

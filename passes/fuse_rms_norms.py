@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node, map_arg
+from torch.fx import Node
 
 from was_fx.kernels.ops.compact import compact_op
 from was_fx.kernels.ops.rms_norm_compact import fake, rms_norm_compact_op
@@ -78,13 +78,14 @@ def match(context: Context, x: Node) -> RMSNorm | str:
 def fuse_rms_norms(context: Context) -> None:
     """Rewrite every listing whose input is an RMSNorm."""
     written = written_storages(context.module.graph)
-    for listed in context.module.graph.find_nodes(op="call_function", target=compact_op):
+
+    def unwritten(listed: Node) -> RMSNorm | str:
         norm = match(context, arguments_of(listed)[0])
-        if isinstance(norm, RMSNorm) and {storage(norm.h), storage(listed.args[0])} & written:
-            norm = "it is written in place"
-        if isinstance(norm, str):
-            context.declined.append((listed.name, norm))
-            continue
+        found = isinstance(norm, RMSNorm) and {storage(norm.h), storage(listed.args[0])} & written
+        return "it is written in place" if found else norm
+
+    lists = context.module.graph.find_nodes(op="call_function", target=compact_op)
+    for listed, norm in context.matches(lists, unwritten):
         _rewrite(context, listed, norm, written)
         context.counts["fused norms"] += 1
 
@@ -135,7 +136,6 @@ def _last(mean: Node) -> bool:
 
 
 def _rewrite(context: Context, listed: Node, norm: RMSNorm, written: Collection[int]) -> None:
-    graph = context.module.graph
     x, thresholds = arguments_of(listed)
     partial: Node | None = None
     residual, bias, first = norm.h, None, x
@@ -149,11 +149,9 @@ def _rewrite(context: Context, listed: Node, norm: RMSNorm, written: Collection[
             if dtype_of(other) == dtype_of(part) and value(other).shape == value(norm.h).shape:
                 residual, partial, bias, first = other, found.partial, found.bias, norm.h
                 break
-    with graph.inserting_before(first):
-        arguments: Any = (residual, partial, bias, norm.weight, thresholds, norm.eps, norm.style)
-        fused = graph.call_function(rms_norm_compact_op, arguments)
-        fused.meta["example_value"] = fake(*map_arg(arguments, value))
-        h, normalised, index, count = context.outputs(fused, 4)
+    with context.module.graph.inserting_before(first):
+        arguments = (residual, partial, bias, norm.weight, thresholds, norm.eps, norm.style)
+        h, normalised, index, count = context.fused(rms_norm_compact_op, fake, arguments)
     if partial is not None:
         context.replace(norm.h, h)
     context.replace(x, normalised)

@@ -78,8 +78,7 @@ def _rewrite(context: Context, site: LinearSite, numbers: Numbers, number: int) 
     with graph.inserting_before(site.node):
         weight = site.weight
         if site.input_major:
-            weight = graph.call_method("t", (site.weight,))
-            weight.meta["example_value"] = value(site.weight).t()
+            weight = context.call("t", (site.weight,), value(site.weight).t())
         sparse = graph.call_function(sparse_linear, (site.x, weight, site.bias, threshold, None))
     sparse.meta.update(site.node.meta)
     sparse.meta["was_linear"] = site.path
@@ -94,18 +93,15 @@ def _last_input(graph: Graph, weight: Node) -> Node:
 
 
 def _threshold(context: Context, site: LinearSite, numbers: Numbers, name: str) -> Node:
-    graph = context.module.graph
     if numbers.channel_threshold is None and numbers.exponent:
-        node = graph.call_function(
-            channel_threshold_op, (site.weight, numbers.threshold, numbers.exponent, numbers.norm, site.input_major)
-        )
-        node.meta["example_value"] = value(site.weight).new_empty(numbers.shape[1], dtype=torch.float32)
-        return node
+        example = value(site.weight).new_empty(numbers.shape[1], dtype=torch.float32)
+        arguments = (site.weight, numbers.threshold, numbers.exponent, numbers.norm, site.input_major)
+        return context.call(channel_threshold_op, arguments, example)
     tensor = numbers.channel_threshold
     if tensor is None:
         tensor = torch.full((numbers.shape[1],), numbers.threshold)
     add_constant(context.module, name, tensor.to(context.input_of(site.weight).device, torch.float32))
-    node = graph.get_attr(name)
+    node = context.module.graph.get_attr(name)
     node.meta["example_value"] = like_in_graph(getattr(context.module, name), context.module)
     return node
 

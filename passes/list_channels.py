@@ -64,20 +64,17 @@ def list_channels(context: Context) -> None:
 
 
 def _rewrite(context: Context, node: Node, calls: list[SparseCall], outputs: list[Node]) -> None:
-    graph, x = context.module.graph, calls[0].x
+    x = calls[0].x
     weights, thresholds = [call.weight for call in calls], [call.threshold for call in calls]
     sizes = [int(value(weight).shape[0]) for weight in weights]
     like = value(x)
     splits = gemv_config(like.device, like.dtype, int(value(weights[0]).shape[1]), sizes).splits
-    with graph.inserting_before(node):
-        listed = graph.call_function(compact_op, (x, thresholds))
-        listed.meta["example_value"] = empty_list(like, len(thresholds))
-        index, count = context.outputs(listed, 2)
-        partial = graph.call_function(gather_gemv_op, (x, index, count, weights, thresholds, splits))
-        partial.meta["example_value"] = like.new_empty((splits, 1, sum(sizes)), dtype=torch.float32)
+    with context.module.graph.inserting_before(node):
+        index, count = context.fused(compact_op, lambda x, thresholds: empty_list(x, len(thresholds)), (x, thresholds))
+        parts = like.new_empty((splits, 1, sum(sizes)), dtype=torch.float32)
+        partial = context.call(gather_gemv_op, (x, index, count, weights, thresholds, splits), parts)
         partial.meta["was_linear"] = tuple(call.name for call in calls)
-        total = graph.call_method("sum", (partial, 0))
-        total.meta["example_value"] = value(partial).sum(0)
+        total = context.call("sum", (partial, 0), parts.sum(0))
     start = 0
     for call, output, size in zip(calls, outputs, sizes, strict=True):
         part = Part(partial, start, size, call.bias)
@@ -89,15 +86,13 @@ def _rewrite(context: Context, node: Node, calls: list[SparseCall], outputs: lis
 
 def _finish(context: Context, total: Node, part: Part, output: Node) -> Node:
     """The Linear's output, from the sum of its parts, in place of `output`."""
-    graph = context.module.graph
-    with graph.inserting_before(output):
-        node = graph.call_function(torch.narrow, (total, -1, part.start, part.size))
-        node.meta["example_value"] = torch.narrow(value(total), -1, part.start, part.size)
+    like = value(output)
+    with context.module.graph.inserting_before(output):
+        example = torch.narrow(value(total), -1, part.start, part.size)
+        node = context.call(torch.narrow, (total, -1, part.start, part.size), example)
         if part.bias is not None:
-            node = graph.call_function(operator.add, (node, part.bias))
-            node.meta["example_value"] = torch.empty_like(value(node.args[0]))
-        node = graph.call_method("to", (node, value(output).dtype))
-        node.meta["example_value"] = value(node.args[0]).to(value(output).dtype)
-        node = graph.call_method("view", (node, tuple(value(output).shape)))
+            node = context.call(operator.add, (node, part.bias), torch.empty_like(example))
+        node = context.call("to", (node, like.dtype), example.to(like.dtype))
+        node = context.call("view", (node, tuple(like.shape)), like)
     node.meta.update(output.meta)
     return node

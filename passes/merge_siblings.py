@@ -59,9 +59,9 @@ def _merge(context: Context, group: list[SparseCall]) -> None:
         weights = [_at_insertion_point(context, call.weight) for call in group]
         sizes = [value(weight).shape[0] for weight in weights]
         biases, thresholds = [call.bias for call in group], [call.threshold for call in group]
-        merged = graph.call_function(sparse_siblings, (group[0].x, weights, biases, thresholds, group[0].tokens))
+        arguments = (group[0].x, weights, biases, thresholds, group[0].tokens)
         x = value(group[0].x)
-        merged.meta["example_value"] = x.new_empty(*x.shape[:-1], sum(sizes))
+        merged = context.call(sparse_siblings, arguments, x.new_empty(*x.shape[:-1], sum(sizes)))
         merged.meta["was_linear"] = tuple(call.name for call in group)
         start = 0
         for call, size in zip(group, sizes, strict=True):

@@ -3,15 +3,17 @@
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, map_arg
 
 from was_fx.compat.graphs import is_erased
+
+Match = TypeVar("Match")
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,12 +130,26 @@ class Context:
         """Whether `node` is a graph input."""
         return isinstance(node, Node) and node in self._positions
 
-    def outputs(self, node: Node, count: int) -> list[Node]:
-        """One node for each of the `count` results of `node`, at the graph's insertion point."""
-        items = [self.module.graph.call_function(operator.getitem, (node, i)) for i in range(count)]
-        for item, example in zip(items, value(node), strict=True):
-            item.meta["example_value"] = example
-        return items
+    def call(self, target: Any, arguments: tuple[Any, ...], example: Any) -> Node:
+        """A new node at the graph's insertion point: the call of a function, or of a method by its name."""
+        create = self.module.graph.call_method if isinstance(target, str) else self.module.graph.call_function
+        node = create(target, arguments)
+        node.meta["example_value"] = example
+        return node
+
+    def fused(self, op: Any, fake: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Node]:
+        """A node for each result of an op with several, which `fake` makes of the arguments' fake values."""
+        node = self.call(op, arguments, fake(*map_arg(arguments, value)))
+        return [self.call(operator.getitem, (node, i), example) for i, example in enumerate(value(node))]
+
+    def matches(self, nodes: Iterable[Node], match: Callable[[Node], Match | str]) -> Iterator[tuple[Node, Match]]:
+        """What `match` finds of each node; its reasons where it finds nothing are noted."""
+        for node in nodes:
+            found = match(node)
+            if isinstance(found, str):
+                self.declined.append((node.name, found))
+            else:
+                yield node, found
 
     def replace_outputs(self, old: Node, new: Sequence[Node]) -> None:
         """Let what reads result i of `old` read `new[i]`, and erase `old`."""
