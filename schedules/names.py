@@ -2,7 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeVar
+
+Cell = TypeVar("Cell")
 
 _SUGGESTIONS = 20
 # Control characters, separators of lines, marks that turn the direction of text, and halves of surrogate pairs.
@@ -22,6 +25,19 @@ def split_name(name: str) -> tuple[int | None, str]:
         if component.isdecimal():
             return int(component), ".".join(components[position + 1 :])
     return None, name
+
+
+def by_block(cells: Mapping[str, Cell]) -> tuple[dict[tuple[str, int], dict[str, Cell]], dict[str, Cell]]:
+    """What there is for each Linear: by (prefix, block) and projection, and of those outside the blocks by name."""
+    rows: dict[tuple[str, int], dict[str, Cell]] = {}
+    others: dict[str, Cell] = {}
+    for name, cell in cells.items():
+        block, projection = split_name(name)
+        if block is None or not projection:
+            others[name] = cell
+        else:
+            rows.setdefault((name.removesuffix(f".{block}.{projection}"), block), {})[projection] = cell
+    return rows, others
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
@@ -60,3 +76,9 @@ def visible(text: object, *, keep: str = "") -> str:
 def markdown(text: object) -> str:
     """`text` as Markdown that shows it as it is, in a cell of a table too: no link, emphasis, HTML or further cell."""
     return _MARKDOWN.sub(lambda found: f"\\{found[0]}" if found[0] != "//" else "/\\/", visible(text))
+
+
+def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]], rule: str) -> list[str]:
+    """The lines of a Markdown table; `rule` is the one below the headings."""
+    headings, *lines = (f"| {' | '.join(map(markdown, cells))} |" for cells in (columns, *rows))
+    return [headings, rule, *lines]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from was_fx.schedules.names import markdown
+from was_fx.schedules.names import markdown_table
 
 if TYPE_CHECKING:
     from was_fx.coverage.cover import Coverage
@@ -56,15 +56,15 @@ def notes(row: "Coverage") -> str:
 def page(rows: "Sequence[Coverage]", left_out: Mapping[str, str], versions: Mapping[str, str]) -> str:
     """The page docs/coverage.md."""
     complete = sum(row.complete for row in rows)
-    header = "| " + " | ".join([*COLUMNS, "notes"]) + " |"
     rule = "|---|---|" + "---:|" * (len(COLUMNS) - 2) + "---|"
-    table = ["| " + " | ".join(markdown(each) for each in [*cells(row), notes(row)]) + " |" for row in rows]
+    table = markdown_table([*COLUMNS, "notes"], ([*cells(row), notes(row)] for row in rows), rule)
     reasons: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         reasons.setdefault("the same class as another type" if reason.startswith("the same") else reason, []).append(
             f"{name} ({reason.removeprefix('the same class as ')})" if reason.startswith("the same") else name
         )
-    others = [f"| {markdown(reason)} | {markdown(', '.join(names))} |" for reason, names in sorted(reasons.items())]
+    found = [(reason, ", ".join(names)) for reason, names in sorted(reasons.items())]
+    others = markdown_table(["reason", "model types"], found, "|---|---|")
     return "\n".join(
         [
             "# Coverage",
@@ -78,11 +78,9 @@ def page(rows: "Sequence[Coverage]", left_out: Mapping[str, str], versions: Mapp
             "",
             *_EXPLANATION,
             "",
-            header,
-            rule,
             *table,
             "",
-            *(["## Left out", "", "| reason | model types |", "|---|---|", *others, ""] if others else []),
+            *(["## Left out", "", *others, ""] if reasons else []),
         ]
     )
 

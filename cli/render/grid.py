@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from was_fx.cli.render.tables import heat
-from was_fx.schedules.names import split_name, visible
+from was_fx.schedules.names import by_block, visible
 
 # Text of a cell, and its place on the heat scale (None: no colour).
 Cell = tuple[str, float | None]
@@ -21,7 +21,8 @@ def draw(console: Console, cells: Mapping[str, Cell]) -> None:
     A projection that a block doesn't have is left empty. Where the columns don't fit side by side, they are drawn
     in several tables.
     """
-    rows, projections, others = _arrange(cells)
+    rows, others = by_block(cells)
+    projections = list(dict.fromkeys(projection for row in rows.values() for projection in row))
     names = short_names(projections)
     width = max((len(text) for text, _ in cells.values()), default=0) + 2
     labels = [prefix for prefix, _ in rows]
@@ -77,24 +78,6 @@ def block_labels(blocks: Iterable[str]) -> dict[str, str]:
     blocks = list(blocks)
     stacks = {block.rpartition(".")[0] for block in blocks}
     return {block: visible(block.rpartition(".")[2] if len(stacks) == 1 else block) for block in blocks}
-
-
-def _arrange(
-    cells: Mapping[str, Cell],
-) -> tuple[dict[tuple[str, int], dict[str, Cell]], list[str], dict[str, Cell]]:
-    """(rows by (prefix, block), projections in order, cells outside the blocks)."""
-    rows: dict[tuple[str, int], dict[str, Cell]] = {}
-    projections: dict[str, None] = {}
-    others: dict[str, Cell] = {}
-    for name, cell in cells.items():
-        block, projection = split_name(name)
-        if block is None or not projection:
-            others[name] = cell
-            continue
-        prefix = name.removesuffix(f".{block}.{projection}")
-        rows.setdefault((prefix, block), {})[projection] = cell
-        projections[projection] = None
-    return rows, list(projections), others
 
 
 def _groups(projections: list[str], names: Mapping[str, str], width: int, room: int) -> Iterator[list[str]]:

@@ -1,12 +1,13 @@
 """The section of a model card that shows a schedule."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from was_fx.schedules.files.atomic import write_atomically
 from was_fx.schedules.files.schedule import Schedule
-from was_fx.schedules.names import markdown, split_name
+from was_fx.schedules.names import by_block, markdown, markdown_table
 
 TAGS = ("was-fx", "activation-sparsity")
 _BEGIN, _END = "<!-- was-fx: begin -->", "<!-- was-fx: end -->"
@@ -69,27 +70,16 @@ def schedule_table(schedule: Schedule) -> str:
 
     Blocks that follow each other with equal numbers share a row. Linears outside the blocks have a table of their own.
     """
-    rows: dict[tuple[str, int], dict[str, str]] = {}
-    others: list[list[str]] = []
-    for name, entry in schedule.linears.items():
-        block, projection = split_name(name)
-        share = f"{100 * entry.sparsity:.1f}"
-        if block is None:
-            others.append([name, share])
-        else:
-            prefix = name.removesuffix(f".{block}.{projection}")
-            rows.setdefault((prefix, block), {})[projection] = share
+    rows, others = by_block({name: f"{100 * entry.sparsity:.1f}" for name, entry in schedule.linears.items()})
     columns = list(dict.fromkeys(projection for row in rows.values() for projection in row))
     lines = [[label, *(row.get(column, "–") for column in columns)] for label, row in _merged(rows)]
     tables = [_markdown(["block", *columns], lines)] if lines else []
-    tables += [_markdown(["Linear", "sparsity"], others)] if others else []
+    tables += [_markdown(["Linear", "sparsity"], others.items())] if others else []
     return "\n\n".join(tables)
 
 
-def _markdown(headings: list[str], lines: list[list[str]]) -> str:
-    rule = ["---", *("---:" for _ in headings[1:])]
-    rows = [list(map(markdown, headings)), rule, *(list(map(markdown, line)) for line in lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def _markdown(columns: list[str], rows: Iterable[Iterable[str]]) -> str:
+    return "\n".join(markdown_table(columns, rows, f"| {' | '.join(['---', *['---:'] * (len(columns) - 1)])} |"))
 
 
 def _merged(rows: dict[tuple[str, int], dict[str, str]]) -> list[tuple[str, dict[str, str]]]:
