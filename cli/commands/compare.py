@@ -14,7 +14,7 @@ from was_fx.cli.input.compare_inputs import Compared, Results, Trials, read_resu
 from was_fx.cli.input.files import check_output
 from was_fx.cli.render.compare_plot import draw
 from was_fx.cli.render.console import print_json, progress, say, stdout
-from was_fx.cli.render.grid import block_labels, short_names
+from was_fx.cli.render.grid import share_labels
 from was_fx.cli.render.tables import heat, new_table, percent
 
 EXAMPLES = options.examples(
@@ -108,15 +108,14 @@ def _show_results(console: Console, compared: Sequence[Compared], results: Resul
 
 def _show_shares(console: Console, what: str, shares: Sequence[Mapping[str, float]]) -> None:
     """A table of sparsities in %, one row per block or projection and one column per schedule, as many as fit."""
-    keys = list(dict.fromkeys(key for each in shares for key in each))
-    labels = short_names(keys) if what == "projection" else block_labels(keys)
+    labels = share_labels(what, shares)
     room = max(1, (console.width - max(map(len, [what, *labels.values()]), default=0) - 2) // 8)
     for start in range(0, len(shares), room):
         group = shares[start : start + room]
         table = new_table(what, *(f"#{number}" for number in range(start + 1, start + len(group) + 1)))
-        for key in keys:
+        for key, label in labels.items():
             cells = [heat(f"{100 * each[key]:5.1f}", each[key]) if key in each else "·" for each in group]
-            table.add_row(labels[key], *cells)
+            table.add_row(label, *cells)
         console.print(table)
 
 

@@ -10,14 +10,13 @@ import typer
 import was_fx
 from was_fx.cli.input import options
 from was_fx.cli.input.files import check_output, load_schedule
-from was_fx.cli.input.models import Loaded, load_model
+from was_fx.cli.input.models import load_model
 from was_fx.cli.input.texts import read_text, windows
 from was_fx.cli.render.console import print_json, progress, say
 from was_fx.cli.render.search_progress import SearchDisplay
 
 if TYPE_CHECKING:
-    from was_fx import Calibration, Schedule
-    from was_fx.schedules.search.recipes import Recipe
+    from was_fx import Schedule
 
 EXAMPLES = options.examples(
     "was search embedded --target 60%  [dim]our own recipe, on the model inside was-fx[/]",
@@ -126,6 +125,7 @@ def search(
     Candidates are judged by their loss on a validation text; give one that you will not report on. Thresholds are
     measured while the model runs sparsely, so it drops what the schedule says.
     """
+    from was_fx.schedules.search.latency import LatencyTable
     from was_fx.schedules.search.recipes import find_recipe
 
     if (cost is Cost.latency) != (latency is not None):
@@ -136,13 +136,17 @@ def search(
     chosen = find_recipe(recipe.value, paper_exact=paper_exact)
     validation = read_text(text, model, "validation")
     sample_text = read_text(calibration_text or text, model, "calibration")
-    arguments: dict[str, Any] = {"start": load_schedule(start) if start else None, "latency": _latency(latency)}
-    arguments["workers"] = _workers(workers, dask)
+    table = LatencyTable.load(latency) if latency else None
+    first = load_schedule(start) if start else None
+    executor = _workers(workers, dask)
 
     loaded = load_model(model, dtype, device)
     ids = windows(loaded, validation, length=length, tokens=tokens)
     samples = windows(loaded, sample_text, length=length, tokens=chosen.calibration_tokens)
-    calibration = _calibrate(loaded, chosen, samples, sample_text.name, batch_size)
+    with progress(f"Calibrating on {samples.numel():,} tokens") as advance:
+        calibration = was_fx.calibrate(
+            loaded.model, samples, score=chosen.score, text=sample_text.name, batch_size=batch_size, progress=advance
+        )
     with SearchDisplay() as display:
         found = was_fx.search(
             loaded.model,
@@ -154,24 +158,18 @@ def search(
             seed=seed,
             calibration_tokens=samples,
             include_head=head,
+            latency=table,
+            start=first,
             log=log,
             resume=resume,
+            workers=executor,
             batch=workers,
             batch_size=batch_size,
             text=validation.name,
             progress=display.update,
-            **arguments,
         )
     found.save(out)
     _show(found, out, model, json, display.seconds)
-
-
-def _latency(path: Path | None) -> Any:
-    if path is None:
-        return None
-    from was_fx.schedules.search.latency import LatencyTable
-
-    return LatencyTable.load(path)
 
 
 def _workers(count: int, address: str | None) -> Any:
@@ -180,13 +178,6 @@ def _workers(count: int, address: str | None) -> Any:
     from was_fx.searching.workers import dask_cluster, local_processes
 
     return local_processes(count) if address is None else dask_cluster(address)
-
-
-def _calibrate(loaded: "Loaded", recipe: "Recipe", samples: Any, name: str, batch_size: int) -> "Calibration":
-    with progress(f"Calibrating on {samples.numel():,} tokens") as advance:
-        return was_fx.calibrate(
-            loaded.model, samples, score=recipe.score, text=name, batch_size=batch_size, progress=advance
-        )
 
 
 def _show(schedule: "Schedule", out: Path, model: str, json: bool, seconds: tuple[float, float]) -> None:

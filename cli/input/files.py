@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from was_fx import Calibration, Schedule
 
-_HEADER_LIMIT = 100 << 20
-
 
 def load_any(path: Path) -> "Schedule | Calibration":
     """The schedule or calibration in a file."""
@@ -79,10 +77,10 @@ def check_output(path: Path, force: bool) -> None:
 
 def _kind(path: Path) -> str | None:
     """The format that a safetensors file's metadata names; None if it can't be told."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length <= _HEADER_LIMIT else {}
-        return header.get("__metadata__", {}).get("format")
-    except (OSError, ValueError, AttributeError):
+        with safe_open(path, framework="np") as file:
+            return (file.metadata() or {}).get("format")
+    except (OSError, SafetensorError):
         return None  # the loader says what is wrong

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from was_fx.cli.input.compare_inputs import Compared, Results, Trials
-from was_fx.cli.render.grid import block_labels, short_names
+from was_fx.cli.render.grid import share_labels
 from was_fx.schedules.files.atomic import write_atomically
 from was_fx.schedules.names import visible
 
@@ -61,8 +61,8 @@ def _label(number: int, each: Compared) -> str:
 
 
 def _shares(axes: Any, what: str, shares: Sequence[Mapping[str, float]]) -> None:
-    keys = list(dict.fromkeys(key for each in shares for key in each))
-    labels = short_names(keys) if what == "projection" else block_labels(keys)
+    labels = share_labels(what, shares)
+    keys = list(labels)
     for number, each in enumerate(shares):
         values = [100 * each.get(key, math.nan) for key in keys]
         axes.plot(range(len(keys)), values, linewidth=1.2 if what == "block" else 0.6, **_style(number))

@@ -1,7 +1,7 @@
 """A value per Linear, drawn as blocks × projections within the width of the console."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -78,6 +78,12 @@ def block_labels(blocks: Iterable[str]) -> dict[str, str]:
     blocks = list(blocks)
     stacks = {block.rpartition(".")[0] for block in blocks}
     return {block: visible(block.rpartition(".")[2] if len(stacks) == 1 else block) for block in blocks}
+
+
+def share_labels(what: str, shares: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """The labels of all blocks, or of all projections, that several schedules have shares of."""
+    keys = dict.fromkeys(key for each in shares for key in each)
+    return short_names(keys) if what == "projection" else block_labels(keys)
 
 
 def _groups(projections: list[str], names: Mapping[str, str], width: int, room: int) -> Iterator[list[str]]:

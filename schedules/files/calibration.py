@@ -12,12 +12,7 @@ from torch import Tensor
 
 from was_fx.schedules.errors import ScheduleError
 from was_fx.schedules.files import storage
-from was_fx.schedules.files.calibration_file import (
-    calibration_problems,
-    pack,
-    unpack,
-    unpack_settings,
-)
+from was_fx.schedules.files.calibration_file import calibration_problems, pack, unpack, unpack_settings
 from was_fx.schedules.files.metadata import MetadataReader, plain, to_json
 from was_fx.schedules.histogram import ScoreHistogram
 from was_fx.schedules.names import suggestion

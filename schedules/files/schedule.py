@@ -17,8 +17,6 @@ from was_fx.schedules.files.schedule_metadata import ScheduleMetadata
 from was_fx.schedules.names import suggestion, unknown_problems
 from was_fx.schedules.score import Score
 
-__all__ = ["LinearSchedule", "Schedule", "ScheduleMetadata"]
-
 
 @dataclass(frozen=True)
 class Schedule:

@@ -15,14 +15,9 @@ from was_fx.schedules.released.lookup import LookupTable, read_lookup
 
 # Projection: (module that has it, the histogram of its input that TEAL shares among siblings).
 _PLACES = {
-    "q": ("self_attn", "h1"),
-    "k": ("self_attn", "h1"),
-    "v": ("self_attn", "h1"),
-    "qkv": ("self_attn", "h1"),
+    **dict.fromkeys(("q", "k", "v", "qkv"), ("self_attn", "h1")),
     "o": ("self_attn", "h2"),
-    "gate": ("mlp", "h1"),
-    "up": ("mlp", "h1"),
-    "gate_up": ("mlp", "h1"),
+    **dict.fromkeys(("gate", "up", "gate_up"), ("mlp", "h1")),
     "down": ("mlp", "h2"),
 }
 _REMEDY = "Expected histograms/ and lookup/ with layer-0, layer-1, … for every block of the model: fetch it again."

@@ -12,6 +12,7 @@ from was_fx.schedules.errors import ScheduleError
 FORMAT = "was-fx search"
 _VERSION = 1
 _BEGINNING = b'{"format": "was-fx search"'
+_REMEDY = "Give the log of a search of was-fx, or start a new one under another path."
 
 
 class TrialLog:
@@ -92,21 +93,16 @@ class TrialLog:
         whole = data[: data.rfind(b"\n") + 1]
         try:
             records = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-            bad = [record for record in records if not isinstance(record, dict)]
         except ValueError as error:
-            raise ScheduleError(
-                f"{path} is not a search log, or is damaged ({error})",
-                remedy="Give the log of a search of was-fx, or start a new one under another path.",
-            ) from error
+            message = f"{path} is not a search log, or is damaged ({error})"
+            raise ScheduleError(message, remedy=_REMEDY) from error
         if not records and data.startswith(_BEGINNING[: len(data)]):
             os.truncate(path, 0)  # killed while its first line was written
             return
-        header = records[0] if records and not bad else {}
+        header = records[0] if records and all(isinstance(record, dict) for record in records) else {}
         if header.get("format") != FORMAT or header.get("version") != _VERSION:
-            raise ScheduleError(
-                f"{path} is not a search log of this version: its first line is {str(header)[:80]!r}",
-                remedy="Give the log of a search of was-fx, or start a new one under another path.",
-            )
+            message = f"{path} is not a search log of this version: its first line is {str(header)[:80]!r}"
+            raise ScheduleError(message, remedy=_REMEDY)
         self._compare(path, header.get("settings", {}))
         incomplete = [number for number, record in enumerate(records[1:], 2) if not {"trial", "task"} <= set(record)]
         if incomplete:

@@ -81,17 +81,19 @@ def register_backend(name: str, location: str) -> None:
     registry._BACKENDS.setdefault(name, EntryPoint(name, location, "torch_dynamo_backends"))
 
 
-def settings_for_models() -> contextlib.AbstractContextManager[Any]:
+def settings_for_models(*, late_hooks: bool = True) -> contextlib.AbstractContextManager[Any]:
     """Settings of Dynamo under which a model of transformers is compiled and called; they hold within the context only.
 
     - 64 graphs per code object instead of 8: transformers runs every model through one, so that all models, schedules
       and shapes share them; past the limit a model runs uncompiled.
     - Floats are constants: otherwise each is an input under dynamic=True, and Inductor turns it down.
-    - Hooks that are registered on a module later are seen.
+    - Hooks that are registered on a module later are seen, unless `late_hooks` is False: the guards on them cost time,
+      and a dense model doesn't need them.
     """
     import torch._dynamo
 
-    return torch._dynamo.config.patch(recompile_limit=64, specialize_float=True, skip_nnmodule_hook_guards=False)
+    patches = {"recompile_limit": 64, "specialize_float": True, "skip_nnmodule_hook_guards": not late_hooks}
+    return torch._dynamo.config.patch(patches)
 
 
 def unsupported_errors() -> tuple[type[Exception], ...]:
@@ -99,14 +101,6 @@ def unsupported_errors() -> tuple[type[Exception], ...]:
     import torch._dynamo.exc
 
     return (torch._dynamo.exc.TorchDynamoException,)
-
-
-def settings_for_dense_models() -> contextlib.AbstractContextManager[Any]:
-    """Settings of Dynamo under which a dense model of transformers is compiled at its best, to be compared with: as
-    `settings_for_models`, without the guards on hooks, which cost time and which it doesn't need."""
-    import torch._dynamo
-
-    return torch._dynamo.config.patch(recompile_limit=64, specialize_float=True)
 
 
 def graphs_compiled() -> int:

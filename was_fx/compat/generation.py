@@ -76,10 +76,3 @@ def attention_of(model: Any) -> str:
 def uses_flash_attention(model: Any) -> bool:
     """Whether a model's attention needs a cache that grows: flash attention reads no mask."""
     return "flash" in attention_of(model)
-
-
-def compile_config(**settings: Any) -> Any:
-    """transformers' own settings for the decode steps that its `generate()` compiles."""
-    from transformers import CompileConfig
-
-    return CompileConfig(**settings)

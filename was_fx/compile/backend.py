@@ -99,6 +99,3 @@ def _run_once_then_move(first: Callable[..., Any], weights: Sequence[int]) -> Ca
         return result
 
     return call
-
-
-__all__ = ["BackendOptions", "register", "was"]

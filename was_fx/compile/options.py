@@ -5,15 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from was_fx.compat.dynamo import inductor_options, mode_options
+from was_fx.compat.dynamo import inductor_options
 from was_fx.modules.token_rule import check_prefill
 from was_fx.passes.graph.context import Numbers, Options
 from was_fx.passes.pipeline import check_disabled
 from was_fx.schedules.files.schedule import Schedule
 
 Lowering = Literal["inductor", "eager"]
-
-__all__ = ["BackendOptions", "Lowering", "mode_options"]
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,10 @@ class BackendOptions:
                 f"(its own are {', '.join(sorted(own))}; all others must be options of torch._inductor.config)"
             )
         ours = {key: item for key, item in options.items() if key in own}
-        if isinstance(ours.get("disable"), str):
-            ours["disable"] = (ours["disable"],)
-        ours["disable"] = tuple(ours.get("disable", ()))
-        parsed = cls(**ours, inductor={key: item for key, item in options.items() if key not in own})
+        disable = ours.pop("disable", ())
+        disable = (disable,) if isinstance(disable, str) else tuple(disable)
+        others = {key: item for key, item in options.items() if key not in own}
+        parsed = cls(**ours, disable=disable, inductor=others)
         if parsed.lowering not in get_args(Lowering):
             raise ValueError(f"lowering is {parsed.lowering!r}; it must be 'inductor' or 'eager'")
         check_prefill(parsed.prefill)

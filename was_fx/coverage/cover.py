@@ -21,6 +21,7 @@ from was_fx.coverage.tiny_models import VOCABULARY, tiny_model
 from was_fx.kernels.parts.served import noting_served
 from was_fx.measure.calibrate import calibrate
 from was_fx.measure.realised import counting
+from was_fx.measure.sequential import thresholds_of
 from was_fx.modules.linears import (
     body_linears,
     dense_expert_share,
@@ -33,7 +34,6 @@ from was_fx.modules.sparse_linear import SparseLinear
 from was_fx.passes.graph.context import Context
 from was_fx.passes.pipeline import observers
 from was_fx.schedules.files.schedule import Schedule
-from was_fx.schedules.score import channel_norms
 from was_fx.schedules.search.uniform import uniform
 from was_fx.sparse.sparsify import densify, prompts_treated, sparsify
 
@@ -238,11 +238,7 @@ def _noting_calls(model: Any) -> Iterator[list[tuple[set[str], set[str]]]]:
 def _oracle(model: nn.Module, schedule: Schedule, tokens: Tensor) -> Tensor:
     """Logits of a dense model whose weak channels are zeroed as they come in: what the sparsified one must equal."""
     linears = {name: each for name, each in find_linears(model).items() if name in schedule.linears}
-    thresholds: dict[str, Tensor | None] = {
-        name: schedule.linears[name].channel_thresholds(channel_norms(each.weight, schedule.norm))
-        for name, each in linears.items()
-    }
-    with dropping(linears, thresholds):
+    with dropping(linears, thresholds_of(schedule, linears)):
         return _logits(model, tokens)
 
 
@@ -288,6 +284,3 @@ def _first_line(error: object) -> str:
     text = str(error).strip() or type(error).__name__
     prefix = f"{type(error).__name__}: " if isinstance(error, Exception) else ""
     return prefix + text.splitlines()[0][:300]
-
-
-__all__ = ["TOLERANCE", "Coverage", "candidates", "cover"]

@@ -125,6 +125,3 @@ def _add(record: Path | None, result: Coverage) -> None:
 def _ends_line(file: BinaryIO) -> bool:
     file.seek(-1, os.SEEK_END)
     return file.read(1) == b"\n"
-
-
-__all__ = ["sweep", "versions"]

@@ -253,6 +253,3 @@ class _Loop:
                 self.waiting.clear()
                 return first.length
         return None
-
-
-__all__ = ["decode"]

@@ -8,13 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.compat.dynamo import compiled_call, set_compiled_call, settings_for_models
-from was_fx.compat.generation import (
-    CACHE_NAMES,
-    cache_among,
-    compile_config,
-    static_layers,
-    uses_flash_attention,
-)
+from was_fx.compat.generation import CACHE_NAMES, cache_among, static_layers, uses_flash_attention
 from was_fx.compile.backend import register
 from was_fx.compile.options import BackendOptions, Lowering
 from was_fx.generate.compiled_step import CompiledModel, CompiledStep
@@ -133,10 +127,11 @@ class Generation:
         chosen = keywords.get("cache_implementation", config.cache_implementation)
         static = str(chosen or "").startswith("static") or static_layers(cache)
         if static and keywords.get("compile_config", config.compile_config) is None:
+            from transformers import CompileConfig
+
             register()
-            keywords["compile_config"] = compile_config(
-                backend="was", mode=None, dynamic=True, options=self.settings[0].given
-            )
+            options: Any = self.settings[0].given
+            keywords["compile_config"] = CompileConfig(backend="was", mode=None, dynamic=True, options=options)
 
     def _why_no_static_cache(self, arguments: tuple[Any, ...], keywords: dict[str, Any], config: Any) -> str:
         """Why `generate` should not make a static cache unasked, or ""."""

@@ -42,6 +42,3 @@ def gemv_shapes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[tuple[
     found = sorted(REQUESTED, key=str)
     REQUESTED.update(before)
     return found
-
-
-__all__ = ["gemv_shapes"]

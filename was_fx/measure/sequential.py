@@ -4,10 +4,12 @@
 what the Linears before it have left. Works on the module's own hooks: nothing is compiled, one forward is enough.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from was_fx.modules.linears import body_linears, dropping, weight_bytes_per_token
+from was_fx.modules.linears import LinearModule, body_linears, dropping, weight_bytes_per_token
 from was_fx.modules.tokens import check_tokens
 from was_fx.schedules.files.linear_schedule import LinearSchedule
 from was_fx.schedules.files.schedule import Schedule
@@ -46,6 +48,12 @@ def uniform_while_dropping(model: nn.Module, tokens: Tensor, target: float, scor
     return Schedule(ordered, {name: linears[name].shape for name in ordered}, score.norm)
 
 
+def thresholds_of(schedule: Schedule, linears: Mapping[str, LinearModule]) -> dict[str, Tensor | None]:
+    """Channel thresholds t [K] fp32 of dense Linears by a schedule, for `dropping`."""
+    norms = {name: channel_norms(linear.weight, schedule.norm) for name, linear in linears.items()}
+    return {name: schedule.linears[name].channel_thresholds(norms[name]) for name in linears}
+
+
 @torch.no_grad()
 def realised_sparsity(model: nn.Module, schedule: Schedule, tokens: Tensor) -> tuple[float, int]:
     """Model sparsity on a text whose every token is sparse, and the bytes of weights read for one token.
@@ -55,18 +63,13 @@ def realised_sparsity(model: nn.Module, schedule: Schedule, tokens: Tensor) -> t
         schedule: of that model.
         tokens: LongTensor [n, seq].
     """
-    body = body_linears(model)
-    linears = {name: linear for name, linear in body.items() if name in schedule.linears}
+    linears = {name: linear for name, linear in body_linears(model).items() if name in schedule.linears}
     shares: dict[str, float] = {}
-    thresholds: dict[str, Tensor | None] = {
-        name: schedule.linears[name].channel_thresholds(channel_norms(linear.weight, schedule.norm))
-        for name, linear in linears.items()
-    }
 
     def note(name: str, weak: Tensor) -> None:
         shares[name] = float(weak.mean(dtype=torch.float32))
 
-    with dropping(linears, thresholds, dropped=note):
+    with dropping(linears, thresholds_of(schedule, linears), dropped=note):
         model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
     sizes = {name: linears[name].weight.numel() for name in shares}
     skipped = sum(share * sizes[name] for name, share in shares.items())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from was_fx.compat.dynamo import compiled_call, set_compiled_call, settings_for_dense_models
+from was_fx.compat.dynamo import compiled_call, set_compiled_call, settings_for_models
 from was_fx.compile.options import Lowering
 from was_fx.generate.compiled_step import CompiledStep
 from was_fx.measure.sequential import realised_sparsity, uniform_while_dropping
@@ -221,7 +221,7 @@ class _Runs:
     def _ready(self, schedule: Schedule | None) -> Iterator[TimedModel]:
         """The model with this schedule, under the settings it is compiled with."""
         if schedule is None:
-            with settings_for_dense_models():
+            with settings_for_models(late_hooks=False):
                 yield self._dense
             return
         sparsify(self._sparse.model, schedule, lowering=self._lowering)
@@ -287,6 +287,3 @@ def _rows(
             )
         )
     return rows
-
-
-__all__ = ["SpeedRow", "decode_speed", "random_model"]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
+from was_fx.compat.dynamo import mode_options
 from was_fx.compile.backend import register
-from was_fx.compile.options import BackendOptions, Lowering, mode_options
+from was_fx.compile.options import BackendOptions, Lowering
 from was_fx.generate.generation import use_own_generate, use_plain_generate
 from was_fx.kernels.linear.layout import restore
 from was_fx.modules.freshness import Freshness

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import was_fx
-from was_fx.compile.options import BackendOptions, mode_options
+from was_fx.compat.dynamo import mode_options
+from was_fx.compile.options import BackendOptions
 
 LINEAR = was_fx.LinearSchedule(0.5, 0.25, 1.0)
 SCHEDULE = was_fx.Schedule({"a": LINEAR}, {"a": (4, 3)}, norm=2)
