@@ -1,6 +1,8 @@
 """Loading a model with its tokenizer, by directory, Hub name or `embedded`."""
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,24 +69,27 @@ def load_skeleton(name: str) -> Any:
 
     from was_fx import embedded
 
-    try:
+    with _loading("configuration", name), torch.device("meta"):
         config = AutoConfig.from_pretrained(embedded.path() if name == EMBEDDED else name)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the configuration of {name} could not be loaded: {reason}") from error
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _from_pretrained(name: str, dtype: Dtype, tokenizer: bool) -> tuple[Any, Any]:
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    part = "model"
-    try:
+    with _loading("model", name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype))
-        part = "tokenizer"
+    with _loading("tokenizer", name):
         return model, AutoTokenizer.from_pretrained(name) if tokenizer else None
+
+
+@contextmanager
+def _loading(part: str, name: str) -> Iterator[None]:
+    """Say in one line what could not be loaded."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the {part} of {name} could not be loaded: {reason}") from error

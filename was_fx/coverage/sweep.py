@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from was_fx.coverage.cover import Coverage, cover
-from was_fx.schedules.progress import Progress
+from was_fx.schedules.progress import Progress, report
 from was_fx.version import __version__
 
 METHOD = "forkserver" if sys.platform != "win32" else "spawn"
@@ -45,15 +45,13 @@ def sweep(
     """
     known = _read(record)
     for done, model_type in enumerate(model_types):
-        if progress is not None:
-            progress(done, len(model_types))
+        report(progress, done, len(model_types))
         result = known.get(model_type)
         if result is None:
             result = _isolated(model_type, timeout)
             _add(record, result)
         yield result
-    if progress is not None:
-        progress(len(model_types), len(model_types))
+    report(progress, len(model_types), len(model_types))
 
 
 def versions() -> dict[str, str]:

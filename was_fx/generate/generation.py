@@ -130,8 +130,8 @@ class Generation:
             from transformers import CompileConfig
 
             register()
-            options: Any = self.settings[0].given
-            keywords["compile_config"] = CompileConfig(backend="was", mode=None, dynamic=True, options=options)
+            settings: dict[str, Any] = {"mode": None, "dynamic": True, "options": self.settings[0].given}
+            keywords["compile_config"] = CompileConfig(backend="was", **settings)
 
     def _why_no_static_cache(self, arguments: tuple[Any, ...], keywords: dict[str, Any], config: Any) -> str:
         """Why `generate` should not make a static cache unasked, or ""."""

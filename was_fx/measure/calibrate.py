@@ -13,7 +13,7 @@ from was_fx.modules.placement import input_device, refuse_sharded, whole_channel
 from was_fx.modules.tokens import Tokens, batches
 from was_fx.schedules.files.calibration import Calibration, CalibrationBuilder
 from was_fx.schedules.files.schedule import Schedule
-from was_fx.schedules.progress import Progress
+from was_fx.schedules.progress import Progress, report
 from was_fx.schedules.score import Score, channel_scale
 from was_fx.schedules.search.threshold_table import ThresholdTable
 from was_fx.schedules.selection import select
@@ -108,7 +108,7 @@ def recalibrate(
     check_schedule(model, schedule, find_linears(model))
     for done in range(rounds):
         exponents = {name: entry.exponent for name, entry in schedule.linears.items()}
-        step = None if progress is None else partial(_later_round, progress, done, rounds)
+        step = partial(_later_round, progress, done, rounds)
         table = measure_thresholds(
             model, exponents, tokens, norm=schedule.norm, schedule=schedule, batch_size=batch_size, progress=step
         )
@@ -175,11 +175,10 @@ def _run(model: nn.Module, tokens: Tokens, batch_size: int, progress: Progress |
         with prompts_treated(model, "dense"):
             for batch, done, total in batches(model, tokens, batch_size):
                 model(input_ids=batch.to(input_device(model)), use_cache=False)
-                if progress is not None:
-                    progress(done, total)
+                report(progress, done, total)
     finally:
         model.train(training)
 
 
-def _later_round(progress: Progress, done: int, rounds: int, sequences: int, of: int) -> None:
-    progress(done * of + sequences, rounds * of)
+def _later_round(progress: Progress | None, done: int, rounds: int, sequences: int, of: int) -> None:
+    report(progress, done * of + sequences, rounds * of)

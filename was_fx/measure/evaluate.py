@@ -10,7 +10,7 @@ from was_fx.measure.realised import counting
 from was_fx.modules.placement import input_device
 from was_fx.modules.token_rule import Prefill
 from was_fx.modules.tokens import check_tokens
-from was_fx.schedules.progress import Progress
+from was_fx.schedules.progress import Progress, report
 from was_fx.sparse.sparsify import prompts_treated
 from was_fx.sparse.state import sparse_state
 
@@ -98,8 +98,7 @@ def _mean_loss(model: nn.Module, tokens: Tensor, batch_size: int, progress: Prog
             logits = model(input_ids=batch, use_cache=False).logits
             for row, targets in zip(logits[:, :-1], batch[:, 1:], strict=True):  # one at a time: fp32 logits are large
                 total += torch.nn.functional.cross_entropy(row.float(), targets, reduction="sum")
-            if progress is not None:
-                progress(min(start + batch_size, tokens.shape[0]), tokens.shape[0])
+            report(progress, min(start + batch_size, tokens.shape[0]), tokens.shape[0])
     finally:
         model.train(training)
     count = tokens.shape[0] * (tokens.shape[1] - 1)

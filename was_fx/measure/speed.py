@@ -19,7 +19,7 @@ from was_fx.modules.linears import weight_bytes_per_token
 from was_fx.modules.placement import input_device
 from was_fx.modules.tokens import vocabulary
 from was_fx.schedules.files.schedule import Schedule
-from was_fx.schedules.progress import Progress
+from was_fx.schedules.progress import Progress, report
 from was_fx.schedules.score import Score
 from was_fx.sparse.sparsify import sparsify
 from was_fx.sparse.state import sparse_state
@@ -229,8 +229,7 @@ class _Runs:
 
     def _note(self, progress: Progress | None) -> None:
         self._done += 1
-        if progress is not None:
-            progress(self._done, (1 + self._repetitions) * len(self._subjects))
+        report(progress, self._done, (1 + self._repetitions) * len(self._subjects))
 
 
 def _measured_once(timed: TimedModel, *, first: bool, sparse: bool) -> dict[str, Any]:

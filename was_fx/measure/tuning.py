@@ -10,7 +10,7 @@ import triton
 from was_fx.kernels.parts.gemv_config import device_file, shape_key, tuned, user_folder
 from was_fx.kernels.tune.tile_sizes import Shape, tune_shape
 from was_fx.schedules.files.atomic import write_atomically
-from was_fx.schedules.progress import Progress
+from was_fx.schedules.progress import Progress, report
 
 
 def tune(shapes: Sequence[Shape], *, again: bool = False, progress: Progress | None = None) -> Path:
@@ -35,8 +35,7 @@ def tune(shapes: Sequence[Shape], *, again: bool = False, progress: Progress | N
     path = user_folder() / device_file("cuda")
     content = json.loads(path.read_text()) if path.is_file() else {"configurations": {}, "microseconds": {}}
     for done, shape in enumerate(shapes):
-        if progress is not None:
-            progress(done, len(shapes))
+        report(progress, done, len(shapes))
         key = shape_key(*shape)
         if key in content["configurations"] and not again:
             continue
@@ -48,7 +47,6 @@ def tune(shapes: Sequence[Shape], *, again: bool = False, progress: Progress | N
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(content, indent=1) + "\n")
         torch.cuda.empty_cache()
-    if progress is not None:
-        progress(len(shapes), len(shapes))
+    report(progress, len(shapes), len(shapes))
     tuned.cache_clear()
     return path

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from was_fx.compile.options import Lowering
 from was_fx.schedules.files.schedule import Schedule
-from was_fx.schedules.progress import Progress
+from was_fx.schedules.progress import Progress, report
 from was_fx.sparse import saving
 from was_fx.sparse.sparsify import sparsify
 from was_fx.sparse.state import sparse_state
@@ -133,8 +133,7 @@ def acceptance(
         # A step sees the last accepted token and the guesses; the first one sees the prompt too.
         guessed += sum(lengths) - prompt.shape[1] - (len(lengths) - 1)
         equal = equal and text.equal(alone)
-        if progress is not None:
-            progress(done, len(prompts))
+        report(progress, done, len(prompts))
     return Acceptance(tokens, steps, guessed, equal)
 
 

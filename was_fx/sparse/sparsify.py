@@ -1,8 +1,8 @@
 """`sparsify` and `densify`: put a schedule on a model in place, and take it off again."""
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from torch import nn
@@ -113,15 +113,10 @@ def densify(model: nn.Module) -> nn.Module:
     return model
 
 
-@contextmanager
-def prompts_treated(model: nn.Module, prefill: Prefill) -> Iterator[None]:
+def prompts_treated(model: nn.Module, prefill: Prefill) -> AbstractContextManager[None]:
     """Treat a sparsified model's prompts as `prefill` says while the context lasts."""
     state = sparse_state(model)
-    if state is None:
-        yield
-        return
-    with state.rule.treating_prompts(prefill):
-        yield
+    return nullcontext() if state is None else state.rule.treating_prompts(prefill)
 
 
 def check_schedule(
