@@ -14,7 +14,13 @@ from pathlib import Path
 from was_fx.measure.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/kernels", "tests/passes", "tests/cases", "tests/was_fx/test_cuda.py", "tests/was_fx/test_cuda_generation.py")
+TESTS = (
+    "tests/kernels",
+    "tests/passes",
+    "tests/cases",
+    "tests/was_fx/test_cuda.py",
+    "tests/was_fx/test_cuda_generation.py",
+)
 
 
 def main() -> None:
