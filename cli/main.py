@@ -1,6 +1,7 @@
 """The command `was`."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -27,6 +28,7 @@ from was_fx.cli.commands import (
 )
 from was_fx.cli.errors import INTERRUPTED, Commands, report_interrupt
 from was_fx.cli.input.options import examples
+from was_fx.cli.render.console import interrupt
 from was_fx.version import __version__
 
 HELP = """Decode faster by not reading the weight columns whose input is negligible.
@@ -110,6 +112,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that can't show ‖W‖
+    signal.signal(signal.SIGINT, interrupt)
     try:
         app(prog_name="was")
     except KeyboardInterrupt:

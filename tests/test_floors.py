@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: list[set[str]] = [
     {"was_fx/compat"},
     {"kernels/parts"},
+    {"kernels/cpu"},
     {"kernels/ops"},
     {"kernels/linear"},
     {"kernels/tune"},

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -60,6 +61,20 @@ def _json_escaped(found: re.Match[str]) -> str:
     return found[0] if visible(found[0]) == found[0] else f"\\u{ord(found[0]):04x}"
 
 
+_interrupted = threading.Event()
+
+
+def interrupt(*_: object) -> None:
+    """Handler of Ctrl-C. Where the exception is lost, in code that ignores all, `progress` raises it again."""
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _advance(*_: object) -> None:
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+
+
 @contextmanager
 def progress(description: str) -> Iterator[Progress]:
     """A progress bar on stderr, gone when it is done; without a terminal, one line that says what is being done.
@@ -69,7 +84,7 @@ def progress(description: str) -> Iterator[Progress]:
     console = stderr()
     if not console.is_terminal:
         note(f"{description} …", style="")
-        yield lambda done, total: None
+        yield _advance
         return
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
@@ -77,7 +92,12 @@ def progress(description: str) -> Iterator[Progress]:
     what, count = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[count]"))
     with Bars(what, BarColumn(bar_width=24), count, TimeElapsedColumn(), console=console, transient=True) as bars:
         task = bars.add_task(visible(description), total=None, count="")
-        yield lambda done, total: bars.update(task, completed=done, total=total, count=f"{done}/{total}")
+
+        def advance(done: int, total: int) -> None:
+            _advance()
+            bars.update(task, completed=done, total=total, count=f"{done}/{total}")
+
+        yield advance
 
 
 def _finite(value: Any) -> Any:

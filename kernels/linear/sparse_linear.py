@@ -9,24 +9,15 @@ every token drops. A channel whose magnitude is NaN is kept, so NaN travels as i
 `reference` is the meaning and runs anywhere. `choose` is the one place that picks an implementation.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from was_fx.kernels.linear import cpu_embedding_bag, cpu_gather
-from was_fx.kernels.parts.served import note_served
-
-Implementation = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]], Tensor]
-
-
-class Choice(NamedTuple):
-    """What serves a call, and why; without a function, the reference."""
-
-    name: str
-    reason: str
-    function: Implementation | None
+from was_fx.kernels.linear import cpu_embedding_bag, cpu_gather, dense_linear
+from was_fx.kernels.parts.private_names import calls_plainly
+from was_fx.kernels.parts.served import Choice, note_served
 
 
 def dropped_channels(x: Tensor, threshold: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -71,29 +62,31 @@ def reference(
 
 
 def choose(x: Tensor, weights: Sequence[Tensor], tokens: Tensor | None = None) -> Choice:
-    """What serves x [..., K] and weights [N_i, K]: the first whose `supports` says yes, else the reference.
+    """What serves x [..., K] and weights [N_i, K]: the first whose `supports` says yes, else a dense product of x
+    without its dropped channels.
 
     Nothing is read but shapes, dtypes, strides and devices.
     """
     if tokens is not None:
-        return Choice("reference", "some tokens keep every channel", None)
+        return _product(x, weights, "some tokens keep every channel")
     if x.is_cuda:
         from was_fx.kernels.linear import gpu_gather  # imports triton
 
         if gpu_gather.supports(x, weights):
             return Choice("gpu_gather", "few tokens on a GPU, rows of Wᵀ contiguous", gpu_gather.sparse_linear)
-        return Choice("reference", _why_reference(x, weights), None)
+        return _product(x, weights)
     if cpu_gather.supports(x, weights):
-        return Choice("cpu_gather", "few tokens on a CPU, rows of Wᵀ contiguous", cpu_gather.sparse_linear)
+        return cpu_gather.choice()
     if cpu_embedding_bag.supports(x, weights):
         return Choice("cpu_embedding_bag", "no C++ compiler was found", cpu_embedding_bag.sparse_linear)
-    return Choice("reference", _why_reference(x, weights), None)
+    return _product(x, weights)
 
 
-def _why_reference(x: Tensor, weights: Sequence[Tensor]) -> str:
-    if not all(weight.t().is_contiguous() for weight in weights):
-        return "rows of Wᵀ are not contiguous"
-    return f"{x.numel() // max(x.shape[-1], 1)} tokens of {x.dtype} on {x.device.type}"
+def _product(x: Tensor, weights: Sequence[Tensor], why: str = "") -> Choice:
+    if not why and not all(weight.t().is_contiguous() for weight in weights):
+        why = "rows of Wᵀ are not contiguous"
+    why = why or f"{x.numel() // max(x.shape[-1], 1)} tokens of {x.dtype} on {x.device.type}"
+    return Choice("dense_product", why, None)
 
 
 def compute(
@@ -111,8 +104,23 @@ def compute(
     choice = choose(x, weights, tokens)
     note_served(weights, choice.name, choice.reason)
     if choice.function is None:
-        return reference(x, weights, biases, thresholds, tokens)
+        return masked(x, weights, biases, thresholds, tokens)
     return choice.function(x, weights, biases, thresholds)
+
+
+def masked(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    thresholds: Sequence[Tensor],
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """`reference`, with the products that `dense_linear` chooses."""
+    outputs = [
+        dense_linear.compute(x.masked_fill(dropped_channels(x, threshold, tokens), 0), weight, bias)
+        for weight, bias, threshold in zip(weights, biases, thresholds, strict=True)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 def check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, tokens: Tensor | None) -> None:
@@ -197,6 +205,15 @@ _library.define(
 )
 _library.impl("sparse_siblings", compute, "CompositeExplicitAutograd")
 torch.library.register_fake("was::sparse_siblings", _siblings_fake, lib=_library)
+
+
+def call(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, tokens: Tensor | None) -> Tensor:
+    """`was::sparse_linear`; on a CPU past the dispatcher, which takes as long as a small product, where nothing needs
+    it."""
+    if not torch.compiler.is_compiling() and x.is_cpu and calls_plainly(x, weight):
+        return compute(x, (weight,), (bias,), (threshold,), tokens)
+    return sparse_linear(x, weight, bias, threshold, tokens)
+
 
 sparse_linear = torch.ops.was.sparse_linear.default
 sparse_siblings = torch.ops.was.sparse_siblings.default

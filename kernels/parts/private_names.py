@@ -1,5 +1,7 @@
 """Private names of torch that kernels need, each with what it is for. `tests/was_fx/compat` fails when one is gone."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -12,3 +14,30 @@ def version(tensor: Tensor) -> int:
 def storage_id(storage: torch.UntypedStorage) -> int:
     """What tells a storage from others that are alive."""
     return storage._cdata
+
+
+@functools.cache
+def multiplies_natively(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions by which torch multiplies matrices of a dtype, in any layout."""
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype in (torch.float32, torch.float64)
+
+
+def calls_plainly(*tensors: Tensor) -> bool:
+    """Whether a call with these tensors needs no dispatcher: no gradients, subclass, mode, transform or tracer."""
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or (grad and tensor.requires_grad):
+            return False
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

@@ -2,12 +2,21 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import CodeType
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class Choice(NamedTuple):
+    """What serves a call, and why; without a function, the usual product."""
+
+    name: str
+    reason: str
+    function: Callable[..., Any] | None
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The folder for what was-fx keeps on this machine: compiled files, tuning data."""
 
-import os
 from pathlib import Path
+
+import platformdirs
 
 
 def user_cache() -> Path:
-    """`was_fx` in the user's cache folder; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "was_fx"
+    """`was_fx` in the user's cache folder; it need not exist, nor be writable."""
+    return Path(platformdirs.user_cache_dir("was_fx", appauthor=False))

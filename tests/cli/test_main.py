@@ -1,12 +1,16 @@
 """The command as a process of its own."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+
+from was_fx.cli.render import console
 
 COMMAND = [sys.executable, "-m", "was_fx.cli.main"]
 COMMANDS = [
@@ -100,3 +104,13 @@ def test_an_interrupt_exits_with_130_and_writes_nothing(tmp_path):
     assert "Interrupted" in stderr
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_that_other_code_ignores_is_raised_by_the_next_progress(monkeypatch):
+    monkeypatch.setattr(console, "_interrupted", threading.Event())
+    with console.progress("Doing it") as advance:
+        advance(1, 3)
+        with contextlib.suppress(KeyboardInterrupt):
+            console.interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            advance(2, 3)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from was_fx.kernels.cpu import library
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -17,7 +19,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     tree, folder = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     for each in ("was_fx", "passes", "kernels", "schedules", "cli"):  # a build leaves files where it runs
         shutil.copytree(ROOT / each, tree / each, ignore=shutil.ignore_patterns("__pycache__"))
-    for each in ("pyproject.toml", "README.md", "LICENSE"):
+    for each in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / each, tree)
     command = [sys.executable, "-m", "pip", "wheel", str(tree), "--no-deps", "--no-build-isolation", "-q", "-w", folder]
     subprocess.run(command, check=True, capture_output=True)
@@ -30,13 +32,22 @@ def test_the_wheel_installs_one_import_package_with_its_five_parts(wheel):
     for part in (
         "passes/pipeline.py",
         "kernels/linear/sparse_linear.py",
-        "kernels/linear/cpu_gather.cpp",
+        "kernels/cpu/kernels.cpp",
+        "kernels/cpu/body.inc",
         "kernels/parts/tuned/nvidia_h200.json",
         "schedules/files/schedule.py",
         "cli/main.py",
         "py.typed",
     ):
         assert f"was_fx/{part}" in names
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_the_wheel_holds_the_compiled_kernels(wheel, tmp_path, monkeypatch):
+    (name,) = [name for name in wheel.namelist() if name.startswith("was_fx/kernels/cpu/") and name.endswith(".so")]
+    found = library._load(Path(wheel.extract(name, tmp_path)), library.source_hash())
+    assert found is not None
+    assert found.was_processor() == library.library().was_processor()
 
 
 def test_the_wheel_holds_every_python_file_of_the_checkout(wheel):

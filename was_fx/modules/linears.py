@@ -111,7 +111,7 @@ def _no_plain_weights(what: str, model: nn.Module) -> str:
 def computes_product(module: nn.Module) -> bool:
     """Whether a Linear's class computes x Wᵀ + b; tried on one input where the class has a forward of its own."""
     kind = type(module)
-    if kind.forward is nn.Linear.forward or is_conv1d(module) or hasattr(module, "was_threshold"):
+    if kind.forward is nn.Linear.forward or is_conv1d(module) or getattr(kind, "was_product", False):
         return True
     if kind not in _computes_product:
         _computes_product[kind] = _try_product(module)

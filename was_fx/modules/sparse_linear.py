@@ -5,15 +5,14 @@ place in the model; its class becomes a subclass of its own, and its thresholds 
 forward is one op, so it is right in eager mode, under any compiler, copied, pickled and moved.
 """
 
-from functools import cache
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from was_fx.kernels.linear.sparse_linear import sparse_linear
+from was_fx.kernels.linear import dense_linear, sparse_linear
 from was_fx.kernels.ops.count_dropped import count_dropped_op
+from was_fx.modules.class_swap import Swapped, class_before, swap_class, with_mixin
 from was_fx.modules.linears import LinearModule
 from was_fx.modules.placement import own_channels, whole_channel_norms
 from was_fx.modules.token_rule import TokenRule, decided
@@ -22,7 +21,7 @@ from was_fx.schedules.files.linear_schedule import LinearSchedule
 _FP32 = ("was_norms", "was_threshold")
 
 
-class SparseLinear:
+class SparseLinear(Swapped):
     """What a sparse Linear has beyond the class that it was.
 
     Attributes:
@@ -48,15 +47,19 @@ class SparseLinear:
     def forward(self, input: Tensor) -> Tensor:
         """y [..., N] of x [..., K]; dense where the call's tokens are, else `was::sparse_linear`."""
         dense, tokens = decided(self, input)  # type: ignore[arg-type]
+        weight, bias = self.weight, self.bias
+        if self.was_input_major:
+            weight = weight.t()
         if dense:
-            return super().forward(input)  # type: ignore[misc]
-        weight, bias = self.weight.t() if hasattr(self, "nf") else self.weight, self.bias
+            if not input.is_cpu or torch.is_autocast_enabled("cpu"):
+                return super().forward(input)  # type: ignore[misc]
+            return dense_linear.call(input, weight, bias)
         if torch.is_autocast_enabled(input.device.type):
             dtype = torch.get_autocast_dtype(input.device.type)
             input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         if self.was_counts is not None:
             count_dropped_op(input, self.was_threshold, self.was_counts, tokens)
-        return sparse_linear(input, weight, bias, self.was_threshold, tokens)
+        return sparse_linear.call(input, weight, bias, self.was_threshold, tokens)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow the module to another device, but stay fp32 in another dtype."""
@@ -67,9 +70,6 @@ class SparseLinear:
             if now.dtype != before.dtype and not now.is_meta:
                 self._buffers[name] = before.to(now.device)  # type: ignore[attr-defined]
         return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__mro__[2],), self.__dict__
 
 
 @torch.inference_mode(False)
@@ -83,25 +83,21 @@ def make_sparse(linear: LinearModule, entry: LinearSchedule, norm: int, rule: To
         rule: which tokens are sparse.
     """
     module: Any = linear.module
-    before: Any = type(module)
     norms = whole_channel_norms(linear, norm)
     module.register_buffer("was_norms", norms, persistent=False)
     module.register_buffer("was_threshold", own_channels(entry.channel_thresholds(norms), linear), persistent=False)
     module.register_buffer("was_counts", None, persistent=False)
     module.was_entry, module.was_norm, module.was_rule, module.was_is_head = entry, norm, rule, linear.head
-    module.__class__ = _sparse_class(before)
-    _rebind_forward(module, before)
+    swap_class(module, with_mixin(SparseLinear, type(module)))
 
 
 def make_dense(module: nn.Module) -> None:
     """Undo `make_sparse`."""
-    before = type(module)
     for name in ("was_norms", "was_threshold", "was_counts"):
         delattr(module, name)
     for name in ("was_entry", "was_norm", "was_rule", "was_is_head"):
         delattr(module, name)
-    module.__class__ = before.__mro__[2]
-    _rebind_forward(module, before)
+    swap_class(module, class_before(module))
 
 
 @torch.inference_mode(False)
@@ -125,30 +121,3 @@ def take_norms(linear: LinearModule) -> None:
 def sparse_linears(model: nn.Module) -> dict[str, Any]:
     """The sparse Linears of a model, by the qualified name that they have now (PEFT adds `base_layer` to it)."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-
-
-@cache
-def _sparse_class(kind: Any) -> Any:
-    """The sparse subclass of a Linear's class: `SparseLinear` of `Linear`, `SparseConv1D` of `Conv1D`, …"""
-    return type(f"Sparse{kind.__name__}", (SparseLinear, kind), {"__module__": kind.__module__})
-
-
-def _rebuild(kind: Any) -> Any:
-    sparse = _sparse_class(kind)
-    return sparse.__new__(sparse)
-
-
-def _rebind_forward(module: nn.Module, before: Any) -> None:
-    """Let what wraps the module's forward (accelerate's hooks, tensor parallelism) call that of its present class."""
-
-    def ours(found: object) -> bool:
-        return isinstance(found, MethodType) and found.__self__ is module and found.__func__ is before.forward
-
-    own = module.__dict__
-    present = MethodType(type(module).forward, module)
-    for name in ("forward", "_old_forward"):
-        if ours(own.get(name)):
-            own[name] = present
-        for cell in getattr(own.get(name), "__closure__", None) or ():
-            if ours(cell.cell_contents):
-                cell.cell_contents = present

@@ -12,6 +12,7 @@ from was_fx.compile.backend import register
 from was_fx.compile.options import BackendOptions, Lowering
 from was_fx.generate.generation import use_own_generate, use_plain_generate
 from was_fx.kernels.linear.layout import restore
+from was_fx.modules.dense_linear import make_fast, make_plain
 from was_fx.modules.freshness import Freshness
 from was_fx.modules.linears import LinearModule, body_linears, find_linears
 from was_fx.modules.placement import make_input_major, rearrange
@@ -36,8 +37,9 @@ def sparsify(
     """Make `model` decode sparsely by `schedule`, in place.
 
     Every scheduled Linear becomes a `SparseLinear`: the same module with the same Parameters, whose class is a
-    subclass of the one it had. The model keeps its class and its state_dict, and is sparse on every path: eager,
-    compiled by anyone, copied, pickled, moved, exported. Weights are moved one by one into input-major storage.
+    subclass of the one it had; the others become `DenseLinear`s, which compute the same. The model keeps its class and
+    its state_dict, and is sparse on every path: eager, compiled by anyone, copied, pickled, moved, exported. Weights
+    are moved one by one into input-major storage.
 
     On a GPU `generate()` compiles its decode steps with the backend "was" and replays them as CUDA graphs, with a
     static cache where its arguments don't say otherwise. On a CPU nothing is compiled unless asked for: the sparse
@@ -79,6 +81,8 @@ def sparsify(
     if known is None:
         state = SparseState(schedule, rule, Freshness())
         _replace(scheduled, state)
+        for name in linears.keys() - scheduled.keys():
+            make_fast(linears[name].module)
         state.handles = [*rule.watch(model), *state.freshness.watch(model)]
         model._was_state = state  # type: ignore[assignment]
         state.freshness.remember(model)
@@ -105,6 +109,7 @@ def densify(model: nn.Module) -> nn.Module:
     linears = find_linears(model)
     for module in sparse_linears(model).values():
         make_dense(module)
+    make_plain(model)
     for name, stride in state.strides.items():
         _give_back_strides(linears[name], stride)
     use_plain_generate(model)

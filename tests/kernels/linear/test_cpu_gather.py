@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from was_fx.kernels.linear import cpu_embedding_bag, cpu_gather
-from was_fx.kernels.linear.sparse_linear import choose
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 DTYPE_ROWS = [(torch.float32, 1), (torch.float32, 3), (torch.float32, 4), (torch.bfloat16, 1), (torch.bfloat16, 2)]
@@ -165,7 +164,6 @@ def test_cpp_sums_in_one_order_for_any_number_of_threads(make_case, dtype, outpu
         ((1, 12), torch.float32, torch.float32, True, True),
         ((12,), torch.float32, torch.float32, True, True),
         ((1, 2, 12), torch.bfloat16, torch.bfloat16, True, True),
-        ((1, 12), torch.float16, torch.float16, True, False),
         ((1, 12), torch.float64, torch.float64, True, False),
         ((1, 12), torch.bfloat16, torch.float32, True, False),
         ((1, 12), torch.float32, torch.bfloat16, True, False),
@@ -179,10 +177,16 @@ def test_supports(make_case, kernel, shape, dtype, weight_dtype, input_major, se
     assert kernel.supports(case.x.to(dtype), case.weights) is served
 
 
+@pytest.mark.parametrize(("kernel", "served"), [(cpu_gather, True), (cpu_embedding_bag, False)], ids=str)
+def test_fp16_is_served_in_cpp(make_case, kernel, served):
+    case = make_case((1, 12), (5, 7), torch.float16)
+    assert kernel.supports(case.x, case.weights) is served
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("more", [0, 1])
 def test_supports_as_many_tokens_as_pay(make_case, kernel, dtype, more):
-    tokens = kernel.MAX_TOKENS[dtype] + more
+    tokens = (kernel.max_tokens(dtype) if kernel is cpu_gather else kernel.MAX_TOKENS[dtype]) + more
     for shape in ((tokens, 12), (1, tokens, 12)):
         case = make_case(shape, (5, 7), dtype)
         assert kernel.supports(case.x, case.weights) is (more == 0)
@@ -192,49 +196,3 @@ def test_one_row_major_sibling_is_enough_to_refuse(make_case, kernel):
     case = make_case((1, 12), (5, 7))
     case.weights[1] = case.weights[1].contiguous()
     assert not kernel.supports(case.x, case.weights)
-
-
-@pytest.fixture
-def forget_library():
-    cpu_gather.library.cache_clear()
-    yield
-    cpu_gather.library.cache_clear()
-
-
-@pytest.mark.usefixtures("forget_library")
-def test_without_a_compiler_embedding_bag_takes_over_and_it_is_said_once(make_case, monkeypatch, caplog):
-    monkeypatch.setattr(cpu_gather.shutil, "which", lambda name: None)
-    case = make_case((1, 12), (5, 7))
-    for _ in range(2):
-        assert choose(case.x, case.weights).function is cpu_embedding_bag.sparse_linear
-    assert [record.message for record in caplog.records if "no C++ compiler found" in record.message] != []
-    assert len(caplog.records) == 1
-
-
-@pytest.mark.usefixtures("forget_library")
-def test_a_compiler_that_fails_is_reported_with_what_it_said(make_case, monkeypatch, tmp_path, caplog):
-    source = tmp_path / "cpu_gather.cpp"
-    source.write_text("this is no C++")
-    monkeypatch.setattr(cpu_gather, "SOURCE", source)
-    case = make_case((1, 12), (5, 7))
-    assert choose(case.x, case.weights).function is cpu_embedding_bag.sparse_linear
-    assert "can't compile cpu_gather.cpp" in caplog.text
-    assert "error" in caplog.text
-
-
-@pytest.mark.usefixtures("forget_library")
-def test_the_compiled_file_is_kept_in_the_users_cache(make_case, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cpu_gather.library() is not None
-    (kept,) = (tmp_path / "was_fx").iterdir()
-    written = kept.stat().st_mtime_ns
-    cpu_gather.library.cache_clear()
-    assert cpu_gather.library() is not None
-    assert kept.stat().st_mtime_ns == written
-
-
-@pytest.mark.usefixtures("forget_library")
-def test_a_cache_that_cannot_be_written_is_no_obstacle(monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert cpu_gather.library() is not None

@@ -310,39 +310,39 @@ def column(case, i=0):
 @pytest.mark.parametrize(
     ("rows", "dtype", "input_major", "name", "reason"),
     [
-        (1, torch.float32, True, "cpu_gather", "few tokens on a CPU, rows of Wᵀ contiguous"),
-        (8, torch.float32, True, "cpu_gather", "few tokens on a CPU, rows of Wᵀ contiguous"),
-        (9, torch.float32, True, "reference", "9 tokens of torch.float32 on cpu"),
-        (1, torch.bfloat16, True, "cpu_gather", "few tokens on a CPU, rows of Wᵀ contiguous"),
-        (9, torch.bfloat16, True, "reference", "9 tokens of torch.bfloat16 on cpu"),
-        (1, torch.float16, True, "reference", "1 tokens of torch.float16 on cpu"),
-        (1, torch.float64, True, "reference", "1 tokens of torch.float64 on cpu"),
-        (1, torch.float32, False, "reference", "rows of Wᵀ are not contiguous"),
-        (0, torch.float32, True, "reference", "0 tokens of torch.float32 on cpu"),
+        (1, torch.float32, True, *cpu_gather.choice()[:2]),
+        (8, torch.float32, True, *cpu_gather.choice()[:2]),
+        (9, torch.float32, True, "dense_product", "9 tokens of torch.float32 on cpu"),
+        (1, torch.bfloat16, True, *cpu_gather.choice()[:2]),
+        (9, torch.bfloat16, True, "dense_product", "9 tokens of torch.bfloat16 on cpu"),
+        (1, torch.float16, True, *cpu_gather.choice()[:2]),
+        (1, torch.float64, True, "dense_product", "1 tokens of torch.float64 on cpu"),
+        (1, torch.float32, False, "dense_product", "rows of Wᵀ are not contiguous"),
+        (0, torch.float32, True, "dense_product", "0 tokens of torch.float32 on cpu"),
     ],
 )
 def test_choice_of_implementation(make_case, rows, dtype, input_major, name, reason):
     case = make_case((rows, 12), (8, 4), dtype, input_major=input_major)
-    functions = {"cpu_gather": cpu_gather.sparse_linear, "reference": None}
+    functions = {"cpu_gather": cpu_gather.sparse_linear, "dense_product": None}
     assert choose(case.x, case.weights) == (name, reason, functions[name])
     with noting_served() as served:
         sparse_siblings(*case.arguments(), None)
     assert [(found.implementation, found.reason) for found in served] == [(name, reason)]
 
 
-def test_tokens_that_keep_channels_are_the_references(make_case):
+def test_tokens_that_keep_channels_go_through_a_dense_product(make_case):
     case = make_case((2, 12), (8, 4))
     tokens = torch.tensor([True, False])
-    assert choose(case.x, case.weights, tokens) == ("reference", "some tokens keep every channel", None)
+    assert choose(case.x, case.weights, tokens) == ("dense_product", "some tokens keep every channel", None)
     with noting_served() as served:
         sparse_siblings(*case.arguments(), tokens)
     assert [found.reason for found in served] == ["some tokens keep every channel"]
 
 
-def test_one_sibling_that_lies_otherwise_is_enough_for_the_reference(make_case):
+def test_one_sibling_that_lies_otherwise_is_enough_for_a_dense_product(make_case):
     case = make_case((1, 12), (8, 4))
     case.weights[1] = case.weights[1].contiguous()
-    assert choose(case.x, case.weights)[:2] == ("reference", "rows of Wᵀ are not contiguous")
+    assert choose(case.x, case.weights)[:2] == ("dense_product", "rows of Wᵀ are not contiguous")
 
 
 @pytest.mark.parametrize("input_major", [True, False])

@@ -20,7 +20,7 @@ def test_calls_are_noted_with_their_weights_in_order(make_case):
         call(other)
     places = [weight.data_ptr() for weight in case.weights]
     assert [each.weights for each in served] == [(places[0],), tuple(places), (other.weights[0].data_ptr(),)]
-    assert [each.implementation for each in served] == ["cpu_gather", "cpu_gather", "reference"]
+    assert [each.implementation for each in served] == ["cpu_gather", "cpu_gather", "dense_product"]
     assert served[2].reason == "rows of Wᵀ are not contiguous"
 
 

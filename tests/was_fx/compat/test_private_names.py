@@ -21,6 +21,7 @@ import torch._inductor
 import torch._inductor.compile_fx
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import utils as generation
 from transformers.quantizers import auto as quantizers
@@ -210,6 +211,19 @@ def tells_storages_apart() -> bool:
     return apart and same
 
 
+def tells_what_watches() -> bool:
+    x, plainly = torch.zeros(2), private_names.calls_plainly
+    with torch.no_grad(), FakeTensorMode():
+        watched = plainly(x)
+    with torch.no_grad(), torch.device("cpu"):  # a mode of functions
+        changed = plainly(x)
+    transformed = []
+    torch.func.vmap(lambda row: (transformed.append(plainly(x)), row)[1])(torch.zeros(2, 2))
+    torch.jit.trace(lambda row: (transformed.append(plainly(row)), row)[1], x, check_trace=False)
+    with_grad = plainly(x, torch.zeros(2, requires_grad=True))
+    return plainly(x) and not (watched or changed or any(transformed) or with_grad)
+
+
 def keeps_an_erased_node() -> bool:
     graph = torch.fx.Graph()
     node = graph.placeholder("x")
@@ -230,6 +244,13 @@ CHECKS: dict[str, Callable[[Captured], object]] = {
     "_nn": lambda found: torch._C._nn.linear is dynamo.linear_function is found.linear,
     "_BACKENDS": lambda _: isinstance(torch._dynamo.backends.registry._BACKENDS, dict),
     "_call_impl": lambda _: dynamo.call_of(nn.ReLU())(torch.tensor([-1.0, 2.0])).tolist() == [0, 2],
+    "_functorch": lambda _: tells_what_watches(),
+    "_get_tracing_state": lambda _: tells_what_watches(),
+    "_len_torch_dispatch_stack": lambda _: tells_what_watches(),
+    "_len_torch_function_stack": lambda _: tells_what_watches(),
+    "_is_amx_tile_supported": lambda _: torch.cpu._is_amx_tile_supported() in (True, False),
+    "_is_avx512_bf16_supported": lambda _: torch.cpu._is_avx512_bf16_supported() in (True, False),
+    "_is_mkldnn_fp16_supported": lambda _: private_names.multiplies_natively(torch.float16) in (True, False),
     "_cdata": lambda _: tells_storages_apart(),
     "_compiled_call_impl": lambda _: with_compiled_call(),
     "_dynamo": lambda _: (

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import was_fx
-from was_fx.kernels.linear import cpu_gather
+from was_fx.kernels.cpu.library import KINDS, kind
+from was_fx.kernels.linear import cpu_gather, dense_linear
 from was_fx.modules.sparse_linear import sparse_linears
 
 
@@ -21,6 +22,9 @@ def test_every_linear_with_its_kernel_and_the_reason(sparse, tokens):
     report = was_fx.check(sparse, tokens[:1, :9], new_tokens=5)
     kernel = "cpu_gather" if cpu_gather.library() else "cpu_embedding_bag"
     assert {row.implementation for row in report.linears} == {kernel}
+    assert kernel != "cpu_gather" or {row.reason.split("; ")[1] for row in report.linears} == {
+        f"{KINDS[min(kind(), 2)]} kernels"
+    }
     assert all(row.reason and row.tokens == 4 for row in report.linears)
     assert (report.path, report.device, report.steps, report.notes) == ("eager", "cpu", 4, ())
 
@@ -43,7 +47,8 @@ def test_the_prompt_is_dense_whatever_prompts_are(llama, calibration, prefill):
 
 
 def test_without_a_compiler_it_says_so(sparse, monkeypatch):
-    monkeypatch.setattr(cpu_gather, "library", lambda: None)
+    for module in (cpu_gather, dense_linear):
+        monkeypatch.setattr(module, "library", lambda: None)
     report = was_fx.check(sparse)
     assert {row.implementation for row in report.linears} == {"cpu_embedding_bag"}
     assert {row.reason for row in report.linears} == {"no C++ compiler was found"}
@@ -52,7 +57,7 @@ def test_without_a_compiler_it_says_so(sparse, monkeypatch):
 def test_what_no_kernel_serves_is_right_and_noted(sparse):
     report = was_fx.check(sparse.double())
     assert report.ok
-    assert {row.implementation for row in report.linears} == {"reference"}
+    assert {row.implementation for row in report.linears} == {"dense_product"}
     assert report.notes == ("14 Linears are right but not faster: no kernel skips their rows here",)
 
 

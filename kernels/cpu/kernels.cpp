@@ -1,0 +1,407 @@
+// Products of a few or many tokens with bf16, fp16 or fp32 weights on a CPU, for each kind of processor.
+//
+// One library holds all kinds; the caller asks `was_processor` what this one has and passes the kind it wants:
+//
+//   0 plain     loops over vectors of four, which any compiler turns into what the target has (NEON, SSE)
+//   1 avx2      AVX2, FMA, F16C
+//   2 avx512    AVX-512 F, BW, VL, DQ
+//   3 avx512bf16, 4 amx    the same, and pairs of bf16 multiplied at once in `was_product`
+//
+// The code of all kinds is body.inc, which is included once for each with the few functions that differ.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#define WAS_X86 1
+#endif
+#if defined(__linux__) && defined(WAS_X86)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#ifndef WAS_SOURCE
+#define WAS_SOURCE ""
+#endif
+
+extern "C" int omp_get_num_threads();
+extern "C" int omp_get_thread_num();
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")  // for loops over registers
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+// One value; NaN stays NaN, everything else rounds to nearest, ties to even.
+INLINE float to_float(float value) { return value; }
+
+INLINE float to_float(bf16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+INLINE float to_float(fp16 value) {
+    // The exponent is moved by a product, which is right for subnormal numbers too.
+    uint32_t bits = (value.bits & 0x7fffu) << 13;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    result *= 0x1p112f;
+    std::memcpy(&bits, &result, sizeof result);
+    if ((value.bits & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;
+    bits |= static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+INLINE void from_float(float* target, float value) { *target = value; }
+
+INLINE void from_float(bf16* target, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    target->bits = nan ? 0x7fc0u : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+INLINE void from_float(fp16* target, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+    bits &= 0x7fffffffu;
+    uint16_t result;
+    if (bits > 0x7f800000u) {
+        result = 0x7e00u;
+    } else if (bits >= 0x477ff000u) {  // 65520 and more round to infinity
+        result = 0x7c00u;
+    } else if (bits < 0x38800000u) {  // subnormal: adding 0.5 lets the hardware round
+        float magnitude;
+        std::memcpy(&magnitude, &bits, sizeof magnitude);
+        magnitude += 0.5f;
+        std::memcpy(&bits, &magnitude, sizeof bits);
+        result = static_cast<uint16_t>(bits - 0x3f000000u);
+    } else {
+        result = static_cast<uint16_t>((bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13);
+    }
+    target->bits = sign | result;
+}
+
+// Memory of one thread that is used again by its next call.
+template <int SLOT>
+static void* scratch(size_t bytes) {
+    struct Buffer {
+        void* memory = nullptr;
+        size_t size = 0;
+        ~Buffer() { std::free(memory); }
+    };
+    static thread_local Buffer buffer;
+    if (buffer.size < bytes) {
+        std::free(buffer.memory);
+        buffer.size = (bytes + 4095) / 4096 * 4096;
+        buffer.memory = std::aligned_alloc(4096, buffer.size);
+        if (!buffer.memory) std::abort();
+    }
+    return buffer.memory;
+}
+
+// What one call of a sparse product holds: G Linears that share x [tokens, k].
+template <class T>
+struct Gather {
+    const T* x;
+    const T* const* weights;            // G times [k, n_g], rows contiguous
+    const T* const* biases;             // G times [n_g] or null
+    const float* const* thresholds;     // G times [k], or null: all channels are kept
+    const int64_t* n;
+    T* y;                               // [tokens, sum n_g]
+    int64_t tokens, k, segments, threads;
+};
+
+// y [m, n] = x [m, k] weight + bias [n]. `weight` is [k, n] with contiguous rows.
+template <class T>
+struct Product {
+    const T* x;
+    const T* weight;
+    const T* bias;
+    T* y;
+    int64_t m, k, n, threads;
+};
+
+// This thread's part of `count` columns, in multiples of 32 columns, a cache line of bf16.
+INLINE void share(int64_t count, int64_t threads, int64_t thread, int64_t* begin, int64_t* end) {
+    const int64_t blocks = (count + 31) / 32;
+    *begin = std::min(count, blocks * thread / threads * 32);
+    *end = std::min(count, blocks * (thread + 1) / threads * 32);
+}
+
+// ---------------------------------------------------------------------------------------------------------- plain
+
+namespace plain {
+constexpr int L = 4;
+typedef float vf __attribute__((vector_size(16)));
+typedef uint32_t vu __attribute__((vector_size(16)));
+typedef uint16_t vh __attribute__((vector_size(8)));
+
+INLINE vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+INLINE vf load(const bf16* p) {
+    vh h;
+    std::memcpy(&h, p, sizeof h);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+INLINE vf load(const fp16* p) { return vf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+template <class T>
+INLINE void store(T* p, vf v) { for (int i = 0; i < L; ++i) from_float(p + i, v[i]); }
+INLINE vf all(float value) { return vf{value, value, value, value}; }
+INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+INLINE float sum(vf v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+INLINE int32_t keep(vf v, vf t, int32_t j, int32_t count, int32_t* index, float* kept) {
+    for (int i = 0; i < L; ++i) {
+        index[count] = j + i;
+        kept[count] = v[i];
+        count += !((v[i] < 0 ? -v[i] : v[i]) <= t[i]);
+    }
+    return count;
+}
+constexpr int MR = 4, NV = 2;   // tile of the product: rows, vectors of columns
+#include "body.inc"
+}  // namespace plain
+
+#ifdef WAS_X86
+// ----------------------------------------------------------------------------------------------------------- avx2
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+namespace avx2 {
+constexpr int L = 8;
+typedef __m256 vf;
+
+INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
+INLINE vf load(const bf16* p) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+INLINE vf load(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+INLINE void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
+INLINE void store(bf16* p, vf v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    rounded = _mm256_srli_epi32(rounded, 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+INLINE void store(fp16* p, vf v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+INLINE vf all(float value) { return _mm256_set1_ps(value); }
+INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE float sum(vf v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+INLINE int32_t keep(vf v, vf t, int32_t j, int32_t count, int32_t* index, float* kept) {
+    const vf magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
+    uint32_t mask = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(magnitude, t, _CMP_NLE_UQ)));
+    float values[L];
+    _mm256_storeu_ps(values, v);
+    for (; mask; mask &= mask - 1) {
+        const int i = __builtin_ctz(mask);
+        index[count] = j + i;
+        kept[count++] = values[i];
+    }
+    return count;
+}
+constexpr int MR = 6, NV = 2;
+#include "body.inc"
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+// --------------------------------------------------------------------------------------------------------- avx512
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+#endif
+namespace avx512 {
+constexpr int L = 16;
+typedef __m512 vf;
+
+INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
+INLINE vf load(const bf16* p) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+INLINE vf load(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+INLINE void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
+INLINE void store(bf16* p, vf v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    rounded = _mm512_srli_epi32(rounded, 16);
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+}
+INLINE void store(fp16* p, vf v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+INLINE vf all(float value) { return _mm512_set1_ps(value); }
+INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE float sum(vf v) { return _mm512_reduce_add_ps(v); }
+INLINE int32_t keep(vf v, vf t, int32_t j, int32_t count, int32_t* index, float* kept) {
+    const __mmask16 mask = _mm512_cmp_ps_mask(_mm512_abs_ps(v), t, _CMP_NLE_UQ);
+    const __m512i at = _mm512_add_epi32(
+        _mm512_set1_epi32(j), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    // Compressed in the register: a store that compresses is slow on some processors.
+    _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(mask, at));
+    _mm512_storeu_ps(kept + count, _mm512_maskz_compress_ps(mask, v));
+    return count + __builtin_popcount(mask);
+}
+constexpr int MR = 12, NV = 2;
+#include "body.inc"
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+// ---------------------------------------------------------------------------------------------- pairs of bf16: amx
+
+#include "pairs.inc"
+#endif  // WAS_X86
+
+// ---------------------------------------------------------------------------------------------------------- entry
+
+namespace {
+
+enum Kind { PLAIN, AVX2, AVX512, AVX512_BF16, AMX };
+
+template <class T>
+void gather(int64_t kind, const Gather<T>& call) {
+#ifdef WAS_X86
+    if (kind >= AVX512) return avx512::gather(call);
+    if (kind == AVX2) return avx2::gather(call);
+#endif
+    plain::gather(call);
+}
+
+template <class T>
+void rows(int64_t kind, const Product<T>& call) {
+#ifdef WAS_X86
+    if (kind >= AVX512) return avx512::rows(call);
+    if (kind == AVX2) return avx2::rows(call);
+#endif
+    plain::rows(call);
+}
+
+template <class T>
+void product(int64_t kind, const Product<T>& call) {
+#ifdef WAS_X86
+    if (kind >= AVX512) return avx512::product(call);
+    if (kind == AVX2) return avx2::product(call);
+#endif
+    plain::product(call);
+}
+
+#ifdef WAS_X86
+template <>
+void product<bf16>(int64_t kind, const Product<bf16>& call) {
+    if (kind >= AMX) return amx::product(call);
+    if (kind == AVX512_BF16) return avx512bf16::product(call);
+    if (kind == AVX512) return avx512::product(call);
+    if (kind == AVX2) return avx2::product(call);
+    plain::product(call);
+}
+#endif
+
+template <template <class> class Call, class Visitor>
+void with_dtype(int64_t dtype, Visitor visit) {
+    if (dtype == 0) visit(Call<float>());
+    if (dtype == 1) visit(Call<bf16>());
+    if (dtype == 2) visit(Call<fp16>());
+}
+
+}  // namespace
+
+extern "C" {
+
+// Of which source this library is.
+const char* was_source() { return WAS_SOURCE; }
+
+// The highest kind that this processor and its system have.
+int64_t was_processor() {
+#ifdef WAS_X86
+    __builtin_cpu_init();
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())) return PLAIN;
+    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")))
+        return AVX2;
+    if (!has_avx512_bf16()) return AVX512;
+    return may_use_amx() ? AMX : AVX512_BF16;
+#else
+    return PLAIN;
+#endif
+}
+
+// y = (x without its dropped channels) W^T + b for G Linears; dtype 0 fp32, 1 bf16, 2 fp16. See `Gather`.
+void was_gather(int64_t kind, int64_t dtype, const void* x, const void* weights, const void* biases,
+                const void* thresholds, const int64_t* n, void* y, int64_t tokens, int64_t k, int64_t segments,
+                int64_t threads) {
+    const auto run = [&](auto call) {
+        using T = typename std::remove_const<typename std::remove_pointer<decltype(call.x)>::type>::type;
+        call = {static_cast<const T*>(x), static_cast<const T* const*>(weights), static_cast<const T* const*>(biases),
+                static_cast<const float* const*>(thresholds), n, static_cast<T*>(y), tokens, k, segments, threads};
+        gather(kind, call);
+    };
+    with_dtype<Gather>(dtype, run);
+}
+
+// The same for one Linear: `weight`, `bias` and `threshold` are its own.
+void was_gather_one(int64_t kind, int64_t dtype, const void* x, const void* weight, const void* bias,
+                    const void* threshold, int64_t n, void* y, int64_t tokens, int64_t k, int64_t threads) {
+    was_gather(kind, dtype, x, &weight, &bias, threshold ? &threshold : nullptr, &n, y, tokens, k, 1, threads);
+}
+
+// y = x W^T + b for many tokens, W^T [k, n] with contiguous rows. See `Product`.
+void was_product(int64_t kind, int64_t dtype, const void* x, const void* weight, const void* bias, void* y, int64_t m,
+                 int64_t k, int64_t n, int64_t threads) {
+    const auto run = [&](auto call) {
+        using T = typename std::remove_const<typename std::remove_pointer<decltype(call.x)>::type>::type;
+        call = {static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<const T*>(bias),
+                static_cast<T*>(y), m, k, n, threads};
+        product(kind, call);
+    };
+    with_dtype<Product>(dtype, run);
+}
+
+// y = x W^T + b for a few tokens, W [n, k] with contiguous rows.
+void was_rows(int64_t kind, int64_t dtype, const void* x, const void* weight, const void* bias, void* y, int64_t m,
+              int64_t k, int64_t n, int64_t threads) {
+    const auto run = [&](auto call) {
+        using T = typename std::remove_const<typename std::remove_pointer<decltype(call.x)>::type>::type;
+        call = {static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<const T*>(bias),
+                static_cast<T*>(y), m, k, n, threads};
+        rows(kind, call);
+    };
+    with_dtype<Product>(dtype, run);
+}
+}

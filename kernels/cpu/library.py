@@ -1,0 +1,167 @@
+"""The C++ kernels of this folder as one shared library, and which kind of them this processor runs.
+
+An installed was-fx holds the library. A checkout compiles it when it is first needed, in one call of the C++ compiler
+(`CXX`, else g++, else clang++), and keeps it in the user's cache. Without either, plain torch does the work.
+
+`WAS_FX_CPU_KERNELS=avx2` (or any other name of `KINDS`) holds the kernels to less than the processor has.
+"""
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import torch
+
+from was_fx.kernels.parts.user_cache import user_cache
+
+log = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+SOURCES = ("kernels.cpp", "body.inc", "pairs.inc")
+FLAGS = ("-std=c++17", "-O2", "-fopenmp", "-fPIC", "-shared")
+
+# Kinds of kernels, each with what the ones before it have; `enum Kind` in kernels.cpp.
+KINDS = ("plain", "avx2", "avx512", "avx512bf16", "amx")
+LIMIT = "WAS_FX_CPU_KERNELS"
+# What the library calls the dtypes of x and the weights.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_COST = "on this CPU every token takes about twice as long"
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None where there are none (said once, with what it costs)."""
+    source = source_hash()
+    for path in FOLDER.glob("cpu_kernels*" + (sysconfig.get_config_var("SHLIB_SUFFIX") or ".so")):
+        loaded = _load(path, source)
+        if loaded is not None:
+            return loaded
+    try:
+        path = compiled(source)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        output = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
+        log.warning("the C++ kernels can't be compiled; %s:\n%s", _COST, output[-2000:])
+        return None
+    if path is None:
+        log.warning("no C++ compiler found; %s. Install g++, or set CXX to a compiler", _COST)
+        return None
+    loaded = _load(path, source)
+    if loaded is None:
+        log.warning("the C++ kernels in %s can't be loaded; %s. Delete the file to compile them anew", path, _COST)
+    return loaded
+
+
+@functools.cache
+def kind() -> int:
+    """The position in `KINDS` of the kernels to run here: the processor's, or what `WAS_FX_CPU_KERNELS` says.
+
+    Raises:
+        ValueError: the variable names no kind.
+    """
+    loaded = library()
+    assert loaded is not None
+    found = int(loaded.was_processor())
+    wanted = os.environ.get(LIMIT)
+    if not wanted:
+        return found
+    if wanted not in KINDS:
+        raise ValueError(f"{LIMIT} is {wanted!r}; expected one of {', '.join(KINDS)}")
+    return min(found, KINDS.index(wanted))
+
+
+def source_hash() -> str:
+    """Tells a library made of these sources from one made of others."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((FOLDER / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compiled(source: str) -> Path | None:
+    """Path of the library in the user's cache, compiled unless it is there; None without a compiler.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: the compiler failed.
+        ValueError: `CXX` can't be read.
+    """
+    folder = _private_cache()
+    target = folder / f"cpu_kernels_{source}.so"
+    if target.exists() and _is_ours(target):
+        return target
+    compiler = _compiler()
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory(dir=folder) as made_in:
+        made = Path(made_in) / target.name
+        define = f'-DWAS_SOURCE="{source}"'
+        command = [*compiler, *FLAGS, define, str(FOLDER / SOURCES[0]), "-o", str(made)]
+        subprocess.run(command, capture_output=True, check=True)
+        os.replace(made, target)  # whole or not at all, also when two processes compile
+    return target
+
+
+def _compiler() -> list[str] | None:
+    """The command, `CXX` with its arguments or a usual name; None where there is no such program."""
+    for command in (shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"]):
+        if command and shutil.which(command[0]):
+            return command
+    return None
+
+
+def _private_cache() -> Path:
+    """A folder that only this user can write, because what lies in it is run: in their cache, else a temporary one."""
+    folder = user_cache()
+    try:
+        if folder.is_absolute():
+            folder.mkdir(parents=True, exist_ok=True)
+            if _is_ours(folder) and os.access(folder, os.W_OK):
+                return folder
+    except OSError:
+        pass
+    return _temporary_folder()
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    """For this process, removed at its end."""
+    folder = tempfile.mkdtemp(prefix="was_fx_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it belongs to this user, and nobody else may write it."""
+    found = path.stat()
+    if hasattr(os, "getuid") and found.st_uid != os.getuid():
+        return False
+    return not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _load(path: Path, source: str) -> ctypes.CDLL | None:
+    """The library at `path`, unless it is of other sources or can't be loaded."""
+    try:
+        loaded = ctypes.CDLL(str(path))
+        loaded.was_source.restype = ctypes.c_char_p
+        loaded.was_processor.restype = ctypes.c_int64
+        if loaded.was_source() != source.encode():
+            return None
+    except (OSError, AttributeError):
+        return None
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    loaded.was_gather.restype = loaded.was_gather_one.restype = None
+    loaded.was_product.restype = loaded.was_rows.restype = None
+    loaded.was_gather.argtypes = [number] * 2 + [pointer] * 6 + [number] * 4
+    loaded.was_gather_one.argtypes = [number] * 2 + [pointer] * 4 + [number, pointer] + [number] * 3
+    loaded.was_product.argtypes = loaded.was_rows.argtypes = [number] * 2 + [pointer] * 4 + [number] * 4
+    return loaded
