@@ -48,17 +48,17 @@ def library() -> ctypes.CDLL | None:
         if loaded is not None:
             return loaded
     try:
-        path = compiled(source)
+        built = compiled(source)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         output = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
         log.warning("the C++ kernels can't be compiled; %s:\n%s", _COST, output[-2000:])
         return None
-    if path is None:
+    if built is None:
         log.warning("no C++ compiler found; %s. Install g++, or set CXX to a compiler", _COST)
         return None
-    loaded = _load(path, source)
+    loaded = _load(built, source)
     if loaded is None:
-        log.warning("the C++ kernels in %s can't be loaded; %s. Delete the file to compile them anew", path, _COST)
+        log.warning("the C++ kernels in %s can't be loaded; %s. Delete the file to compile them anew", built, _COST)
     return loaded
 
 
