@@ -5,10 +5,12 @@
              y = was.sparse_linear(x, W, b, t, None)
 
 The backend sees a graph, not the model's call, so a decode step is told by its shapes: one new token per sequence, and
-a cache among the inputs wherever there is attention. The graph of a prompt stays dense, unless prompts are sparse too.
+a cache among the inputs wherever there is attention. The graph of a prompt stays dense, unless prompts are sparse too;
+on a CPU its scheduled Linears become `was.dense_linear`, which multiplies by weights that lie by input channel.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from was_fx.compat.dynamo import add_constant, like_in_graph, source_name
+from was_fx.kernels.linear.dense_linear import dense_linear
 from was_fx.kernels.linear.sparse_linear import sparse_linear
 from was_fx.kernels.ops.channel_threshold import channel_threshold_op
 from was_fx.passes.graph.context import Context, Numbers, value
@@ -62,12 +65,29 @@ def insert(context: Context) -> None:
     context.weights = list(dict.fromkeys(context.position(site.weight) for _, site in sites if not site.input_major))
     if not context.options.sparse_prompts and not _is_decode_step(context, every):
         context.counts["dense (prompt)"] = len(sites)
+        sites = [each for each in sites if not each[1].input_major and value(each[1].x).device.type == "cpu"]
+        _for_each(sites, lambda number, name, site: _rewrite_dense(context, site))
         return
+    _for_each(sites, lambda number, name, site: _rewrite(context, site, schedule[name], number))
+    context.counts["inserted"] += len(sites)
+
+
+def _for_each(sites: list[tuple[str, LinearSite]], rewrite: Callable[[int, str, LinearSite], Node]) -> None:
     new: dict[Any, Node] = {}  # a Linear may read another's output
     for number, (name, site) in enumerate(sites):
         site = replace(site, x=new.get(site.x, site.x), bias=new.get(site.bias, site.bias))
-        new[site.node] = _rewrite(context, site, schedule[name], number)
-        context.counts["inserted"] += 1
+        new[site.node] = rewrite(number, name, site)
+
+
+def _rewrite_dense(context: Context, site: LinearSite) -> Node:
+    """The dense op in place of a Linear."""
+    graph = context.module.graph
+    with graph.inserting_before(site.node):
+        dense = graph.call_function(dense_linear, (site.x, site.weight, site.bias))
+    dense.meta.update(site.node.meta)
+    context.replace(site.node, dense)
+    graph.erase_node(site.node)
+    return dense
 
 
 def _rewrite(context: Context, site: LinearSite, numbers: Numbers, number: int) -> Node:

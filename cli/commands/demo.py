@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from was_fx.measure.speed import SpeedRow
 
 EXAMPLES = options.examples(
-    "was demo  [dim]two to three minutes on two CPU cores[/]",
-    "was demo --fast  [dim]less text, no compiled speed test[/]",
+    "was demo  [dim]two minutes on two CPU cores[/]",
+    "was demo --fast  [dim]less text, no speed test[/]",
     "was demo --json > demo.json",
 )
 SCORES = ("was", "teal")
@@ -53,7 +53,7 @@ FAST = Size(calibration=8, recalibration=4, stride=14, limit=8, levels=(0.25, 0.
 
 
 def demo(
-    fast: Annotated[bool, typer.Option("--fast", help="Less text, and no speed test (which compiles).")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Less text, and no speed test.")] = False,
     json: options.Json = False,
 ) -> None:
     """Calibrate, compare, generate and time: everything at once, without a network.
@@ -65,6 +65,9 @@ def demo(
     console = stdout()
     if not json:
         screens.opening(console)
+    rows = timed(size) if size.blocks else []
+    if rows and not json:
+        screens.speed(console, rows, size.blocks)
     loaded = load_model(options.EMBEDDED, device="cpu")
     schedules = calibrated(loaded, size)
     quality = measured(loaded, schedules, size)
@@ -73,12 +76,9 @@ def demo(
     texts = samples(loaded, schedules["was"][0.5])
     if not json:
         screens.samples(console, PROMPT, texts)
-    rows = timed(size) if size.blocks else []
     if json:
         print_json(_as_json(quality, texts, rows))
         return
-    if rows:
-        screens.speed(console, rows, size.blocks)
     screens.closing(console)
 
 
@@ -155,8 +155,8 @@ def timed(size: Size) -> "list[SpeedRow]":
         vocab_size=4096,
         tie_word_embeddings=True,
     )
-    with progress("Compiling, then timing dense and sparse in turn") as advance:
-        return decode_speed(config, size.speed_levels, tokens=17, repetitions=5, progress=advance)
+    with progress("Timing dense and sparse in turn") as advance:
+        return decode_speed(config, size.speed_levels, tokens=17, repetitions=5, lowering="eager", progress=advance)
 
 
 def _as_json(

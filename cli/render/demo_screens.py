@@ -26,14 +26,14 @@ def opening(console: Console) -> None:
     )
     _paragraph(
         console,
-        "First: what this costs in quality, on a language model of 5.8 M parameters that lies inside this package. "
-        "Its thresholds come from one text, its perplexity from another.",
+        "First what that wins, on weights of a usual size; then what it costs, on a language model of 5.8 M parameters "
+        "that lies inside this package. Its thresholds come from one text, its perplexity from another.",
     )
 
 
 def quality(console: Console, found: "Mapping[tuple[str, float], Evaluation]", scores: Sequence[str]) -> None:
     """Perplexity by sparsity, side by side for each score."""
-    _heading(console, "1  Quality")
+    _heading(console, "2  Quality")
     dense = found["dense", 0.0]
     columns = [f"{what} {score.upper()}" for what in ("realised", "ppl") for score in scores]
     table = new_table("nominal", *columns, "bytes saved")
@@ -59,7 +59,7 @@ def quality(console: Console, found: "Mapping[tuple[str, float], Evaluation]", s
 
 def samples(console: Console, prompt: str, texts: Mapping[str, str]) -> None:
     """The continuations of one prompt."""
-    _heading(console, "2  Text")
+    _heading(console, "3  Text")
     for label, text in (("dense", texts["dense"]), ("sparse, WAS at 50 %", texts["sparse"])):
         console.print(label, style="bold")
         body = Text.assemble((prompt, "bold"), visible(text.rstrip(), keep="\n"))
@@ -69,7 +69,7 @@ def samples(console: Console, prompt: str, texts: Mapping[str, str]) -> None:
 
 def speed(console: Console, rows: "Sequence[SpeedRow]", blocks: int) -> None:
     """Milliseconds and bytes per token."""
-    _heading(console, "3  Speed")
+    _heading(console, "1  Speed")
     table = new_table("nominal", "realised", "ms per token", "speed-up", "weights read per token")
     for index, row in enumerate(rows):
         name = f"{100 * row.target:.0f} %" if index else "dense"
@@ -79,8 +79,8 @@ def speed(console: Console, rows: "Sequence[SpeedRow]", blocks: int) -> None:
     _paragraph(
         console,
         f"Greedy decoding on this CPU: {blocks} blocks with the shapes of Llama-3.2-1B, random bf16 weights, a "
-        f"vocabulary of 4096. Medians of {len(rows[0].repetitions)} runs; dense (torch.compile with Inductor) and "
-        "sparse took turns. Random weights say nothing about quality, and an idle machine gives steadier numbers.",
+        f"vocabulary of 4096. Medians of {len(rows[0].repetitions)} runs; dense and sparse took turns, both as they "
+        "come, uncompiled. Random weights say nothing about quality, and an idle machine gives steadier numbers.",
     )
 
 

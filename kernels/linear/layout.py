@@ -12,14 +12,6 @@ import torch
 from torch import Tensor
 
 
-def wants_input_major(weight: Tensor) -> bool:
-    """Whether decode has a kernel that gathers this weight's rows of Wᵀ.
-
-    Not for fp16 on a CPU: the product of a whole prompt with a column-major fp16 weight was over 100 times slower.
-    """
-    return not (weight.device.type == "cpu" and weight.dtype == torch.float16)
-
-
 def to_input_major(weight: Tensor) -> None:
     """Move weight [N, K] in place into input-major storage; a no-op when it is there already."""
     with _mode_of(weight):

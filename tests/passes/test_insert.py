@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers.pytorch_utils import Conv1D
 
+from was_fx.kernels.linear.dense_linear import dense_linear
 from was_fx.kernels.linear.sparse_linear import sparse_linear
 from was_fx.kernels.ops.channel_threshold import channel_threshold_op
 from was_fx.passes.graph.context import Numbers, Options
@@ -57,11 +58,11 @@ def test_decode_is_sparse_whatever_prompts_are(rewrite, prefill, batch, dynamic)
 
 @pytest.mark.parametrize("last", [None, 1, 3])
 @pytest.mark.parametrize("length", [2, 7])
-def test_dense_prompt_is_the_graph_as_it_was(rewrite, last, length):
+def test_dense_prompt_keeps_its_meaning_and_its_products_read_weights_by_input_channel(rewrite, last, length):
     module = rewrite(Block(last), SCHEDULE, insert=True, prefill="dense")
     x = torch.randn(1, length, 12)
-    assert torch.equal(module(x), module.module(x))
-    assert (module.targets[sparse_linear], module.targets[LINEAR]) == (0, 3)
+    torch.testing.assert_close(module(x), module.module(x))
+    assert (module.targets[sparse_linear], module.targets[LINEAR], module.targets[dense_linear]) == (0, 0, 3)
     assert module.context.counts["dense (prompt)"] == 3
     assert not module.context.decode
 

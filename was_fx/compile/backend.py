@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from was_fx.compat.dynamo import inductor, mode_options, register_backend
 from was_fx.compile.cuda_graphs import CudaGraphs, fixed_inputs, graphable, has_state, versioned_inputs
 from was_fx.compile.options import BackendOptions
-from was_fx.kernels.linear.layout import to_input_major, wants_input_major
+from was_fx.kernels.linear.layout import to_input_major
 from was_fx.modules.sparse_linear import SparseLinear
 from was_fx.passes.graph.context import Context, module_classes
 from was_fx.passes.graph.errors import RewriteError
@@ -83,7 +83,7 @@ def _lowered(context: Context, options: BackendOptions) -> Callable[..., Any]:
 
 
 def _is_to_move(weight: Tensor) -> bool:
-    return wants_input_major(weight) and not weight.t().is_contiguous()
+    return not weight.t().is_contiguous()
 
 
 def _run_once_then_move(first: Callable[..., Any], weights: Sequence[int]) -> Callable[..., Any]:

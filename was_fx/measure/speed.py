@@ -116,8 +116,7 @@ def decode_speed(
         score: of the thresholds; WAS's by default.
         with_dense: time the dense model too; without it, `ratio` is None.
         seed: of the random weights and tokens.
-        lowering: of the sparse model, as for `sparsify`; "eager" compiles the dense one neither (tests; no statement
-            about speed).
+        lowering: of the sparse model, as for `sparsify`; "eager" compiles the dense one neither.
         progress: called with (runs done, all runs).
 
     Returns:

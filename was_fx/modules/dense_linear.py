@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.kernels.linear import dense_linear
-from was_fx.kernels.parts.private_names import calls_plainly
 from was_fx.modules.class_swap import Swapped, class_before, swap_class, with_mixin
 
 
@@ -19,14 +18,9 @@ class DenseLinear(Swapped):
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., N] of x [..., K]."""
-        if (
-            torch.compiler.is_compiling()
-            or not input.is_cpu
-            or torch.is_autocast_enabled("cpu")
-            or not calls_plainly(input, self.weight)
-        ):
+        if not input.is_cpu or torch.is_autocast_enabled("cpu"):
             return super().forward(input)  # type: ignore[misc]
-        return dense_linear.compute(input, self.weight, self.bias)
+        return dense_linear.call(input, self.weight, self.bias)
 
 
 def make_fast(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.compat.tensors import take_strides
-from was_fx.kernels.linear.layout import to_input_major, wants_input_major
+from was_fx.kernels.linear.layout import to_input_major
 from was_fx.modules.linears import LinearModule
 from was_fx.modules.weights import is_offloaded, is_sharded, local
 from was_fx.schedules.score import channel_norms
@@ -91,7 +91,7 @@ def own_channels(values: Tensor, linear: LinearModule) -> Tensor:
 def make_input_major(linear: LinearModule) -> None:
     """Move a weight that is here into the storage of a sparse product, where that is another than it has."""
     weight = linear.parameter
-    if not linear.input_major and not is_offloaded(weight) and wants_input_major(weight):
+    if not linear.input_major and not is_offloaded(weight):
         rearrange(weight, to_input_major)
 
 

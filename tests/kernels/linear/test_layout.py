@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from was_fx.kernels.linear.layout import restore, to_input_major, wants_input_major
+from was_fx.kernels.linear.layout import restore, to_input_major
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(5, 3), (1, 4), (4, 1), (1, 1), (17, 33)]
@@ -74,16 +74,3 @@ def test_weights_move_in_inference_mode_and_out_of_it_and_stay_of_their_kind(mad
     assert weight.stride() == (3, 1)
     assert weight.is_inference() is made_inside
     assert torch.equal(bits(weight), before)
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "wanted"),
-    [
-        ("cpu", torch.float32, True),
-        ("cpu", torch.bfloat16, True),
-        ("cpu", torch.float16, False),
-        ("meta", torch.float16, True),
-    ],
-)
-def test_fp16_on_a_cpu_stays_row_major(device, dtype, wanted):
-    assert wants_input_major(torch.empty(2, 2, device=device, dtype=dtype)) is wanted
