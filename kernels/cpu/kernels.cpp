@@ -37,9 +37,11 @@ extern "C" int omp_get_thread_num();
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
+struct int4 { uint8_t byte; };  // two codes
 
 // One value; NaN stays NaN, everything else rounds to nearest, ties to even.
 INLINE float to_float(float value) { return value; }
+INLINE float to_float(int8_t value) { return value; }
 
 INLINE float to_float(bf16 value) {
     const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
@@ -110,16 +112,24 @@ static void* scratch(size_t bytes) {
     return buffer.memory;
 }
 
-// What one call of a sparse product holds: G Linears that share x [tokens, k].
-template <class T>
+// Quantised weights of G Linears, by rows as kernels/quantized/rows.py has them.
+struct Codes {
+    const float* const* scales;         // G times [n_g] of int8, [k] of int4
+    const uint8_t* const* groups;       // G times [k, n_g / group, 2] of int4
+    const int64_t* group;               // G outputs of a group
+};
+
+// What one call of a sparse product holds: G Linears that share x [tokens, k]; W holds the weights, T everything else.
+template <class T, class W>
 struct Gather {
     const T* x;
-    const T* const* weights;            // G times [k, n_g], rows contiguous
+    const W* const* weights;            // G times [k, n_g], rows contiguous
     const T* const* biases;             // G times [n_g] or null
     const float* const* thresholds;     // G times [k], or null: all channels are kept
     const int64_t* n;
     T* y;                               // [tokens, sum n_g]
     int64_t tokens, k, segments, threads;
+    Codes codes;                        // of int8 and int4
 };
 
 // y [m, n] = x [m, k] weight + bias [n]. `weight` is [k, n] with contiguous rows.
@@ -154,6 +164,7 @@ INLINE vf load(const bf16* p) {
     return (vf)(__builtin_convertvector(h, vu) << 16);
 }
 INLINE vf load(const fp16* p) { return vf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+INLINE vf load(const int8_t* p) { return vf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
 INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 template <class T>
 INLINE void store(T* p, vf v) { for (int i = 0; i < L; ++i) from_float(p + i, v[i]); }
@@ -167,6 +178,32 @@ INLINE int32_t keep(vf v, vf t, int32_t j, int32_t count, int32_t* index, float*
         count += !((v[i] < 0 ? -v[i] : v[i]) <= t[i]);
     }
     return count;
+}
+// Of int4: vectors over blocks of columns, and the sums of LANES blocks. `store_factors` writes two rows' factors of each
+// block as they meet its codes, eight times in turn.
+INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+INLINE vf absolute(vf v) { return v < all(0.0f) ? -v : v; }
+INLINE vf nearest(vf v) { return (v + all(0x1.8p23f)) - all(0x1.8p23f); }
+INLINE vf low_bytes(const uint16_t* p) { vh h; std::memcpy(&h, p, sizeof h); return __builtin_convertvector(h & 255, vf); }
+INLINE vf high_bytes(const uint16_t* p) { vh h; std::memcpy(&h, p, sizeof h); return __builtin_convertvector(h >> 8, vf); }
+INLINE void store_factors(int8_t* to, vf first, vf second) {
+    for (int b = 0; b < L; ++b)
+        for (int i = 0; i < 16; ++i) to[b * 16 + i] = static_cast<int8_t>(i % 2 ? second[b] : first[b]);
+}
+constexpr int LANES = 1;
+template <int PAIRS>
+INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors, int64_t stride, const float* unit,
+                       const float* offset, int, float* sums) {
+    int16_t parts[32] = {};
+    for (int p = 0; p < PAIRS; ++p) {
+        const int8_t first = factors[p * stride], second = factors[p * stride + 1];
+        for (int i = 0; i < 16; ++i) {
+            const uint8_t a = row[2 * p][at + i].byte, b = row[2 * p + 1][at + i].byte;
+            parts[i] = static_cast<int16_t>(parts[i] + (a & 15) * first + (b & 15) * second);
+            parts[16 + i] = static_cast<int16_t>(parts[16 + i] + (a >> 4) * first + (b >> 4) * second);
+        }
+    }
+    for (int i = 0; i < 32; ++i) sums[i] += *unit * (parts[i] + *offset);
 }
 constexpr int MR = 4, NV = 2;   // tile of the product: rows, vectors of columns
 #include "body.inc"
@@ -191,6 +228,9 @@ INLINE vf load(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 INLINE vf load(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+INLINE vf load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 INLINE void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
 INLINE void store(bf16* p, vf v) {
     const __m256i bits = _mm256_castps_si256(v);
@@ -224,6 +264,58 @@ INLINE int32_t keep(vf v, vf t, int32_t j, int32_t count, int32_t* index, float*
     }
     return count;
 }
+INLINE vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
+INLINE vf absolute(vf v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+INLINE vf nearest(vf v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE __m256i words(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+INLINE vf low_bytes(const uint16_t* p) { return _mm256_cvtepi32_ps(_mm256_and_si256(words(p), _mm256_set1_epi32(255))); }
+INLINE vf high_bytes(const uint16_t* p) { return _mm256_cvtepi32_ps(_mm256_srli_epi32(words(p), 8)); }
+INLINE void store_factors(int8_t* to, vf first, vf second) {
+    const __m256i byte = _mm256_set1_epi32(255);
+    const __m256i high = _mm256_slli_epi32(_mm256_and_si256(_mm256_cvtps_epi32(second), byte), 8);
+    __m256i pair = _mm256_or_si256(_mm256_and_si256(_mm256_cvtps_epi32(first), byte), high);
+    pair = _mm256_or_si256(pair, _mm256_slli_epi32(pair, 16));
+    UNROLL
+    for (int b = 0; b < L; b += 2) {
+        const __m256i two = _mm256_permutevar8x32_epi32(pair, _mm256_setr_epi32(b, b, b, b, b + 1, b + 1, b + 1, b + 1));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + b * 16), two);
+    }
+}
+constexpr int LANES = 2;
+template <int PAIRS>
+INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors, int64_t stride, const float* unit,
+                       const float* offset, int lanes, float* sums) {
+    const __m256i mask = _mm256_setr_epi32(-1, -1, -1, -1, -(lanes > 1), -(lanes > 1), -(lanes > 1), -(lanes > 1));
+    const __m256i low = _mm256_set1_epi8(15);
+    __m256i parts[4];  // of the columns 0, 8, 16 and 24 of both blocks, eight each
+    UNROLL
+    for (int j = 0; j < 4; ++j) parts[j] = _mm256_setzero_si256();
+    UNROLL
+    for (int p = 0; p < PAIRS; ++p) {
+        const __m256i a = _mm256_maskload_epi32(reinterpret_cast<const int*>(row[2 * p] + at), mask);
+        const __m256i b = _mm256_maskload_epi32(reinterpret_cast<const int*>(row[2 * p + 1] + at), mask);
+        const __m256i factor = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(factors + p * stride));
+        const __m256i both[2] = {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)};
+        UNROLL
+        for (int j = 0; j < 2; ++j) {
+            const __m256i first = _mm256_and_si256(both[j], low);
+            const __m256i second = _mm256_and_si256(_mm256_srli_epi16(both[j], 4), low);
+            parts[j] = _mm256_add_epi16(parts[j], _mm256_maddubs_epi16(first, factor));
+            parts[2 + j] = _mm256_add_epi16(parts[2 + j], _mm256_maddubs_epi16(second, factor));
+        }
+    }
+    UNROLL
+    for (int lane = 0; lane < LANES; ++lane) {
+        if (lane >= lanes) break;
+        UNROLL
+        for (int j = 0; j < 4; ++j) {
+            const __m128i half = lane ? _mm256_extracti128_si256(parts[j], 1) : _mm256_castsi256_si128(parts[j]);
+            const vf values = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half)) + all(offset[lane]);
+            float* to = sums + lane * 32 + j * 8;
+            store(to, fma(all(unit[lane]), values, load(to)));
+        }
+    }
+}
 constexpr int MR = 6, NV = 2;
 #include "body.inc"
 }  // namespace avx2
@@ -251,6 +343,9 @@ INLINE vf load(const bf16* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 INLINE vf load(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+INLINE vf load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 INLINE void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
 INLINE void store(bf16* p, vf v) {
     const __m512i bits = _mm512_castps_si512(v);
@@ -275,6 +370,58 @@ INLINE int32_t keep(vf v, vf t, int32_t j, int32_t count, int32_t* index, float*
     _mm512_storeu_ps(kept + count, _mm512_maskz_compress_ps(mask, v));
     return count + __builtin_popcount(mask);
 }
+INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf absolute(vf v) { return _mm512_abs_ps(v); }
+INLINE vf nearest(vf v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE __m512i words(const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+INLINE vf low_bytes(const uint16_t* p) { return _mm512_cvtepi32_ps(_mm512_and_si512(words(p), _mm512_set1_epi32(255))); }
+INLINE vf high_bytes(const uint16_t* p) { return _mm512_cvtepi32_ps(_mm512_srli_epi32(words(p), 8)); }
+INLINE void store_factors(int8_t* to, vf first, vf second) {
+    const __m512i byte = _mm512_set1_epi32(255);
+    const __m512i high = _mm512_slli_epi32(_mm512_and_si512(_mm512_cvtps_epi32(second), byte), 8);
+    __m512i pair = _mm512_or_si512(_mm512_and_si512(_mm512_cvtps_epi32(first), byte), high);
+    pair = _mm512_or_si512(pair, _mm512_slli_epi32(pair, 16));
+    const __m512i fours = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    UNROLL
+    for (int b = 0; b < L; b += 4)
+        _mm512_storeu_si512(to + b * 16, _mm512_permutexvar_epi32(_mm512_add_epi32(fours, _mm512_set1_epi32(b)), pair));
+}
+constexpr int LANES = 4;
+template <int PAIRS>
+INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors, int64_t stride, const float* unit,
+                       const float* offset, int lanes, float* sums) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << (4 * lanes)) - 1);
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512i parts[4];  // of the columns 0, 8, 16 and 24 of the four blocks, eight each
+    UNROLL
+    for (int j = 0; j < 4; ++j) parts[j] = _mm512_setzero_si512();
+    UNROLL
+    for (int p = 0; p < PAIRS; ++p) {
+        const __m512i a = _mm512_maskz_loadu_epi32(mask, row[2 * p] + at);
+        const __m512i b = _mm512_maskz_loadu_epi32(mask, row[2 * p + 1] + at);
+        const __m512i factor = _mm512_loadu_si512(factors + p * stride);
+        const __m512i both[2] = {_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b)};
+        UNROLL
+        for (int j = 0; j < 2; ++j) {
+            const __m512i first = _mm512_and_si512(both[j], low);
+            const __m512i second = _mm512_and_si512(_mm512_srli_epi16(both[j], 4), low);
+            parts[j] = _mm512_add_epi16(parts[j], _mm512_maddubs_epi16(first, factor));
+            parts[2 + j] = _mm512_add_epi16(parts[2 + j], _mm512_maddubs_epi16(second, factor));
+        }
+    }
+    UNROLL
+    for (int lane = 0; lane < LANES; ++lane) {
+        if (lane >= lanes) break;
+        UNROLL
+        for (int j = 0; j < 4; j += 2) {
+            const __m256i halves = _mm256_loadu2_m128i(
+                reinterpret_cast<const __m128i*>(&parts[j + 1]) + lane, reinterpret_cast<const __m128i*>(&parts[j]) + lane);
+            const vf values = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(halves)) + all(offset[lane]);
+            float* to = sums + lane * 32 + j * 8;
+            store(to, fma(all(unit[lane]), values, load(to)));
+        }
+    }
+}
 constexpr int MR = 12, NV = 2;
 #include "body.inc"
 }  // namespace avx512
@@ -295,8 +442,8 @@ namespace {
 
 enum Kind { PLAIN, AVX2, AVX512, AVX512_BF16, AMX };
 
-template <class T>
-void gather(int64_t kind, const Gather<T>& call) {
+template <class T, class W>
+void gather(int64_t kind, const Gather<T, W>& call) {
 #ifdef WAS_X86
     if (kind >= AVX512) return avx512::gather(call);
     if (kind == AVX2) return avx2::gather(call);
@@ -362,23 +509,33 @@ int64_t was_processor() {
 #endif
 }
 
-// y = (x without its dropped channels) W^T + b for G Linears; dtype 0 fp32, 1 bf16, 2 fp16. See `Gather`.
-void was_gather(int64_t kind, int64_t dtype, const void* x, const void* weights, const void* biases,
+// y = (x without its dropped channels) W^T + b for G Linears; dtype 0 fp32, 1 bf16, 2 fp16. `format` of the weights:
+// 0 as x, 1 int8, 2 int4; the last three arguments are `Codes`, read for the latter two. See `Gather`.
+void was_gather(int64_t kind, int64_t dtype, int64_t format, const void* x, const void* weights, const void* biases,
                 const void* thresholds, const int64_t* n, void* y, int64_t tokens, int64_t k, int64_t segments,
-                int64_t threads) {
-    const auto run = [&](auto call) {
-        using T = typename std::remove_const<typename std::remove_pointer<decltype(call.x)>::type>::type;
-        call = {static_cast<const T*>(x), static_cast<const T* const*>(weights), static_cast<const T* const*>(biases),
-                static_cast<const float* const*>(thresholds), n, static_cast<T*>(y), tokens, k, segments, threads};
-        gather(kind, call);
+                int64_t threads, const void* scales, const void* groups, const int64_t* group) {
+    const Codes codes = {static_cast<const float* const*>(scales), static_cast<const uint8_t* const*>(groups), group};
+    const auto run = [&](auto product) {
+        using T = typename std::remove_const<typename std::remove_pointer<decltype(product.x)>::type>::type;
+        const auto with = [&](auto weight) {
+            using W = decltype(weight);
+            const Gather<T, W> call = {
+                static_cast<const T*>(x), static_cast<const W* const*>(weights), static_cast<const T* const*>(biases),
+                static_cast<const float* const*>(thresholds), n, static_cast<T*>(y), tokens, k, segments, threads, codes};
+            gather(kind, call);
+        };
+        if (format == 0) with(T());
+        if (format == 1) with(int8_t());
+        if (format == 2) with(int4());
     };
-    with_dtype<Gather>(dtype, run);
+    with_dtype<Product>(dtype, run);
 }
 
 // The same for one Linear: `weight`, `bias` and `threshold` are its own.
 void was_gather_one(int64_t kind, int64_t dtype, const void* x, const void* weight, const void* bias,
                     const void* threshold, int64_t n, void* y, int64_t tokens, int64_t k, int64_t threads) {
-    was_gather(kind, dtype, x, &weight, &bias, threshold ? &threshold : nullptr, &n, y, tokens, k, 1, threads);
+    was_gather(kind, dtype, 0, x, &weight, &bias, threshold ? &threshold : nullptr, &n, y, tokens, k, 1, threads,
+               nullptr, nullptr, nullptr);
 }
 
 // y = x W^T + b for many tokens, W^T [k, n] with contiguous rows. See `Product`.

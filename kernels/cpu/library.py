@@ -161,7 +161,7 @@ def _load(path: Path, source: str) -> ctypes.CDLL | None:
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     loaded.was_gather.restype = loaded.was_gather_one.restype = None
     loaded.was_product.restype = loaded.was_rows.restype = None
-    loaded.was_gather.argtypes = [number] * 2 + [pointer] * 6 + [number] * 4
+    loaded.was_gather.argtypes = [number] * 3 + [pointer] * 6 + [number] * 4 + [pointer] * 3
     loaded.was_gather_one.argtypes = [number] * 2 + [pointer] * 4 + [number, pointer] + [number] * 3
     loaded.was_product.argtypes = loaded.was_rows.argtypes = [number] * 2 + [pointer] * 4 + [number] * 4
     return loaded

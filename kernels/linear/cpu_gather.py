@@ -61,16 +61,20 @@ def sparse_linear(
     loaded.was_gather(
         kind(),
         DTYPES[x.dtype],
+        0,
         x.data_ptr(),
-        _pointers(weights),
-        _pointers(biases),
-        None if limits is None else _pointers(limits),
+        pointers(weights),
+        pointers(biases),
+        None if limits is None else pointers(limits),
         (ctypes.c_int64 * len(sizes))(*sizes),
         y.data_ptr(),
         x.numel() // channels,
         channels,
         len(sizes),
         torch.get_num_threads(),
+        None,
+        None,
+        None,
     )
     return y
 
@@ -98,5 +102,6 @@ def _one(loaded: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None, th
     return y
 
 
-def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
+def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
+    """Where the tensors are, for C++; null for None."""
     return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
