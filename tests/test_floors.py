@@ -17,6 +17,7 @@ FLOORS: list[set[str]] = [
     {"was_fx/compat"},
     {"kernels/parts"},
     {"kernels/cpu"},
+    {"kernels/quantized"},
     {"kernels/ops"},
     {"kernels/linear"},
     {"kernels/tune"},

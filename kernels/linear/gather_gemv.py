@@ -17,47 +17,21 @@ from torch import Tensor
 
 from was_fx.kernels.parts.gemv_config import GemvConfig, gemv_config
 from was_fx.kernels.parts.served import note_served
-from was_fx.kernels.parts.triton_parts import MAX_SIBLINGS, begin, interpreted, launch_options, serves, slots
+from was_fx.kernels.parts.triton_parts import (
+    MAX_SIBLINGS,
+    begin,
+    find_sibling,
+    interpreted,
+    launch_options,
+    listed_channels,
+    of_sibling,
+    serves,
+    share_of_list,
+    slots,
+)
 
 # Most tokens that share one read of the weights.
 MAX_TOKENS = 8
-
-
-@triton.jit
-def _listed(
-    x_ptr,
-    index_ptr,
-    t_ptr,
-    counts,  # [SEGMENTS]
-    ends,  # [SEGMENTS]: kept channels up to the end of each segment
-    row,
-    last,
-    tokens,  # [TOKENS]
-    M,
-    K,
-    TOKENS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """The kept channels of the ranks row, …, row + ROWS - 1, as far as `last`, and x̃ there in fp32."""
-    rank = row + tl.arange(0, ROWS)
-    listed = rank < last
-    if SEGMENTS == 1:
-        place = rank
-    else:
-        before = ends[:, None] <= rank[None, :]
-        segment = tl.sum(before.to(tl.int32), axis=0)
-        place = segment * SEGMENT + rank - tl.sum(tl.where(before, counts[:, None], 0), axis=0)
-    k = tl.load(index_ptr + place, mask=listed, other=0)
-    if TOKENS == 1:
-        x = tl.load(x_ptr + k, mask=listed, other=0.0).to(tl.float32)
-    else:
-        inside = (tokens < M)[:, None] & listed[None, :]
-        x = tl.load(x_ptr + tokens[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        threshold = tl.load(t_ptr + k, mask=listed, other=0.0)
-        x = tl.where(tl.abs(x) <= threshold[None, :], 0.0, x)
-    return k, x
 
 
 @triton.jit
@@ -93,37 +67,22 @@ def _gather_gemv(
     PDL: tl.constexpr,
 ):
     split, splits = tl.program_id(1), tl.num_programs(1)
-    tile = tl.program_id(0)
-    g, start = 0, 0
-    n, w_ptr, t_ptr = N0, w0, t0
-    if G > 1:
-        tiles = tl.cdiv(N0, COLUMNS)
-        if tile >= tiles:
-            g, start, n, w_ptr, t_ptr, tile = 1, N0, N1, w1, t1, tile - tiles
-            if G > 2:
-                tiles = tl.cdiv(N1, COLUMNS)
-                if tile >= tiles:
-                    g, start, n, w_ptr, t_ptr, tile = 2, N0 + N1, N2, w2, t2, tile - tiles
-                    if G > 3:
-                        tiles = tl.cdiv(N2, COLUMNS)
-                        if tile >= tiles:
-                            g, start, n, w_ptr, t_ptr, tile = 3, N0 + N1 + N2, N3, w3, t3, tile - tiles
+    g, tile, start, n = find_sibling(tl.program_id(0), N0, N1, N2, N3, G, COLUMNS)
+    w_ptr = of_sibling(g, w0, w1, w2, w3)
+    t_ptr = of_sibling(g, t0, t1, t2, t3)
     if ALIGNED:
         n = tl.multiple_of(n, 16)
         w_ptr = tl.multiple_of(w_ptr, 16)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     in_columns = columns < n
-    segments = tl.arange(0, SEGMENTS)
     begin(PDL)
-    counts = tl.load(count_ptr + g * T + segments, mask=segments < T, other=0)
-    ends = tl.cumsum(counts, axis=0)
-    total = tl.sum(counts, axis=0)
-    first = (total * split) // splits
-    last = (total * (split + 1)) // splits
+    counts, ends, first, last = share_of_list(count_ptr + g * T, T, split, splits, SEGMENTS)
     index_ptr += g * T * SEGMENT
     tokens = tl.arange(0, TOKENS)
     sums = tl.zeros([ROWS if TOKENS == 1 else TOKENS, COLUMNS], tl.float32)
-    k, x = _listed(x_ptr, index_ptr, t_ptr, counts, ends, first, last, tokens, M, K, TOKENS, SEGMENT, SEGMENTS, ROWS)
+    k, x = listed_channels(
+        x_ptr, index_ptr, t_ptr, counts, ends, first, last, tokens, M, K, TOKENS, SEGMENT, SEGMENTS, ROWS
+    )
     for row in tl.range(first, last, ROWS):
         entries = (k.to(tl.int64) if WIDE else k)[:, None] * n + columns[None, :]
         listed = row + tl.arange(0, ROWS) < last
@@ -131,7 +90,7 @@ def _gather_gemv(
             w_ptr + entries, mask=listed[:, None] & in_columns[None, :], other=0.0, eviction_policy="evict_first"
         )
         # The channels of the next step are looked up while this step's weights arrive.
-        k_next, x_next = _listed(
+        k_next, x_next = listed_channels(
             x_ptr, index_ptr, t_ptr, counts, ends, row + ROWS, last, tokens, M, K, TOKENS, SEGMENT, SEGMENTS, ROWS
         )
         if TOKENS == 1:

@@ -1,7 +1,8 @@
-"""Which tile sizes `gather_gemv` uses: measured ones, kept as one JSON file per device, and a rule for the rest.
+"""Tile sizes of `gather_gemv` and `gather_quantized_gemv`: measured ones, kept in JSON, and a rule for other shapes.
 
-A file maps "K,N1+N2+…,dtype" to a configuration. The user's own files, which `was tune` writes, come before those that
-are shipped. The number of splits is part of a compiled graph; the sparsity is not, so one configuration serves all.
+The file of a device maps "K,N1+N2+…,dtype" to a configuration, where the format of quantised weights stands for their
+dtype. The user's own files, which `was tune` writes, come before those that are shipped. The number of splits is part
+of a compiled graph; the sparsity is not, so one configuration serves all.
 """
 
 import functools
@@ -17,13 +18,16 @@ from was_fx.kernels.parts.user_cache import user_cache
 
 SHIPPED = Path(__file__).parent / "tuned"
 
-# Every (K, (N_1, …), dtype) that was asked for: the shapes that `was tune` measures for a model.
-REQUESTED: set[tuple[int, tuple[int, ...], torch.dtype]] = set()
+# Of weights: a dtype, or "int8" or "int4".
+Format = torch.dtype | str
+
+# Every (K, (N_1, …), format) that was asked for: the shapes that `was tune` measures for a model.
+REQUESTED: set[tuple[int, tuple[int, ...], Format]] = set()
 
 
 @dataclass(frozen=True)
 class GemvConfig:
-    """Tile sizes of `gather_gemv`.
+    """Tile sizes of `gather_gemv` or `gather_quantized_gemv`.
 
     Attributes:
         rows: kept channels per step.
@@ -43,9 +47,9 @@ class GemvConfig:
                 raise ValueError(f"{name} is {item!r}; expected a power of two (splits: any number above 0)")
 
 
-def shape_key(channels: int, sizes: Sequence[int], dtype: torch.dtype) -> str:
-    """The key of a shape in a file, such as "4096,4096+1024+1024,bfloat16"."""
-    return f"{channels},{'+'.join(map(str, sizes))},{str(dtype).removeprefix('torch.')}"
+def shape_key(channels: int, sizes: Sequence[int], format: Format) -> str:
+    """The key of a shape in a file, such as "4096,4096+1024+1024,bfloat16" or "4096,4096,int8"."""
+    return f"{channels},{'+'.join(map(str, sizes))},{str(format).removeprefix('torch.')}"
 
 
 def device_file(device: torch.device | str) -> str:
@@ -59,18 +63,18 @@ def user_folder() -> Path:
     return user_cache() / "tuned"
 
 
-def gemv_config(device: torch.device, dtype: torch.dtype, channels: int, sizes: Sequence[int]) -> GemvConfig:
+def gemv_config(device: torch.device, format: Format, channels: int, sizes: Sequence[int]) -> GemvConfig:
     """The configuration for G Linears [N_g, K] that share an input.
 
     Args:
         device: of the weights.
-        dtype: of the weights.
+        format: of the weights.
         channels: K.
         sizes: N_g of each.
     """
-    REQUESTED.add((channels, tuple(sizes), dtype))
-    found = tuned(device_file(device)).get(shape_key(channels, sizes, dtype))
-    return found or heuristic(channels, sizes, dtype)
+    REQUESTED.add((channels, tuple(sizes), format))
+    found = tuned(device_file(device)).get(shape_key(channels, sizes, format))
+    return found or heuristic(channels, sizes, format)
 
 
 @functools.cache
@@ -95,13 +99,17 @@ def tuned(name: str) -> dict[str, GemvConfig]:
     return merged
 
 
-def heuristic(channels: int, sizes: Sequence[int], dtype: torch.dtype) -> GemvConfig:
-    """A configuration for a shape that was not measured: what most measured shapes of 16-bit weights came out at.
+def heuristic(channels: int, sizes: Sequence[int], format: Format) -> GemvConfig:
+    """A configuration for a shape that was not measured: what most measured shapes came out at.
 
     Tiles of 16 KB, so that many reads are under way; about three programs for each of 100 to 150 multiprocessors; and
     no part of the list so short that starting costs more than reading.
     """
-    columns = 64
+    rows, columns = _TILES.get(format, (128, 64))
     tiles = sum(-(-n // columns) for n in sizes)
     splits = max(1, min(16, round(384 / tiles), channels // 128))
-    return GemvConfig(rows=128 if dtype.itemsize <= 2 else 64, columns=columns, splits=splits, warps=4)
+    return GemvConfig(rows=rows, columns=columns, splits=splits, warps=4)
+
+
+# Rows and columns of a tile of 16 KB; 128 and 64 for 16-bit weights.
+_TILES: dict[Format, tuple[int, int]] = {torch.float32: (64, 64), "int8": (128, 128), "int4": (128, 256)}

@@ -90,3 +90,81 @@ def list_kept(
     position = tl.cumsum(ones, axis=1) - 1
     tl.store(index_ptr + segments[:, None] * SEGMENT + position, channels, mask=keep)
     tl.store(count_ptr + segments, tl.sum(ones, axis=1), mask=segments < T)
+
+
+@triton.jit
+def find_sibling(tile, N0, N1, N2, N3, G: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which of G siblings a tile of output channels lies in: (g, its tile there, where its outputs start, their N)."""
+    g, start, n = 0, 0, N0
+    if G > 1:
+        tiles = tl.cdiv(N0, COLUMNS)
+        if tile >= tiles:
+            g, start, n, tile = 1, N0, N1, tile - tiles
+            if G > 2:
+                tiles = tl.cdiv(N1, COLUMNS)
+                if tile >= tiles:
+                    g, start, n, tile = 2, N0 + N1, N2, tile - tiles
+                    if G > 3:
+                        tiles = tl.cdiv(N2, COLUMNS)
+                        if tile >= tiles:
+                            g, start, n, tile = 3, N0 + N1 + N2, N3, tile - tiles
+    return g, tile, start, n
+
+
+@triton.jit
+def of_sibling(g, p0, p1, p2, p3):
+    """The pointer of sibling g."""
+    found = p0
+    if g == 1:
+        found = p1
+    if g == 2:
+        found = p2
+    if g == 3:
+        found = p3
+    return found
+
+
+@triton.jit
+def share_of_list(count_ptr, T, split, splits, SEGMENTS: tl.constexpr):
+    """Kept channels of each segment and up to its end, both [SEGMENTS], and the ranks first … last - 1 of a split."""
+    segments = tl.arange(0, SEGMENTS)
+    counts = tl.load(count_ptr + segments, mask=segments < T, other=0)
+    total = tl.sum(counts, axis=0)
+    return counts, tl.cumsum(counts, axis=0), (total * split) // splits, (total * (split + 1)) // splits
+
+
+@triton.jit
+def listed_channels(
+    x_ptr,
+    index_ptr,
+    t_ptr,
+    counts,  # [SEGMENTS]
+    ends,  # [SEGMENTS]: kept channels up to the end of each segment
+    row,
+    last,
+    tokens,  # [TOKENS]
+    M,
+    K,
+    TOKENS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The kept channels of the ranks row, …, row + ROWS - 1, as far as `last`, and x̃ there in fp32."""
+    rank = row + tl.arange(0, ROWS)
+    listed = rank < last
+    if SEGMENTS == 1:
+        place = rank
+    else:
+        before = ends[:, None] <= rank[None, :]
+        segment = tl.sum(before.to(tl.int32), axis=0)
+        place = segment * SEGMENT + rank - tl.sum(tl.where(before, counts[:, None], 0), axis=0)
+    k = tl.load(index_ptr + place, mask=listed, other=0)
+    if TOKENS == 1:
+        x = tl.load(x_ptr + k, mask=listed, other=0.0).to(tl.float32)
+    else:
+        inside = (tokens < M)[:, None] & listed[None, :]
+        x = tl.load(x_ptr + tokens[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        threshold = tl.load(t_ptr + k, mask=listed, other=0.0)
+        x = tl.where(tl.abs(x) <= threshold[None, :], 0.0, x)
+    return k, x

@@ -53,7 +53,7 @@ class QuantizedRows:
         tensors = (self.codes, self.scales, self.groups)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
-    def dequantize(self, dtype: torch.dtype, channels: slice = slice(None)) -> Tensor:
+    def dequantize(self, dtype: torch.dtype, channels: slice | Tensor = slice(None)) -> Tensor:
         """Wᵀ [K, N] of some input channels, rows contiguous, in a floating dtype."""
         codes = self.codes[channels]
         if self.groups is None:

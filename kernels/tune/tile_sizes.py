@@ -1,7 +1,7 @@
-"""Measure which tile sizes of `gather_gemv` are fastest for a shape on this GPU."""
+"""Measure which tile sizes of `gather_gemv` or `gather_quantized_gemv` are fastest for a shape on this GPU."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,16 +10,22 @@ import triton
 from torch import Tensor
 
 from was_fx.kernels.linear.gather_gemv import gather_gemv
+from was_fx.kernels.linear.gather_quantized_gemv import gather_quantized_gemv
 from was_fx.kernels.ops.compact import reference as compaction
-from was_fx.kernels.parts.gemv_config import GemvConfig
+from was_fx.kernels.parts.gemv_config import Format, GemvConfig
+from was_fx.kernels.quantized.rows import INT4
 from was_fx.kernels.tune.graph_timing import capture, microseconds
 
-Shape = tuple[int, tuple[int, ...], torch.dtype]
+Shape = tuple[int, tuple[int, ...], Format]
 
 SPARSITIES = (0.4, 0.5, 0.6, 0.75)
 
 # Weights that calls take turns with, so that none is read from the L2 cache.
 ROTATED_BYTES = 256 << 20
+MOST_COPIES = 64
+
+# Outputs of an input channel that share a step and a zero point of int4, where tile sizes for it are measured.
+GROUP = 32
 
 # What each further split costs the kernel that adds the parts, per 4096 output channels: measured for RMSNorm, whose
 # programs each read all of them. Products that several programs read (gate and up) cost less.
@@ -29,11 +35,14 @@ MICROSECONDS_PER_SPLIT = 0.2
 BATCH = 16
 
 
-def candidates(channels: int, sizes: Sequence[int], multiprocessors: int) -> list[GemvConfig]:
-    """Configurations worth measuring for Linears [N_g, K], on a GPU with so many multiprocessors."""
+def candidates(shape: Shape, multiprocessors: int) -> list[GemvConfig]:
+    """Configurations worth measuring for a shape, on a GPU with so many multiprocessors."""
+    channels, sizes, format = shape
     found = []
+    denser = 1 if isinstance(format, torch.dtype) else 4 if format == INT4 else 2
     for rows, columns in itertools.product((64, 128, 256), (32, 64, 128)):  # with 8 warps none was faster
-        if not 4096 <= rows * columns <= 16384 or columns > 2 * triton.next_power_of_2(max(sizes)):
+        columns *= denser
+        if not 4096 <= rows * columns // denser <= 16384 or columns > 2 * triton.next_power_of_2(max(sizes)):
             continue
         tiles = sum(triton.cdiv(n, columns) for n in sizes)
         for programs in (1, 2, 3, 4):
@@ -43,30 +52,47 @@ def candidates(channels: int, sizes: Sequence[int], multiprocessors: int) -> lis
     return list(dict.fromkeys(found))
 
 
-def _run(case: tuple[Any, ...], config: GemvConfig) -> Tensor:
-    x, index, count, weights, thresholds = case
-    return gather_gemv(x, index, count, weights, thresholds, config.splits, config)
+def random_weights(shape: Shape, generator: torch.Generator) -> tuple[list[Tensor], ...]:
+    """What `gather_gemv` or `gather_quantized_gemv` takes for the weights of a shape, in its order."""
+    channels, sizes, format = shape
+    if isinstance(format, torch.dtype):
+        return ([torch.randn(channels, n, device="cuda", generator=generator).to(format).t() for n in sizes],)
+
+    def random_bytes(*size: int) -> Tensor:
+        return torch.randint(1, 256, size, dtype=torch.uint8, device="cuda", generator=generator)
+
+    if format == INT4:
+        scales = torch.full((channels,), 1e-4, device="cuda")
+        groups = [random_bytes(channels, n // GROUP, 2) for n in sizes]
+        return [random_bytes(channels, n // 2) for n in sizes], [scales] * len(sizes), groups
+    codes = [random_bytes(channels, n + -n % 32).view(torch.int8) for n in sizes]
+    return codes, [torch.full((n,), 1e-3, device="cuda") for n in sizes], []
 
 
 @torch.no_grad()
 def measure(shape: Shape, configs: Sequence[GemvConfig], sparsity: float, repetitions: int) -> list[float]:
     """Microseconds of each configuration at one sparsity, median of so many graph replays."""
-    channels, sizes, dtype = shape
-    size = channels * sum(sizes) * dtype.itemsize
-    copies = max(2, min(16, -(-ROTATED_BYTES // size)))
+    channels, sizes, format = shape
+    dtype = format if isinstance(format, torch.dtype) else torch.bfloat16
+    product: Callable[..., Tensor] = gather_gemv if format == dtype else gather_quantized_gemv
     generator = torch.Generator("cuda").manual_seed(0)
     cases: list[tuple[Any, ...]] = []
-    for _ in range(copies):
+    size = 0
+    while len(cases) < 2 or (len(cases) < MOST_COPIES and size < ROTATED_BYTES):
         x = torch.randn(1, channels, device="cuda", generator=generator).to(dtype)
         threshold = x.float().abs().flatten().kthvalue(max(1, round(sparsity * channels))).values.expand(channels)
         thresholds = [threshold.contiguous() if sparsity else torch.full_like(threshold, -1.0)] * len(sizes)
-        weights = [torch.randn(channels, n, device="cuda", generator=generator).to(dtype).t() for n in sizes]
+        weights = random_weights(shape, generator)
+        size += sum(tensor.nbytes for tensors in weights for tensor in tensors)
         index, count = compaction(x, thresholds, triton.next_power_of_2(channels))
-        cases.append((x, index, count, weights, thresholds))
+        cases.append((x, index, count, *weights, thresholds))
     times: list[float] = []
     for first in range(0, len(configs), BATCH):
-        graphs = [capture([partial(_run, case, config) for case in cases]) for config in configs[first : first + BATCH]]
-        times += microseconds(graphs, copies, repetitions)
+        graphs = [
+            capture([partial(product, *case, config.splits, config) for case in cases])
+            for config in configs[first : first + BATCH]
+        ]
+        times += microseconds(graphs, len(cases), repetitions)
     return times
 
 
@@ -75,8 +101,8 @@ def tune_shape(shape: Shape, sparsities: Sequence[float] = SPARSITIES) -> tuple[
 
     All candidates are timed at the middle one, the best dozen of them at every one.
     """
-    channels, sizes, _ = shape
-    configs = candidates(channels, sizes, torch.cuda.get_device_properties("cuda").multi_processor_count)
+    _, sizes, _ = shape
+    configs = candidates(shape, torch.cuda.get_device_properties("cuda").multi_processor_count)
 
     def reading(config: GemvConfig) -> float:
         return MICROSECONDS_PER_SPLIT * config.splits * sizes[0] / 4096 if len(sizes) == 1 else 0.0

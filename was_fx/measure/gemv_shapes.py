@@ -7,13 +7,14 @@ import torch
 
 from was_fx.compat.generation import cache_argument
 from was_fx.generate.compiled_step import CompiledStep
+from was_fx.kernels.parts.gemv_config import Format
 from was_fx.measure.sequential import uniform_while_dropping
 from was_fx.measure.speed import random_model
 from was_fx.sparse.sparsify import sparsify
 
 
 @torch.no_grad()
-def gemv_shapes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[tuple[int, tuple[int, ...], torch.dtype]]:
+def gemv_shapes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[tuple[int, tuple[int, ...], Format]]:
     """(K, (N_1, …), dtype) of every product, found by decoding a token with two blocks of random weights.
 
     Args:

@@ -75,15 +75,16 @@ def test_bad_file_is_named_with_what_to_do(folders, text):
 
 @pytest.mark.parametrize("channels", [1, 127, 4096, 14336])
 @pytest.mark.parametrize("sizes", [(1,), (4096, 1024, 1024), (14336, 14336), (151936,)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rule_serves_every_shape(channels, sizes, dtype):
-    config = heuristic(channels, sizes, dtype)
+@pytest.mark.parametrize("format", [torch.float32, torch.bfloat16, "int8", "int4"], ids=str)
+def test_rule_serves_every_shape(channels, sizes, format):
+    config = heuristic(channels, sizes, format)
     assert 1 <= config.splits <= 16
     assert config.splits == 1 or channels // config.splits >= 128
 
 
 def test_key_and_file_name_are_readable(monkeypatch):
     assert shape_key(4096, [4096, 1024], torch.bfloat16) == "4096,4096+1024,bfloat16"
+    assert shape_key(4096, [4096, 1024], "int4") == "4096,4096+1024,int4"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert gemv_config.device_file("cuda") == "nvidia_h100_80gb_hbm3.json"
     assert gemv_config.device_file("cpu") == "cpu.json"
