@@ -53,8 +53,10 @@ def torchao(kind: str, **arguments) -> Callable[[Path, Path], PreTrainedModel]:
         quantization = pytest.importorskip("torchao.quantization")
         from transformers import TorchAoConfig
 
-        given = {name: getattr(quantization, value[0])(*value[1:]) if isinstance(value, tuple) else value
-                 for name, value in arguments.items()}
+        given = {
+            name: getattr(quantization, value[0])(*value[1:]) if isinstance(value, tuple) else value
+            for name, value in arguments.items()
+        }
         return load(dense, quantization_config=TorchAoConfig(getattr(quantization, kind)(**given)))
 
     return made
@@ -238,18 +240,24 @@ FORMATS = {
     "torchao int8, groups": (torchao("Int8WeightOnlyConfig", granularity=("PerGroup", 32)), PLAIN, 1e-4),
     "torchao int8 activations": (torchao("Int8DynamicActivationInt8WeightConfig"), ROWS, 0.1),
     "torchao intx int4": (
-        torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=("PerGroup", 32)), PLAIN, 1e-4
+        torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=("PerGroup", 32)),
+        PLAIN,
+        1e-4,
     ),
     "torchao intx int4, outputs": (
-        torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=("PerAxis", 0)), ROWS, 1e-4
+        torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=("PerAxis", 0)),
+        ROWS,
+        1e-4,
     ),
     "torchao fp8": (torchao("Float8WeightOnlyConfig"), PLAIN, 1e-4),
     "bitsandbytes int8": (bitsandbytes(load_in_8bit=True), ROWS, 0.1),
     "bitsandbytes int8, saved": (saved(bitsandbytes(load_in_8bit=True)), ROWS, 0.1),
     "bitsandbytes nf4": (
-        bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True), PLAIN, 1e-4
+        bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+        PLAIN,
+        0.02,
     ),
-    "bitsandbytes fp4, saved": (saved(bitsandbytes(load_in_4bit=True)), PLAIN, 1e-4),
+    "bitsandbytes fp4, saved": (saved(bitsandbytes(load_in_4bit=True)), PLAIN, 0.02),
     "quanto int8": (quanto("int8"), ROWS, 1e-4),
     "quanto int4": (quanto("int4"), PLAIN, 1e-4),
     "quanto int2": (quanto("int2"), PLAIN, 1e-4),
@@ -300,3 +308,239 @@ def test_formats(name, dense, tmp_path):
     assert not hasattr(again.config, "quantization_config")
     assert not hasattr(again, "hf_quantizer")
     torch.testing.assert_close(again(TOKENS).logits, logits, rtol=1e-3, atol=1e-3)
+
+
+def int8_linear(**changes) -> nn.Linear:
+    """A Linear of torchao's int8, with other tensors if `changes` says so."""
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40)
+    quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
+    for name, change in changes.items():
+        setattr(linear.weight, name, change(getattr(linear.weight, name)))
+    return linear
+
+
+def int8_bitsandbytes() -> nn.Linear:
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 64)
+    made = bnb.nn.Linear8bitLt(96, 64, has_fp16_weights=False)
+    made.weight = bnb.nn.Int8Params(linear.weight.detach(), requires_grad=False, has_fp16_weights=False).to("cpu")
+    return made
+
+
+def test_int8_is_moved_without_loss():
+    linear = int8_linear()
+    rows = read_foreign("q", linear, torch.bfloat16)
+    assert rows.codes.shape == (96, 64)  # padded
+    assert torch.equal(rows.codes[:, :40].t(), linear.weight.qdata)
+    assert torch.equal(rows.scales, linear.weight.scale.flatten().float())
+    torch.testing.assert_close(plain(rows), linear.weight.dequantize(torch.float32), rtol=0, atol=0)
+
+
+def test_int8_of_bitsandbytes_is_moved_without_loss():
+    from_library = pytest.importorskip("bitsandbytes.functional").int8_vectorwise_dequant
+    linear = int8_bitsandbytes()
+    rows = read_foreign("q", linear, torch.bfloat16)
+    assert torch.equal(rows.codes.t(), linear.weight.data)
+    torch.testing.assert_close(plain(rows), from_library(linear.weight.data, linear.weight.SCB), rtol=1e-6, atol=0)
+
+
+def test_outputs_that_are_all_zero_keep_a_scale():
+    linear = int8_bitsandbytes()
+    linear.weight.data[3], linear.weight.SCB[3] = 0, 0
+    rows = read_foreign("q", linear, torch.float32)
+    assert rows.scales[3] > 0
+    assert not plain(rows)[3].any()
+
+
+def test_a_scale_of_the_inputs_is_multiplied_in():
+    before = torch.rand(96) + 0.5
+    linear = int8_linear(act_pre_scale=lambda _: before)
+    weight = read_foreign("q", linear, torch.float32)
+    torch.testing.assert_close(weight, linear.weight.dequantize() * before)
+    x = torch.randn(5, 96)
+    torch.testing.assert_close(linear(x), x @ weight.t() + linear.bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_packed_gguf(kind, shuffled):
+    library = pytest.importorskip("gguf")
+    module = gguf(nn.Linear(64, 48), kind, shuffled)
+    weight = read_foreign("q", module, torch.float32)
+    blocks = library.quants.dequantize(module.weight.numpy(), library.GGMLQuantizationType[kind])
+    x = torch.randn(3, 64)
+    gathered = x[:, module.input_permutation] if shuffled else x
+    torch.testing.assert_close(x @ weight.t(), gathered @ torch.from_numpy(blocks).t())
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_packed_gguf_of_superblocks(kind):
+    library = pytest.importorskip("gguf")
+    utils = pytest.importorskip("transformers.integrations.gguf.utils")
+    number = library.GGMLQuantizationType[kind]
+    module = utils.GgufLinear(512, 8, int(number))
+    blocks = torch.randint(0, 256, module.weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    size = library.GGML_QUANT_SIZES[number][1]
+    halves = blocks.view(-1, size)[:, slice(0, 4) if kind == "Q4_K" else slice(-2, None)]
+    halves.copy_(torch.tensor([0.01, 0.02][: halves.shape[1] // 2]).half().view(torch.uint8))
+    module.weight.data = blocks
+    expected = torch.from_numpy(library.quants.dequantize(blocks.numpy(), number))
+    torch.testing.assert_close(read_foreign("q", module, torch.float32), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gguf_that_transformers_dequantises_is_plain(tmp_path):
+    """Without the package `kernels`, which needs the hub, transformers dequantises what it loads."""
+    library = pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    writer = library.GGUFWriter(path, "llama")
+    for what, value in {
+        "block_count": 1,
+        "context_length": 64,
+        "embedding_length": 64,
+        "feed_forward_length": 96,
+        "head_count": 4,
+        "head_count_kv": 4,
+        "vocab_size": 32,
+        "layer_norm_rms_eps": 1e-5,
+        "rope_freq_base": 1e4,
+    }.items():
+        getattr(writer, f"add_{what}")(value)
+    shapes = {
+        "token_embd": (32, 64),
+        "output": (32, 64),
+        "output_norm": (64,),
+        "blk.0.attn_norm": (64,),
+        "blk.0.ffn_norm": (64,),
+        "blk.0.ffn_gate": (96, 64),
+        "blk.0.ffn_up": (96, 64),
+        "blk.0.ffn_down": (64, 96),
+    }
+    shapes |= {f"blk.0.attn_{part}": (64, 64) for part in ("q", "k", "v", "output")}
+    random = numpy.random.default_rng(0)
+    for name, shape in shapes.items():
+        numbers = random.normal(size=shape).astype(numpy.float32)
+        if len(shape) == 2:
+            kind = library.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{name}.weight", library.quants.quantize(numbers, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{name}.weight", numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = load(tmp_path, gguf_file=path.name)
+    assert type(model.get_submodule(Q_PROJ)) is nn.Linear
+    assert not foreign_linears(model)
+
+
+@pytest.mark.parametrize("block", [None, (32, 32), (96, 48)])
+def test_fp8_of_transformers(block):
+    module = fp8(nn.Linear(128, 160), block)
+    scales = module.weight_scale_inv.detach()
+    rows, columns = block or (160, 128)
+    expected = torch.stack(
+        [
+            torch.stack(
+                [
+                    module.weight[n, k].float() * (scales[n // rows, k // columns] if block else scales)
+                    for k in range(128)
+                ]
+            )
+            for n in range(160)
+        ]
+    )
+    assert torch.equal(read_foreign("q", module, torch.float32), expected)
+
+
+@pytest.mark.parametrize("awq", [False, True])
+def test_gptq_and_awq_are_read_by_their_own_kernel(awq):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48)
+    weight = read_foreign("q", PackedLinear(linear, awq), torch.float32)
+    step = linear.weight.detach().unflatten(1, (-1, 32))
+    step = ((step.amax(2) - step.amin(2)) / 15).repeat_interleave(32, 1)
+    assert ((weight - linear.weight).abs() < step).all()
+
+
+def test_unknown_formats_that_round_activations_are_refused():
+    with pytest.raises(ValueError, match=r"q is stored as .*RoundingLinear.*rounds or moves the activations.*; load"):
+        read_foreign("q", RoundingLinear(nn.Linear(64, 48), awq=False), torch.float32)
+
+
+def truncated(linear: nn.Linear) -> nn.Linear:
+    module = fp8(linear)
+    module.weight_scale_inv.data = module.weight_scale_inv[:1]
+    return module
+
+
+def bad_bitsandbytes(value: float) -> nn.Linear:
+    module = int8_bitsandbytes()
+    module.weight.SCB[2] = value
+    return module
+
+
+def short_gguf() -> nn.Module:
+    module = gguf(nn.Linear(64, 48))
+    module.weight.data = module.weight[:, :-34]
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: int8_linear(scale=torch.zeros_like), "scales hold 0"),
+        (lambda: int8_linear(scale=lambda scale: scale.index_fill(0, torch.tensor([3]), torch.nan)), "NaN or inf"),
+        (lambda: int8_linear(scale=lambda scale: scale * torch.inf), "NaN or inf"),
+        (lambda: int8_linear(qdata=lambda codes: codes[:-1]), ""),
+        (lambda: bad_bitsandbytes(0.0), "scales are not all positive"),
+        (lambda: bad_bitsandbytes(torch.inf), "scales are not all positive"),
+        (lambda: truncated(nn.Linear(128, 160)), r"scales are \[1, 3\], and \[2, 3\]"),
+        (short_gguf, ""),
+    ],
+)
+def test_corrupt_weights_are_refused(make, reason):
+    with pytest.raises(ValueError, match=rf"q is stored as .*, which can't be read: .*{reason}.*; load"):
+        read_foreign("q", make(), torch.float32)
+
+
+def test_an_overflow_of_the_dtype_is_refused():
+    module = fp8(nn.Linear(128, 160))
+    module.weight_scale_inv.data = module.weight_scale_inv * 1e8
+    assert read_foreign("q", module, torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"NaN or inf in torch.float16"):
+        read_foreign("q", module, torch.float16)
+
+
+def test_offloaded_weights_are_refused():
+    with pytest.raises(ValueError, match=r"q is stored as transformers's FP8Linear and offloaded"):
+        read_foreign("q", fp8(nn.Linear(64, 48)).to("meta"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.bfloat16), nn.Embedding(8, 8), nn.LayerNorm(8), nn.ReLU()]
+)
+def test_modules_that_are_no_foreign_linears(module):
+    assert read_foreign("q", module, torch.float32) is None
+
+
+def test_reading_leaves_the_module_as_it_is():
+    module = PackedLinear(nn.Linear(64, 48), awq=False)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    read_foreign("q", module, torch.float32)
+    assert list(module.state_dict()) == list(before)
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_what_peft_wraps_is_found_by_its_place():
+    peft = pytest.importorskip("peft")
+    adapters = peft.LoraConfig(target_modules=["q_proj"])
+    model = peft.get_peft_model(LlamaForCausalLM(DENSE), adapters).get_base_model()
+    layer = model.get_submodule(Q_PROJ)
+    layer.base_layer = fp8(layer.base_layer)
+    assert list(foreign_linears(model)) == [f"{Q_PROJ}.base_layer"]
+    weight = read_foreign("q", layer.base_layer, torch.float32)
+    assert make_plain(model, f"{Q_PROJ}.base_layer", weight) is layer.base_layer
+    assert layer.base_layer.bias is not None
