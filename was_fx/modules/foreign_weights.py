@@ -112,14 +112,14 @@ def drop_quantizer_marks(model: nn.Module) -> None:
         hook.remove()
         del model.ct_decompress_hook
     for module in model.modules():
-        config = getattr(module, "config", None)
-        configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else []
-        for each in configs:
-            _delete(each, _CONFIG_MARKS)
-        if configs:
-            _delete(module, _MARKS)
-        if configs and hasattr(module, "is_quantized"):
-            module.is_quantized = False
+        config: Any = getattr(module, "config", None)
+        if not hasattr(config, "get_text_config"):
+            continue
+        _delete(module, _MARKS)
+        _delete(config, _CONFIG_MARKS)
+        _delete(config.get_text_config(), _CONFIG_MARKS)
+        if hasattr(module, "is_quantized"):
+            setattr(module, "is_quantized", False)  # noqa: B010 - a checker takes it for a tensor
 
 
 def _delete(thing: Any, names: tuple[str, ...]) -> None:
@@ -137,6 +137,8 @@ class _Reader:
 
 
 def _reader_of(module: nn.Module) -> _Reader | None:
+    if any(kind.__module__.startswith("was_fx.") for kind in type(module).__mro__):
+        return None  # quantised by this library
     return next((reader for reader in _READERS if reader.holds(module)), None)
 
 
@@ -149,7 +151,9 @@ def _is_torchao(module: Any) -> bool:
 
 def _read_torchao(module: Any, dtype: torch.dtype) -> QuantizedRows | Tensor:
     weight = module.weight
-    codes, scales, zero = (getattr(weight, name, None) for name in ("qdata", "scale", "zero_point"))
+    codes: Any = getattr(weight, "qdata", None)
+    scales: Any = getattr(weight, "scale", None)
+    zero = getattr(weight, "zero_point", None)
     before = getattr(weight, "act_pre_scale", None)  # [K], multiplies x
     if isinstance(scales, Tensor):
         _check_scales(scales)
@@ -203,7 +207,8 @@ def _is_quanto(module: Any) -> bool:
 
 def _read_quanto(module: Any, dtype: torch.dtype) -> QuantizedRows | Tensor:
     weight = module.qweight
-    codes, scales = getattr(weight, "_data", None), getattr(weight, "_scale", None)
+    codes: Any = getattr(weight, "_data", None)
+    scales: Any = getattr(weight, "_scale", None)
     if _by_output(codes, scales, weight.shape):
         return _rows(codes, scales)
     return weight.dequantize().to(dtype)
@@ -417,8 +422,8 @@ def _library(thing: object) -> str:
 def _format(module: Any) -> str:
     """How a weight is stored, in words."""
     weight = getattr(module, "weight", None)
-    scheme = getattr(module, "quantization_scheme", None)
-    if getattr(scheme, "weights", None) is not None:
+    if _is_compressed(module):
+        scheme = module.quantization_scheme
         return f"compressed-tensors {getattr(scheme.format, 'value', scheme.format)}"
     if _library(module) == "torch":
         return f"{_library(weight)}'s {type(weight).__name__}"

@@ -1,11 +1,13 @@
 """Checkpoints that other libraries quantised, written by those libraries where they install, else by their layout."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -98,6 +100,7 @@ def compressed(preset: str, loaded: bool = True, **weights) -> Callable[[Path, P
     def made(dense: Path, folder: Path) -> PreTrainedModel:
         pytest.importorskip("compressed_tensors")
         from compressed_tensors.compressors import ModelCompressor
+        from compressed_tensors.compressors.format import infer_model_format
         from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
 
         model = load(dense, dtype=torch.bfloat16)
@@ -108,6 +111,7 @@ def compressed(preset: str, loaded: bool = True, **weights) -> Callable[[Path, P
         for module in model.modules():
             if hasattr(module, "quantization_scheme"):
                 observe(module)
+        config.format = infer_model_format(model).value
         compressor = ModelCompressor(quantization_config=config)
         if not loaded:
             return model
@@ -271,6 +275,7 @@ FORMATS = {
     "compressed-tensors fp8 blocks": (compressed("FP8_BLOCK", block_structure=[64, 64]), PLAIN, 0.1),
     "compressed-tensors nvfp4": (compressed("NVFP4A16"), PLAIN, 0.02),
     "compressed-tensors mxfp4": (compressed("MXFP4A16"), PLAIN, 0.02),
+    "compressed-tensors mxfp8": (compressed("MXFP8A16"), PLAIN, 0.02),
     "HQQ 8": (replaced(lambda linear: hqq(linear, nbits=8)), PLAIN, 1e-4),
     "HQQ 4": (replaced(hqq), PLAIN, 1e-4),
     "HQQ 3": (replaced(lambda linear: hqq(linear, nbits=3)), PLAIN, 1e-4),
@@ -453,6 +458,32 @@ def test_fp8_of_transformers(block):
         ]
     )
     assert torch.equal(read_foreign("q", module, torch.float32), expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stays fp8 on a GPU")
+def test_fp8_that_transformers_dequantises_is_plain(dense, tmp_path):
+    tensors = load_file(dense / "model.safetensors")
+    scales = {
+        f"{name}_scale_inv": torch.ones(weight.shape[0] // 64, weight.shape[1] // 64)
+        for name, weight in tensors.items()
+        if name.endswith("proj.weight")
+    }
+    codes = {
+        name: weight.to(torch.float8_e4m3fn) if f"{name}_scale_inv" in scales else weight
+        for name, weight in tensors.items()
+    }
+    save_file(codes | scales, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((dense / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load(tmp_path)
+    assert not foreign_linears(model)
+    assert torch.equal(model.get_submodule(Q_PROJ).weight, codes[f"{Q_PROJ}.weight"].float())
+
+
+def test_what_this_library_quantised_is_not_foreign():
+    ours = type("QuantizedLinear", (PackedLinear,), {"__module__": "was_fx.modules.quantized_linear"})
+    assert read_foreign("q", ours(nn.Linear(64, 48), awq=False), torch.float32) is None
 
 
 @pytest.mark.parametrize("awq", [False, True])
