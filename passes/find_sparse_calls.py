@@ -1,6 +1,7 @@
-"""Find the sparse Linears of a graph: each call of `was.sparse_linear`. The graph is unchanged.
+"""Find the sparse Linears of a graph: each call of `was.sparse_linear` or `was.quantized_linear`. The graph is unchanged.
 
-y = was.sparse_linear(x, W, b, t, tokens)        x [..., K], W [N, K], b [N], t [K] fp32 -> y [..., N]
+    y = was.sparse_linear(x, W, b, t, tokens)                          x [..., K], W [N, K], b [N], t [K] fp32 -> y [..., N]
+    y = was.quantized_linear(x, codes, scales, groups, b, t, tokens)   W as `QuantizedRows`; dense without t
 """
 
 import torch
@@ -9,20 +10,29 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from was_fx.passes.graph.context import Context, SparseCall, module_path, value
 
 _NAMES = ("x", "weight", "bias", "threshold", "tokens")
+_QUANTIZED = ("x", "weight", "scales", "groups", "bias", "threshold", "tokens")
+
+# Dynamo writes the packet; a graph that was traced further, the overload.
+_OPS = {
+    torch.ops.was.sparse_linear: _NAMES,
+    torch.ops.was.sparse_linear.default: _NAMES,
+    torch.ops.was.quantized_linear: _QUANTIZED,
+    torch.ops.was.quantized_linear.default: _QUANTIZED,
+}
 
 
 def find_sparse_calls(context: Context) -> None:
     """Fill `context.calls` and `context.decode`."""
     for node in context.module.graph.nodes:
-        # Dynamo writes the packet; a graph that was traced further, the overload.
-        if node.op == "call_function" and node.target in (
-            torch.ops.was.sparse_linear,
-            torch.ops.was.sparse_linear.default,
-        ):
-            given = dict(zip(_NAMES, node.args, strict=False)) | node.kwargs
-            x, weight, bias, threshold, tokens = (given[name] for name in _NAMES)
-            name = node.meta.get("was_linear") or module_path(node) or str(weight)
-            context.calls.append(SparseCall(node, x, weight, bias, threshold, tokens, name))
+        names = _OPS.get(node.target) if node.op == "call_function" else None
+        if names is None:
+            continue
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        given = {("weight" if name == "codes" else name): argument for name, argument in given.items()}
+        if given["threshold"] is None:
+            continue
+        name = node.meta.get("was_linear") or module_path(node) or str(given["weight"])
+        context.calls.append(SparseCall(node, name=name, **{each: given[each] for each in names}))
     lengths = [value(call.x).shape[-2] if value(call.x).dim() > 1 else 1 for call in context.calls]
     # Of most: a head may see only the last token of a prompt, and a Linear may read all cached tokens in each step.
     context.decode = 2 * sum(statically_known_true(length == 1) for length in lengths) > len(lengths)

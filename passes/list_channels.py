@@ -3,7 +3,8 @@
     before   y = was.sparse_siblings(x, [W…], [b…], [t…], None)         x [1, 1, K] -> y [1, 1, ΣN]
              q = narrow(y, -1, 0, Nq)                                     of merged siblings
     after    index, count = was.compact(x, [t…])                         [G, T, SEGMENT] and [G, T] int32
-             partial = was.gather_gemv(x, index, count, [W…], [t…], S)   [S, 1, ΣN] fp32
+             partial = was.gather_gemv(x, index, count, [W…], [t…], S)   [S, 1, ΣN] fp32; of quantised ones
+                                                                          was.gather_quantized_gemv
              q = (narrow(partial.sum(0), -1, 0, Nq) + bq).to(dtype).view(1, 1, Nq)
 
 Later passes move the listing into what computes x, and the sum into what reads q. What they leave, Inductor fuses.
@@ -17,10 +18,11 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from was_fx.kernels.linear.gather_gemv import gather_gemv_op
+from was_fx.kernels.linear.gather_quantized_gemv import gather_quantized_gemv_op
 from was_fx.kernels.ops.compact import compact_op, empty_list
 from was_fx.kernels.parts.gemv_config import gemv_config
 from was_fx.kernels.parts.triton_parts import DTYPES, MAX_SIBLINGS
-from was_fx.passes.graph.context import Context, Part, SparseCall, value
+from was_fx.passes.graph.context import Context, Part, SparseCall, quantised_parts, value
 from was_fx.passes.graph.matching import arguments_of
 
 
@@ -66,13 +68,16 @@ def list_channels(context: Context) -> None:
 def _rewrite(context: Context, node: Node, calls: list[SparseCall], outputs: list[Node]) -> None:
     x = calls[0].x
     weights, thresholds = [call.weight for call in calls], [call.threshold for call in calls]
-    sizes = [int(value(weight).shape[0]) for weight in weights]
+    sizes = [call.size for call in calls]
     like = value(x)
-    splits = gemv_config(like.device, like.dtype, int(value(weights[0]).shape[1]), sizes).splits
+    op, stored, format = gather_gemv_op, [weights], like.dtype
+    if calls[0].scales is not None:
+        op, stored, format = gather_quantized_gemv_op, [weights, *quantised_parts(calls)], calls[0].format
+    splits = gemv_config(like.device, format, int(like.shape[-1]), sizes).splits
     with context.module.graph.inserting_before(node):
         index, count = context.fused(compact_op, lambda x, thresholds: empty_list(x, len(thresholds)), (x, thresholds))
         parts = like.new_empty((splits, 1, sum(sizes)), dtype=torch.float32)
-        partial = context.call(gather_gemv_op, (x, index, count, weights, thresholds, splits), parts)
+        partial = context.call(op, (x, index, count, *stored, thresholds, splits), parts)
         partial.meta["was_linear"] = tuple(call.name for call in calls)
         total = context.call("sum", (partial, 0), parts.sum(0))
     start = 0

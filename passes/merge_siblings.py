@@ -6,7 +6,7 @@
              q = narrow(y, -1, 0, Nq)
              k = narrow(y, -1, Nq, Nk)
 
-Each keeps its own thresholds.
+Each keeps its own thresholds. Quantised ones of one format are merged likewise, into `was.quantized_siblings`.
 """
 
 from collections import defaultdict
@@ -15,8 +15,9 @@ from collections.abc import Collection
 import torch
 from torch.fx import Node
 
+from was_fx.kernels.linear.quantized_linear import quantized_siblings
 from was_fx.kernels.linear.sparse_linear import sparse_siblings
-from was_fx.passes.graph.context import Context, SparseCall, value
+from was_fx.passes.graph.context import Context, SparseCall, quantised_parts, value
 from was_fx.passes.graph.matching import storage, view_of_input, written_storages
 
 
@@ -24,7 +25,8 @@ def declined(context: Context, call: SparseCall, written: Collection[int] = ()) 
     """Why this call can't be merged with any other, or None; `written` are the storages written in place."""
     if call.bias is not None and not context.is_input(call.bias):
         return "its bias is computed in the graph"
-    if view_of_input(context, call.weight) is None:
+    quantised = [each for each in (call.scales, call.groups) if each is not None]
+    if view_of_input(context, call.weight) is None or not all(map(context.is_input, quantised)):
         return "its weight is computed in the graph"
     if not context.is_input(call.threshold):
         return "its threshold is computed in the graph"
@@ -44,7 +46,7 @@ def merge_siblings(context: Context) -> None:
         if reason:
             context.declined.append((call.name, reason))
             continue
-        groups[call.x, call.tokens].append(call)
+        groups[call.x, call.tokens, call.format, call.group].append(call)
     for group in groups.values():
         if len(group) > 1:
             _merge(context, group)
@@ -57,11 +59,13 @@ def _merge(context: Context, group: list[SparseCall]) -> None:
     first = group[0].node
     with graph.inserting_before(first):
         weights = [_at_insertion_point(context, call.weight) for call in group]
-        sizes = [value(weight).shape[0] for weight in weights]
+        sizes = [call.size for call in group]
         biases, thresholds = [call.bias for call in group], [call.threshold for call in group]
-        arguments = (group[0].x, weights, biases, thresholds, group[0].tokens)
-        x = value(group[0].x)
-        merged = context.call(sparse_siblings, arguments, x.new_empty(*x.shape[:-1], sum(sizes)))
+        x, op, stored = value(group[0].x), sparse_siblings, [weights]
+        if group[0].scales is not None:
+            op, stored = quantized_siblings, [weights, *quantised_parts(group)]
+        arguments = (group[0].x, *stored, biases, thresholds, group[0].tokens)
+        merged = context.call(op, arguments, x.new_empty(*x.shape[:-1], sum(sizes)))
         merged.meta["was_linear"] = tuple(call.name for call in group)
         start = 0
         for call, size in zip(group, sizes, strict=True):

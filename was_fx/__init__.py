@@ -35,6 +35,7 @@ _HOMES = {
     "import_release": "was_fx.schedules.released.importer",
     "load_published": "was_fx.schedules.released.published",
     "perplexity": "was_fx.measure.evaluate",
+    "quantize": "was_fx.sparse.quantize",
     "recalibrate": "was_fx.measure.calibrate",
     "search": "was_fx.searching.schedule_search",
     "sparsify": "was_fx.sparse.sparsify",
@@ -60,6 +61,7 @@ __all__ = [
     "import_release",
     "load_published",
     "perplexity",
+    "quantize",
     "recalibrate",
     "search",
     "sparsify",
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from was_fx.schedules.search.uniform import uniform
     from was_fx.searching.schedule_search import search
     from was_fx.sparse.drafting import draft
+    from was_fx.sparse.quantize import quantize
     from was_fx.sparse.sparsify import densify, sparsify
 
 

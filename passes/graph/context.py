@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from was_fx.compat.graphs import is_erased
+from was_fx.kernels.quantized.rows import QuantizedRows
 
 Match = TypeVar("Match")
 
@@ -59,11 +60,12 @@ class SparseCall:
     Attributes:
         node: computes y [..., N] of this Linear, or of this Linear and its siblings.
         x: [..., K].
-        weight: [N, K], a graph input or a view of one.
+        weight: [N, K], a graph input or a view of one; the codes, where it is quantised.
         bias: [N], or None.
         threshold: [K] fp32.
         tokens: bool, which tokens are sparse, or None for all.
         name: dotted path of its module, as far as it is known.
+        scales, groups: of a quantised weight, as in `QuantizedRows`.
     """
 
     node: Node
@@ -73,6 +75,33 @@ class SparseCall:
     threshold: Node
     tokens: Node | None
     name: str
+    scales: Node | None = None
+    groups: Node | None = None
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return int(value(self.weight).shape[0]) if self.scales is None else self._rows.shape[0]
+
+    @property
+    def format(self) -> str | torch.dtype:
+        """How the weight is stored: a dtype, "int8" or "int4"."""
+        return value(self.weight).dtype if self.scales is None else self._rows.format
+
+    @property
+    def group(self) -> int:
+        """Outputs of a group of int4; else 0."""
+        return 0 if self.groups is None else self.size // int(value(self.groups).shape[1])
+
+    @property
+    def _rows(self) -> QuantizedRows:
+        return QuantizedRows(value(self.weight), value(self.scales), value(self.groups))
+
+
+def quantised_parts(calls: Sequence[SparseCall]) -> tuple[list[Node], list[Node]]:
+    """Scales and groups of calls of one quantised format; no groups for int8."""
+    scales = [call.scales for call in calls if call.scales is not None]
+    return scales, [call.groups for call in calls if call.groups is not None]
 
 
 @dataclass(eq=False)

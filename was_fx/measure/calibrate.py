@@ -17,6 +17,7 @@ from was_fx.schedules.progress import Progress, report
 from was_fx.schedules.score import Score, channel_scale
 from was_fx.schedules.search.threshold_table import ThresholdTable
 from was_fx.schedules.selection import select
+from was_fx.sparse.quantize import adopt_foreign
 from was_fx.sparse.sparsify import check_schedule, prompts_treated
 from was_fx.sparse.state import model_fingerprint, sparse_state
 
@@ -61,6 +62,7 @@ def calibrate(
         raise ValueError("the model is sparsified; calibration needs the dense one: was_fx.densify(model) first")
     refuse_sharded(model)
     score = score or Score()
+    adopt_foreign(model)
     everything, body = find_linears(model), body_linears(model)
     linears = {name: everything[name] for name in select(everything, include, exclude, default=body)}
     norms = {name: whole_channel_norms(linear, score.norm) for name, linear in linears.items()}

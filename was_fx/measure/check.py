@@ -128,7 +128,7 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
     if uses_flash_attention(model):
         attention = attention_of(model)
         notes.texts.append(f"{attention} can't read a static cache, so decode steps are not captured as a CUDA graph")
-    slow = sum(row.implementation == "dense_product" for row in rows)
+    slow = sum(row.implementation in ("dense_product", "dequantised_product") for row in rows)
     if slow:
         notes.texts.append(f"{slow} Linears are right but not faster: no kernel skips their rows here")
     return CheckReport(

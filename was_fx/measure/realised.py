@@ -62,7 +62,7 @@ class Counting:
             dropped, seen = counts.tolist()
             shares[name] = dropped / seen if seen else 0.0
             tokens[name] = seen // linear.shape[1]
-            saved += shares[name] * linear.parameter.numel() * linear.parameter.element_size()
+            saved += shares[name] * linear.nbytes
         shapes = {name: self._linears[name].shape for name in shares}
         sparsity = model_sparsity(shares, shapes) if shares else 0.0
         return Realised(

@@ -71,7 +71,7 @@ def realised_sparsity(model: nn.Module, schedule: Schedule, tokens: Tensor) -> t
 
     with dropping(linears, thresholds_of(schedule, linears), dropped=note):
         model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
-    sizes = {name: linears[name].weight.numel() for name in shares}
+    sizes = {name: linears[name].shape[0] * linears[name].shape[1] for name in shares}
     skipped = sum(share * sizes[name] for name, share in shares.items())
-    width = next(iter(linears.values())).weight.element_size()
-    return skipped / sum(sizes.values()), round(weight_bytes_per_token(model) - skipped * width)
+    saved = sum(share * linears[name].nbytes for name, share in shares.items())
+    return skipped / sum(sizes.values()), round(weight_bytes_per_token(model) - saved)

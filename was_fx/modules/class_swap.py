@@ -12,15 +12,33 @@ class Swapped:
 
     Attributes:
         was_product: it computes x Wᵀ + b, as the class before it did.
+        was_fp32: names of buffers that stay fp32, whatever dtype the model gets.
         was_input_major: the weight Parameter is Wᵀ [K, N] (Conv1D), not W [N, K].
     """
 
     was_product = True
+    was_fp32: tuple[str, ...] = ()
 
     was_input_major: bool
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow the module to another device, but keep in fp32 what must be, in another dtype too."""
+        buffers: Any = self._buffers  # type: ignore[attr-defined]
+        names = {name for kind in type(self).__mro__ for name in vars(kind).get("was_fp32", ())}
+        kept = {name: buffers[name] for name in names if buffers[name] is not None}
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, before in kept.items():
+            now = buffers[name]
+            if now.dtype != before.dtype and not now.is_meta:
+                buffers[name] = before.to(now.device)
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, type(self).__bases__, self.__dict__
+        mixins, kind = [], type(self)
+        while issubclass(kind, Swapped):
+            mixins.append(kind.__bases__[0])
+            kind = kind.__bases__[1]
+        return _rebuild, (kind, *mixins), self.__dict__
 
 
 def with_mixin(mixin: Any, kind: Any) -> Any:
@@ -59,6 +77,7 @@ def swap_class(module: nn.Module, kind: Any) -> None:
                 cell.cell_contents = present
 
 
-def _rebuild(mixin: Any, kind: Any) -> Any:
-    made = _made(mixin, kind)
-    return made.__new__(made)
+def _rebuild(kind: Any, *mixins: Any) -> Any:
+    for mixin in reversed(mixins):
+        kind = _made(mixin, kind)
+    return kind.__new__(kind)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from was_fx.compat.tensors import version
 from was_fx.modules.linears import LinearModule, is_conv1d
 from was_fx.modules.placement import make_input_major
+from was_fx.modules.quantized_linear import QuantizedLinear
 from was_fx.modules.sparse_linear import sparse_linears, take_norms
 from was_fx.modules.token_rule import body_of, prompt_begins
 from was_fx.modules.weights import is_offloaded, local
@@ -86,15 +87,20 @@ class Freshness:
 
 def _stamped(model: nn.Module) -> list[tuple[str, Any, tuple[Any, ...]]]:
     """(name, module, stamp) of each sparse Linear whose weight is loaded."""
-    modules = {name: module for name, module in sparse_linears(model).items() if not is_offloaded(module.weight)}
-    pieces = _norms_of_pieces([local(module.weight) for module in modules.values()])
+    modules = {name: module for name, module in sparse_linears(model).items() if not is_offloaded(_held(module))}
+    pieces = _norms_of_pieces([local(_held(module)) for module in modules.values()])
     return [
         (name, module, _stamp(module, piece)) for (name, module), piece in zip(modules.items(), pieces, strict=True)
     ]
 
 
+def _held(module: Any) -> Tensor:
+    """The weight, or what of a quantised one can be told from another: its scales, a matrix of one row."""
+    return module.scales[None] if isinstance(module, QuantizedLinear) else module.weight
+
+
 def _stamp(module: Any, piece: int) -> tuple[Any, ...]:
-    weight = module.weight
+    weight = module.scales if isinstance(module, QuantizedLinear) else module.weight
     return id(weight), local(weight).data_ptr(), version(weight), weight.dtype, piece
 
 

@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from was_fx.kernels.quantized.rows import QuantizedRows
+from was_fx.modules.quantized_linear import QuantizedLinear
 from was_fx.modules.weights import is_sharded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,20 +34,33 @@ class LinearModule:
     head: bool
 
     @property
+    def rows(self) -> QuantizedRows | None:
+        """The weight, if it is quantised."""
+        return self.module.was_rows if isinstance(self.module, QuantizedLinear) else None
+
+    @property
     def parameter(self) -> Tensor:
-        """The weight Parameter as the module holds it."""
-        return self.module.weight  # type: ignore[return-value]
+        """The weight as the module holds it: its Parameter, or the codes of a quantised one."""
+        return self.module.codes if isinstance(self.module, QuantizedLinear) else self.module.weight  # type: ignore[return-value]
 
     @property
     def weight(self) -> Tensor:
-        """W [N, K], a view."""
-        return self.parameter.t() if self.input_major else self.parameter
+        """W [N, K]: a view, or the dequantised weight, made anew."""
+        weight: Any = self.module.weight
+        return weight.t() if self.input_major else weight
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
+        if self.rows is not None:
+            return self.rows.shape
         n, k = self.weight.shape
         return n, k
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight."""
+        return self.parameter.numel() * self.parameter.element_size() if self.rows is None else self.rows.nbytes
 
 
 def find_linears(model: nn.Module) -> dict[str, LinearModule]:
@@ -66,6 +81,9 @@ def find_linears(model: nn.Module) -> dict[str, LinearModule]:
     head = embedding(model, "get_output_embeddings")
     found = {}
     for name, module in _modules_without_adapters(model):
+        if isinstance(module, QuantizedLinear):
+            found[name] = LinearModule(name, module, module.was_input_major, module is head)
+            continue
         weight = getattr(module, "weight", None)
         if not (isinstance(module, nn.Linear) or is_conv1d(module)) or not isinstance(weight, Tensor):
             continue
@@ -182,7 +200,8 @@ def weight_bytes_per_token(model: nn.Module, linears: Iterable[LinearModule] | N
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - read
     experts = {id(parameter) for parameter in expert_parameters(model).values()}
     others = [p for p in model.parameters() if id(p) not in embeddings | experts]
-    return sum(p.numel() * p.element_size() for p in others) + _expert_bytes(model, experts)
+    quantised = sum(linear.nbytes for linear in linears if linear.rows is not None)
+    return sum(p.numel() * p.element_size() for p in others) + quantised + _expert_bytes(model, experts)
 
 
 def _expert_bytes(model: nn.Module, experts: Collection[int]) -> int:

@@ -79,9 +79,9 @@ def whole_channel_norms(linear: LinearModule, norm: int) -> Tensor:
 @torch.no_grad()
 def own_channels(values: Tensor, linear: LinearModule) -> Tensor:
     """The part of `values` [K] for the input channels that this rank holds; all of them unless those are sharded."""
-    weight = linear.weight
-    if not is_sharded(weight):
+    if not is_sharded(linear.parameter):
         return values
+    weight = linear.weight
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     placements = [Shard(0) if _dim(each, weight) == 1 else Replicate() for each in weight.placements]  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ def own_channels(values: Tensor, linear: LinearModule) -> Tensor:
 def make_input_major(linear: LinearModule) -> None:
     """Move a weight that is here into the storage of a sparse product, where that is another than it has."""
     weight = linear.parameter
-    if not linear.input_major and not is_offloaded(weight):
+    if linear.rows is None and not linear.input_major and not is_offloaded(weight):
         rearrange(weight, to_input_major)
 
 
@@ -120,9 +120,9 @@ def rearrange(weight: Tensor, change: Callable[[Tensor], None]) -> None:
 
 def sum_over_ranks(values: Tensor, linear: LinearModule) -> Tensor:
     """Sum of a tensor over the ranks that share a Linear; the tensor itself if it is on one."""
-    weight = linear.weight
-    if not is_sharded(weight):
+    if not is_sharded(linear.parameter):
         return values
+    weight = linear.weight
     from torch.distributed.tensor import DTensor, Partial
 
     mesh = weight.device_mesh  # type: ignore[attr-defined]

@@ -15,10 +15,9 @@ from was_fx.kernels.ops.count_dropped import count_dropped_op
 from was_fx.modules.class_swap import Swapped, class_before, swap_class, with_mixin
 from was_fx.modules.linears import LinearModule
 from was_fx.modules.placement import own_channels, whole_channel_norms
+from was_fx.modules.quantized_linear import QuantizedLinear, product
 from was_fx.modules.token_rule import TokenRule, decided
 from was_fx.schedules.files.linear_schedule import LinearSchedule
-
-_FP32 = ("was_norms", "was_threshold")
 
 
 class SparseLinear(Swapped):
@@ -34,6 +33,8 @@ class SparseLinear(Swapped):
         was_is_head: it computes the logits, after the model's body.
     """
 
+    was_fp32 = ("was_norms", "was_threshold")
+
     weight: Tensor
     bias: Tensor | None
     was_threshold: Tensor
@@ -47,6 +48,10 @@ class SparseLinear(Swapped):
     def forward(self, input: Tensor) -> Tensor:
         """y [..., N] of x [..., K]; dense where the call's tokens are, else `was::sparse_linear`."""
         dense, tokens = decided(self, input)  # type: ignore[arg-type]
+        if isinstance(self, QuantizedLinear):
+            if not dense and self.was_counts is not None:
+                count_dropped_op(input, self.was_threshold, self.was_counts, tokens)
+            return product(self, input, None if dense else self.was_threshold, tokens)
         weight, bias = self.weight, self.bias
         if self.was_input_major:
             weight = weight.t()
@@ -60,16 +65,6 @@ class SparseLinear(Swapped):
         if self.was_counts is not None:
             count_dropped_op(input, self.was_threshold, self.was_counts, tokens)
         return sparse_linear.call(input, weight, bias, self.was_threshold, tokens)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Follow the module to another device, but stay fp32 in another dtype."""
-        kept = {name: self._buffers[name] for name in _FP32 if self._buffers[name] is not None}  # type: ignore[attr-defined]
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        for name, before in kept.items():
-            now = self._buffers[name]  # type: ignore[attr-defined]
-            if now.dtype != before.dtype and not now.is_meta:
-                self._buffers[name] = before.to(now.device)  # type: ignore[attr-defined]
-        return self
 
 
 @torch.inference_mode(False)

@@ -3,8 +3,8 @@
     model = AutoModelForCausalLM.from_pretrained(DIR)              # saved by a sparsified model's save_pretrained
     model = AutoModelForCausalLM.from_pretrained(DENSE, quantization_config=was_fx.WasConfig("s.was.safetensors"))
 
-Nothing is quantised; transformers' name for what happens to weights after loading is "quantizer". `import was_fx`
-registers it (`was_fx.plugins.announce`).
+transformers' name for what happens to weights when they are loaded is "quantizer"; most such checkpoints hold plain
+weights, and some rows of int8 or int4 (`was_fx.quantize`). `import was_fx` registers it (`was_fx.plugins.announce`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from was_fx.compat.quantizers import let_given_attributes_win
 from was_fx.compat.saving import origin
+from was_fx.kernels.quantized.rows import check_rows
+from was_fx.modules.quantized_linear import empty_rows, make_quantized, quantized_linears
+from was_fx.sparse import saving
+from was_fx.sparse.quantize import untie
 from was_fx.sparse.saving import METHOD, SCHEDULE_FILE, config_entry
 from was_fx.sparse.sparsify import sparsify
 
@@ -30,7 +34,9 @@ class WasConfig(QuantizationConfigMixin):
     """How a checkpoint decodes: the `quantization_config` of its config.json.
 
     Args:
-        schedule: a `Schedule` or the path of one. In a config.json, the name of the file beside it.
+        schedule: a `Schedule` or the path of one. In a config.json, the name of the file beside it, or None for a model
+            that is quantised and not sparse.
+        weights: of a config.json: the formats of its quantised Linears, by qualified name.
         prefill: as for `sparsify`.
         lowering: as for `sparsify`; not saved.
         allow_other_model: as for `sparsify`; saved where the weights have changed since the schedule was made.
@@ -43,12 +49,13 @@ class WasConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        schedule: Schedule | str | Path = SCHEDULE_FILE,
+        schedule: Schedule | str | Path | None = SCHEDULE_FILE,
         prefill: str = "dense",
         lowering: str | None = None,
         allow_other_model: bool = False,
         quant_method: str = METHOD,
         was_fx_version: str | None = None,
+        weights: dict[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -64,12 +71,14 @@ class WasConfig(QuantizationConfigMixin):
         self.lowering = lowering
         self.allow_other_model = allow_other_model
         self.was_fx_version = was_fx_version
+        self.weights = dict(weights or {})
         self.beside_checkpoint = True
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds. A `Schedule` stands there under the name of its file."""
-        name = str(self.schedule) if isinstance(self.schedule, str | Path) else SCHEDULE_FILE
-        return config_entry(self.prefill, schedule=name, allow_other_model=self.allow_other_model)
+        name = SCHEDULE_FILE if self.schedule is not None else None
+        name = str(self.schedule) if isinstance(self.schedule, str | Path) else name
+        return config_entry(self.prefill, schedule=name, allow_other_model=self.allow_other_model, weights=self.weights)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What takes the place of a checkpoint's own, when this is given to `from_pretrained` beside it."""
@@ -86,13 +95,35 @@ class WasQuantizer(HfQuantizer):
 
     quantization_config: WasConfig
 
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+        """Give the Linears that the checkpoint holds quantised the buffers that it is to fill."""
+        modules = dict(model.named_modules())
+        unknown = [name for name in self.quantization_config.weights if name not in modules]
+        if unknown:
+            raise ValueError(
+                f"{type(model).__name__} has no {', '.join(unknown[:4])}, which the checkpoint holds quantised; "
+                "load it with the model class that saved it"
+            )
+        for name, format in self.quantization_config.weights.items():
+            dtype = modules[name].weight.dtype
+            make_quantized(modules[name], empty_rows(name, modules[name], format), dtype)
+        if self.quantization_config.weights:
+            untie(model)
+        return model
+
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         config = self.quantization_config
         schedule = config.schedule
+        for name, module in quantized_linears(model).items():
+            module.was_like = module.was_like.to(module.codes.device)
+            check_rows(name, module.was_rows)
         if self.pre_quantized and config.beside_checkpoint and isinstance(schedule, str | Path):
             schedule = _beside_checkpoint(model.config, str(schedule))
         # From here on it is a model that `sparsify` made, and has none of the limits of a quantised one.
         self.remove_quantization_config(model)
+        if schedule is None:
+            saving.attach(model)
+            return model
         return sparsify(
             model,
             schedule,

@@ -1,12 +1,13 @@
 """`save_pretrained` and `push_to_hub` of a sparsified model.
 
-A sparsified model writes a plain checkpoint, which loads without was-fx too, with its schedule beside it. Its Hub
+A sparsified model writes a plain checkpoint, which loads without was-fx too, with its schedule beside it; one with
+quantised weights writes those, as small as they are in memory. Its Hub
 repository gets a tag and a section of the model card. `sparsify` attaches this to the model object; its class stays
 as it is.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from was_fx.compat.saving import UPLOAD, saves_adapters_only, upload
 from was_fx.modules.linears import find_linears
+from was_fx.modules.quantized_linear import format_name, quantized_linears
 from was_fx.schedules.files.fingerprint import differences
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.sparse.model_card import update_card
@@ -68,7 +70,8 @@ def _save_pretrained(
     state_dict: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> None:
-    """Save a plain checkpoint, its schedule as `schedule.was.safetensors`, and how it decodes in config.json.
+    """Save a checkpoint, plain where no weight is quantised, its schedule as `schedule.was.safetensors`, and how it
+    decodes in config.json.
 
     Args:
         save_directory: a folder; made if there is none.
@@ -81,7 +84,7 @@ def _save_pretrained(
     if schedule is not None and is_main_process:
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         schedule.save(Path(save_directory) / SCHEDULE_FILE)  # first: a config never names a file that is not there
-    with _config_names_schedule(self, schedule):
+    with _config_says_how(self, schedule, {} if adapters_only else quantised_formats(self)):
         type(self).save_pretrained(
             self, save_directory, is_main_process=is_main_process, state_dict=state_dict, **arguments
         )
@@ -107,21 +110,33 @@ def _schedule_of(model: nn.Module) -> Schedule | None:
     return state.schedule.replace({}, fingerprint=model_fingerprint(model, find_linears(model)))
 
 
+def quantised_formats(model: nn.Module) -> dict[str, str]:
+    """The format of each quantised Linear, by qualified name."""
+    return {name: format_name(module.was_rows) for name, module in quantized_linears(model).items()}
+
+
 @contextmanager
-def _config_names_schedule(model: Any, schedule: Schedule | None) -> Iterator[None]:
-    """For the time of a save, let the model's config say how it decodes."""
-    if schedule is None:
+def _config_says_how(model: Any, schedule: Schedule | None, weights: dict[str, str]) -> Iterator[None]:
+    """For the time of a save, let the model's config say how it decodes, and how its weights are stored."""
+    if schedule is None and not weights:
         yield
         return
     before = vars(model.config).get("quantization_config")
-    others = differences(schedule.metadata.fingerprint, model_fingerprint(model, find_linears(model)))
+    fingerprint = {} if schedule is None else schedule.metadata.fingerprint
+    others = differences(fingerprint, model_fingerprint(model, find_linears(model))) if fingerprint else []
     if others:
         log.warning(
             "the model is no longer the one that its schedule was made for (%s); it is saved with that schedule all "
             "the same. Calibrate it anew for a schedule of its own",
             "; ".join(others),
         )
-    model.config.quantization_config = config_entry(model._was_state.rule.prefill, allow_other_model=bool(others))
+    state = sparse_state(model)
+    model.config.quantization_config = config_entry(
+        "dense" if state is None else state.rule.prefill,
+        schedule=None if schedule is None else SCHEDULE_FILE,
+        allow_other_model=bool(others),
+        weights=weights,
+    )
     try:
         yield
     finally:
@@ -131,7 +146,16 @@ def _config_names_schedule(model: Any, schedule: Schedule | None) -> Iterator[No
             model.config.quantization_config = before
 
 
-def config_entry(prefill: str, *, schedule: str = SCHEDULE_FILE, allow_other_model: bool = False) -> dict[str, Any]:
+def config_entry(
+    prefill: str,
+    *,
+    schedule: str | None = SCHEDULE_FILE,
+    allow_other_model: bool = False,
+    weights: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint's config.json."""
-    entry = {"quant_method": METHOD, "schedule": schedule, "prefill": prefill, "was_fx_version": __version__}
+    entry: dict[str, Any] = {"quant_method": METHOD, "schedule": schedule, "prefill": prefill}
+    entry["was_fx_version"] = __version__
+    if weights:
+        entry["weights"] = dict(weights)
     return {**entry, "allow_other_model": True} if allow_other_model else entry

@@ -16,11 +16,13 @@ from was_fx.modules.dense_linear import make_fast, make_plain
 from was_fx.modules.freshness import Freshness
 from was_fx.modules.linears import LinearModule, body_linears, find_linears
 from was_fx.modules.placement import make_input_major, rearrange
+from was_fx.modules.quantized_linear import quantized_linears
 from was_fx.modules.sparse_linear import make_dense, make_sparse, set_numbers, sparse_linears
 from was_fx.modules.token_rule import Prefill, TokenRule
 from was_fx.modules.weights import is_offloaded, local
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.sparse import saving
+from was_fx.sparse.quantize import Weights, adopt_foreign, planned, quantize
 from was_fx.sparse.state import SparseState, model_fingerprint, sparse_state
 
 
@@ -28,6 +30,7 @@ def sparsify(
     model: nn.Module,
     schedule: Schedule | str | Path,
     *,
+    weights: Weights | None = None,
     prefill: Prefill = "dense",
     lowering: Lowering | None = None,
     disable: Sequence[str] = (),
@@ -50,6 +53,7 @@ def sparsify(
     Args:
         model: a causal LM of transformers, anywhere: on one device or several, offloaded, sharded over ranks.
         schedule: a `Schedule` or the path of one.
+        weights: quantise first: "int8", "int4", or formats by patterns of names, as for `quantize`.
         prefill: which tokens of a prompt are sparse: "dense" none; "sparse" all but the first 1 % of a sequence (WAS);
             "half" its last half (TEAL); "all" every one. Decode steps are always sparse.
         lowering: "inductor" compiles decode steps, on a CPU the whole model; "eager" compiles nothing; None: "inductor"
@@ -63,16 +67,20 @@ def sparsify(
 
     Raises:
         ScheduleError: the schedule doesn't fit this model; lists every problem.
-        ValueError: the model has no Linears, its weights are quantised, or an argument is not valid.
+        ValueError: the model has no Linears, its weights are quantised in a way that can't be read, or an argument is
+            not valid.
     """
     register()
     schedule = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
+    adopt_foreign(model)
     linears = find_linears(model)
     rule = TokenRule(prefill)
     options = BackendOptions.parse(
         {"disable": tuple(disable), "lowering": lowering or "inductor", **mode_options(mode)}
     )
     check_schedule(model, schedule, linears, allow_other_model=allow_other_model)
+    if weights is not None and (sparse_state(model) is None or planned(linears, weights)):
+        quantize(model, weights)
     known = sparse_state(model)
     if known and (set(schedule.linears) != set(known.schedule.linears) or schedule.norm != known.schedule.norm):
         densify(model)  # other Linears, or other channel norms
@@ -82,7 +90,8 @@ def sparsify(
         state = SparseState(schedule, rule, Freshness())
         _replace(scheduled, state)
         for name in linears.keys() - scheduled.keys():
-            make_fast(linears[name].module)
+            if linears[name].rows is None:
+                make_fast(linears[name].module)
         state.handles = [*rule.watch(model), *state.freshness.watch(model)]
         model._was_state = state  # type: ignore[assignment]
         state.freshness.remember(model)
@@ -96,7 +105,7 @@ def sparsify(
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Undo `sparsify` in place: classes, weights and strides are as before, bit by bit.
+    """Undo `sparsify` in place: classes, weights and strides are as before, bit by bit. Quantised weights stay so.
 
     Returns:
         The same model. A model that is not sparsified is returned as it is.
@@ -113,7 +122,8 @@ def densify(model: nn.Module) -> nn.Module:
     for name, stride in state.strides.items():
         _give_back_strides(linears[name], stride)
     use_plain_generate(model)
-    saving.detach(model)
+    if not quantized_linears(model):
+        saving.detach(model)
     del model._was_state
     return model
 
@@ -151,7 +161,7 @@ def _replace(linears: dict[str, LinearModule], state: SparseState) -> None:
     try:
         for name, linear in linears.items():
             parameter = linear.parameter
-            if id(parameter) not in seen:  # two Linears may share one
+            if linear.rows is None and id(parameter) not in seen:  # two Linears may share one
                 seen.add(id(parameter))
                 state.strides[name] = local(parameter).stride()
             make_sparse(linear, state.schedule.linears[name], state.schedule.norm, state.rule)

@@ -39,7 +39,7 @@ def sparse_state(model: nn.Module) -> SparseState | None:
 
 def model_fingerprint(model: nn.Module, linears: dict[str, LinearModule]) -> dict:
     """The fingerprint of a model: architecture, and shapes and a sample of the weights of all its Linears. Without the
-    sample where weights are offloaded or sharded."""
-    if any(is_offloaded(linear.parameter) or is_sharded(linear.parameter) for linear in linears.values()):
+    sample where weights are offloaded, sharded or quantised, so that a schedule fits a model in any format."""
+    if any(is_offloaded(each.parameter) or is_sharded(each.parameter) or each.rows for each in linears.values()):
         return fingerprint_without_weights(type(model).__name__, {name: each.shape for name, each in linears.items()})
     return fingerprint(type(model).__name__, {name: linear.weight for name, linear in linears.items()})

@@ -1,0 +1,160 @@
+"""`quantize`: hold the weights of a model's Linears as rows of int8 or int4, in place.
+
+    was_fx.quantize(model, "int8")
+    was_fx.quantize(model, {"*.mlp.*": "int4", "lm_head": "int8"})
+
+Rows of one input channel lie together, so a sparse model skips them as it skips rows of bf16. Thresholds that were
+measured on the quantised model fit it best: quantise first, then calibrate.
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from was_fx.kernels.quantized.fit import quantize_int4, quantize_int8
+from was_fx.kernels.quantized.rows import GROUPS, INT4, INT8, QuantizedRows, check_group
+from was_fx.modules.foreign_weights import drop_quantizer_marks, foreign_linears, make_plain, read_foreign
+from was_fx.modules.linears import LinearModule, find_linears
+from was_fx.modules.placement import loaded
+from was_fx.modules.quantized_linear import make_quantized, quantized_linears
+from was_fx.modules.weights import is_offloaded, is_sharded
+from was_fx.schedules.progress import Progress, report
+from was_fx.sparse import saving
+from was_fx.sparse.state import sparse_state
+
+Weights = str | Mapping[str, str]
+
+
+def quantize(model: nn.Module, weights: Weights = INT8, *, progress: Progress | None = None) -> nn.Module:
+    """Quantise the weights of a model's Linears, in place and one by one.
+
+    int8 has one scale for each output and is rounded to nearest. int4 has groups of 32 outputs inside one input channel
+    ("int4-64" and "int4-128" have larger ones); the scale and the zero point of a group are searched for the least
+    squared error. No data is needed.
+
+    Args:
+        model: a dense causal LM of transformers. Weights that another library quantised are read back first.
+        weights: "int8" or "int4" for all Linears but the head, which becomes int8; or a mapping from patterns of
+            qualified names (as of `fnmatch`) to a format or "none", of which the first that fits counts.
+        progress: called with (Linears done, all).
+
+    Returns:
+        The same model. It can't be undone: load the model again.
+
+    Raises:
+        ValueError: a format is not known, a pattern fits no Linear, a group doesn't divide the outputs of a Linear, a
+            weight holds NaN or inf, or the model is sparsified, offloaded or sharded. The model is untouched.
+    """
+    if sparse_state(model) is not None:
+        raise ValueError("the model is sparsified; call was_fx.densify(model) first, then quantise, then sparsify")
+    adopt_foreign(model)
+    linears = find_linears(model)
+    plan = planned(linears, weights)
+    for name in plan:
+        _check(name, linears[name], plan[name])
+    for done, (name, format) in enumerate(plan.items(), start=1):
+        linear = linears[name]
+        with loaded(linear) as weight:
+            rows, dtype = _fitted(name, weight, format), weight.dtype
+        _replace(model, linear, rows, dtype)
+        report(progress, done, len(plan))
+    if plan:
+        saving.attach(model)
+    return model
+
+
+def planned(linears: Mapping[str, LinearModule], weights: Weights) -> dict[str, str]:
+    """The format of each Linear that is to be quantised and is not yet: "int8", or "int4-32" with another group.
+
+    Raises:
+        ValueError: a format is not known, or a pattern fits no Linear.
+    """
+    if isinstance(weights, str):
+        head = {name: INT8 for name, linear in linears.items() if linear.head}
+        weights = {**head, "*": weights}
+    found = {}
+    for format in weights.values():
+        _parse(format)
+    for pattern in weights:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise ValueError(
+                f"weights names {pattern!r}, which fits no Linear; there is {', '.join(list(linears)[:4])}, …"
+            )
+    for name, linear in linears.items():
+        format = next((format for pattern, format in weights.items() if fnmatchcase(name, pattern)), "none")
+        if format != "none" and linear.rows is None:
+            found[name] = _parse(format)
+    return found
+
+
+def _parse(format: str) -> str:
+    """The format with its group.
+
+    Raises:
+        ValueError: lists the formats.
+    """
+    known = {INT8: INT8, INT4: f"{INT4}-{GROUPS[0]}", "none": "none", **{f"{INT4}-{g}": f"{INT4}-{g}" for g in GROUPS}}
+    if format not in known:
+        raise ValueError(f"the format of weights is {format!r}; expected one of {', '.join(known)}")
+    return known[format]
+
+
+def _check(name: str, linear: LinearModule, format: str) -> None:
+    if is_sharded(linear.parameter) or is_offloaded(linear.parameter):
+        raise ValueError(f"{name} is offloaded or sharded; load the model on one device or several, then quantise it")
+    if format != INT8:
+        check_group(name, linear.shape[0], int(format.rpartition("-")[2]))
+    if not linear.parameter.isfinite().all():
+        raise ValueError(f"{name}: the weight holds NaN or inf, which can't be quantised; check the checkpoint")
+
+
+def _fitted(name: str, weight: torch.Tensor, format: str) -> QuantizedRows:
+    if format == INT8:
+        return quantize_int8(name, weight)
+    return quantize_int4(name, weight, int(format.rpartition("-")[2]))
+
+
+def _replace(model: nn.Module, linear: LinearModule, rows: QuantizedRows, dtype: torch.dtype) -> None:
+    make_quantized(linear.module, rows, dtype)
+    if linear.head:
+        untie(model)
+
+
+def untie(model: Any) -> None:
+    """Let a quantised head and the input embeddings, which stay as they are, be two."""
+    for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+    for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+        keys = getattr(model, name, None)
+        if isinstance(keys, dict):
+            heads = [f"{each}.weight" for each in quantized_linears(model)]
+            setattr(model, name, {key: tied for key, tied in keys.items() if key not in heads})
+
+
+def adopt_foreign(model: nn.Module) -> None:
+    """Read back the weights that another library quantised: as rows of int8 where that loses nothing, else dequantised.
+
+    Raises:
+        ValueError: a format can't be read; names it and what to do. The model is untouched.
+    """
+    names = list(foreign_linears(model))
+    if not names:
+        return
+    dtype = getattr(model, "dtype", torch.bfloat16)
+    dtype = dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
+    for name in names:
+        read = read_foreign(name, model.get_submodule(name), dtype)
+        if isinstance(read, QuantizedRows):
+            channels, outputs = read.shape[::-1]
+            plain = make_plain(model, name, torch.empty(0, 0, dtype=dtype, device=read.codes.device))
+            plain.in_features, plain.out_features = channels, outputs
+            make_quantized(plain, read, dtype)
+        elif read is not None:
+            make_plain(model, name, read)
+    drop_quantizer_marks(model)
+    if quantized_linears(model):
+        saving.attach(model)
