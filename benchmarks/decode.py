@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--cache", choices=["static", "dynamic"], help="static on a GPU, dynamic on a CPU")
     parser.add_argument("--skip-dense", action="store_true", help="time the sparse model only")
     parser.add_argument("--lowering", choices=["inductor", "eager"], help="of the sparse model, as for sparsify")
+    parser.add_argument("--weights", help="quantise the sparse model: int8 or int4, with an int8 head")
     parser.add_argument("--repetitions", type=int, default=7)
     arguments = parser.parse_args()
 
@@ -87,14 +88,15 @@ def main() -> None:
         repetitions=arguments.repetitions,
         cache=arguments.cache,
         with_dense=not arguments.skip_dense,
+        weights=arguments.weights,
         lowering=arguments.lowering,
         progress=progress,
     )
-    common = describe(device) | machine | {"shape": shape, "dtype": "bf16", **changes}
+    common = describe(device) | machine | {"shape": shape, "dtype": "bf16", "weights": arguments.weights, **changes}
     for row in rows:
         sys.stdout.write(json.dumps(common | asdict(row)) + "\n")
     title = (
-        f"{shape}, bf16, batch 1, {common['device']}, reads {machine['read_GB/s']} GB/s; "
+        f"{shape}, {arguments.weights or 'bf16'}, batch 1, {common['device']}, reads {machine['read_GB/s']} GB/s; "
         f"prompt of {rows[0].prompt_tokens} tokens"
     )
     Console(width=180).print(table(rows, title))

@@ -1,7 +1,7 @@
 """Find the sparse Linears of a graph: each call of `was.sparse_linear` or `was.quantized_linear`. The graph is unchanged.
 
-    y = was.sparse_linear(x, W, b, t, tokens)                          x [..., K], W [N, K], b [N], t [K] fp32 -> y [..., N]
-    y = was.quantized_linear(x, codes, scales, groups, b, t, tokens)   W as `QuantizedRows`; dense without t
+y = was.sparse_linear(x, W, b, t, tokens)                          x [..., K], W [N, K], b [N], t [K] fp32 -> y [..., N]
+y = was.quantized_linear(x, codes, scales, groups, b, t, tokens)   W as `QuantizedRows`; dense without t
 """
 
 import torch

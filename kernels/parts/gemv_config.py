@@ -102,14 +102,15 @@ def tuned(name: str) -> dict[str, GemvConfig]:
 def heuristic(channels: int, sizes: Sequence[int], format: Format) -> GemvConfig:
     """A configuration for a shape that was not measured: what most measured shapes came out at.
 
-    Tiles of 16 KB, so that many reads are under way; about three programs for each of 100 to 150 multiprocessors; and
-    no part of the list so short that starting costs more than reading.
+    Tiles of 16 KB, so that many reads are under way, or of 8 KB and half as many warps where weights are quantised; about
+    three programs of four warps for each of 100 to 150 multiprocessors; and no part of the list so short that starting
+    costs more than reading.
     """
-    rows, columns = _TILES.get(format, (128, 64))
+    rows, columns, warps = _TILES.get(format, (128, 64, 4))
     tiles = sum(-(-n // columns) for n in sizes)
-    splits = max(1, min(16, round(384 / tiles), channels // 128))
-    return GemvConfig(rows=rows, columns=columns, splits=splits, warps=4)
+    splits = max(1, min(16, round(1536 / warps / tiles), channels // 128))
+    return GemvConfig(rows=rows, columns=columns, splits=splits, warps=warps)
 
 
-# Rows and columns of a tile of 16 KB; 128 and 64 for 16-bit weights.
-_TILES: dict[Format, tuple[int, int]] = {torch.float32: (64, 64), "int8": (128, 128), "int4": (128, 256)}
+# Rows, columns and warps; those of 16-bit weights are in `heuristic`.
+_TILES: dict[Format, tuple[int, int, int]] = {torch.float32: (64, 64, 4), "int8": (64, 128, 2), "int4": (64, 128, 2)}

@@ -21,7 +21,8 @@ from was_fx.modules.tokens import vocabulary
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.progress import Progress, report
 from was_fx.schedules.score import Score
-from was_fx.sparse.sparsify import sparsify
+from was_fx.sparse.quantize import Weights, quantize
+from was_fx.sparse.sparsify import densify, sparsify
 from was_fx.sparse.state import sparse_state
 
 # Runs of decode steps on a GPU whose tokens must be the same.
@@ -91,6 +92,7 @@ def decode_speed(
     cache: str | None = None,
     score: Score | None = None,
     with_dense: bool = True,
+    weights: Weights | None = None,
     seed: int = 0,
     lowering: Lowering | None = None,
     progress: Progress | None = None,
@@ -115,6 +117,7 @@ def decode_speed(
         cache: "static" or "dynamic", the KV cache; by default static on a GPU, dynamic on a CPU.
         score: of the thresholds; WAS's by default.
         with_dense: time the dense model too; without it, `ratio` is None.
+        weights: formats of the sparse model's weights, as for `quantize`; the dense one keeps its own.
         seed: of the random weights and tokens.
         lowering: of the sparse model, as for `sparsify`; "eager" compiles the dense one neither.
         progress: called with (runs done, all runs).
@@ -136,8 +139,10 @@ def decode_speed(
             f"tokens is {tokens}, prompt {prompt} and repetitions {repetitions}; expected at least {least}, 1 and 1"
         )
     ids, load = _load(model, prompt, tokens, long_prompt, cache, seed)
-    schedules = [uniform_while_dropping(model, ids, target, score) for target in targets]
     sparse = copy.deepcopy(model)
+    if weights is not None:
+        quantize(sparse, weights)
+    schedules = [uniform_while_dropping(sparse, ids, target, score) for target in targets]
     subjects: list[Schedule | None] = [*([None] if with_dense else []), *schedules]
     with _compiled_dense(model, load, lowering) as dense_step:
         sparse_step = sparse if lowering == "eager" else CompiledStep(sparse, {})
@@ -146,7 +151,7 @@ def decode_speed(
         )
         details = runs.warm_up(progress)
         turns = runs.turns(progress)
-    return _rows(model, load, subjects, details, turns)
+    return _rows(model, densify(sparse), load, subjects, details, turns)
 
 
 def _load(
@@ -253,17 +258,18 @@ def _measured_once(timed: TimedModel, *, first: bool, sparse: bool) -> dict[str,
 
 def _rows(
     model: nn.Module,
+    without_schedule: nn.Module,
     load: Load,
     subjects: Sequence[Schedule | None],
     details: Sequence[dict[str, Any]],
     turns: Sequence[Sequence[Turn]],
 ) -> list[SpeedRow]:
-    """Medians, with the sparsity that each schedule has on the tokens it was timed on."""
+    """Medians, with the sparsity that each schedule has on the tokens it was timed on in the model `without_schedule`."""
     rows: list[SpeedRow] = []
     for schedule, detail, found in zip(subjects, details, turns, strict=True):
         realised, read = 0.0, weight_bytes_per_token(model)
         if schedule is not None:
-            realised, read = realised_sparsity(model, schedule, found[0].text)
+            realised, read = realised_sparsity(without_schedule, schedule, found[0].text)
         token_ms = [each.token_ms for each in found]
         step_ms = [each.step_ms for each in found if each.step_ms is not None]
         compared = step_ms or token_ms
