@@ -1,12 +1,14 @@
-"""Find the sparse Linears of a graph: each call of `was.sparse_linear` or `was.quantized_linear`. The graph is unchanged.
+"""Find the sparse Linears of a graph, each call of one of two ops. The graph is unchanged.
 
-y = was.sparse_linear(x, W, b, t, tokens)                          x [..., K], W [N, K], b [N], t [K] fp32 -> y [..., N]
-y = was.quantized_linear(x, codes, scales, groups, b, t, tokens)   W as `QuantizedRows`; dense without t
+y = was.sparse_linear(x, W, b, t, tokens)                   x [..., K], W [N, K], b [N], t [K] fp32 -> y [..., N]
+y = was.quantized_linear(x, codes, scales, groups, b, t, tokens)           W as `QuantizedRows`; dense without t
 """
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from was_fx.kernels.linear.quantized_linear import quantized_linear
+from was_fx.kernels.linear.sparse_linear import sparse_linear
 from was_fx.passes.graph.context import Context, SparseCall, module_path, value
 
 _NAMES = ("x", "weight", "bias", "threshold", "tokens")
@@ -15,9 +17,9 @@ _QUANTIZED = ("x", "weight", "scales", "groups", "bias", "threshold", "tokens")
 # Dynamo writes the packet; a graph that was traced further, the overload.
 _OPS = {
     torch.ops.was.sparse_linear: _NAMES,
-    torch.ops.was.sparse_linear.default: _NAMES,
+    sparse_linear: _NAMES,
     torch.ops.was.quantized_linear: _QUANTIZED,
-    torch.ops.was.quantized_linear.default: _QUANTIZED,
+    quantized_linear: _QUANTIZED,
 }
 
 

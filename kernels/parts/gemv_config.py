@@ -102,7 +102,7 @@ def tuned(name: str) -> dict[str, GemvConfig]:
 def heuristic(channels: int, sizes: Sequence[int], format: Format) -> GemvConfig:
     """A configuration for a shape that was not measured: what most measured shapes came out at.
 
-    Tiles of 16 KB, so that many reads are under way, or of 8 KB and half as many warps where weights are quantised; about
+    Tiles of 16 KB, so that many reads are under way, or smaller ones of fewer warps where weights are quantised; about
     three programs of four warps for each of 100 to 150 multiprocessors; and no part of the list so short that starting
     costs more than reading.
     """

@@ -264,7 +264,7 @@ def _rows(
     details: Sequence[dict[str, Any]],
     turns: Sequence[Sequence[Turn]],
 ) -> list[SpeedRow]:
-    """Medians, with the sparsity that each schedule has on the tokens it was timed on in the model `without_schedule`."""
+    """Medians, and the sparsity of each schedule in the model `without_schedule` on the tokens it was timed on."""
     rows: list[SpeedRow] = []
     for schedule, detail, found in zip(subjects, details, turns, strict=True):
         realised, read = 0.0, weight_bytes_per_token(model)
