@@ -23,12 +23,22 @@ def quantize_int8(name: str, weight: Tensor) -> QuantizedRows:
     Raises:
         ValueError: the weight holds NaN or inf.
     """
-    _check_finite(name, weight)
-    scales = (weight.abs().amax(1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    check_finite(name, weight)
+    scales = int8_scales(weight)
     codes = torch.empty(weight.shape[1], weight.shape[0], dtype=torch.int8, device=weight.device)
     for columns in _pieces(weight.shape[1], weight.shape[0]):
-        codes[columns] = (weight[:, columns].t().float() / scales).round().to(torch.int8)
+        codes[columns] = round_int8(weight[:, columns].t().float(), scales)
     return QuantizedRows(pack_int8(codes), scales, None)
+
+
+def int8_scales(weight: Tensor) -> Tensor:
+    """Scales fp32 [N] that bring the largest weight of each output of W [N, K] to level 127."""
+    return (weight.abs().amax(1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def round_int8(rows: Tensor, scales: Tensor) -> Tensor:
+    """The nearest levels, int8 [C, N] of −127 … 127, of rows [C, N] fp32 of Wᵀ."""
+    return (rows / scales).round().clamp(-127, 127).to(torch.int8)
 
 
 @torch.no_grad()
@@ -40,7 +50,7 @@ def quantize_int4(name: str, weight: Tensor, group: int = 32) -> QuantizedRows:
     """
     outputs, channels = weight.shape
     check_group(name, outputs, group)
-    _check_finite(name, weight)
+    check_finite(name, weight)
     made = empty_int4(outputs, channels, group, weight.device)
     assert made.groups is not None
     for rows in _pieces(channels, outputs):
@@ -64,14 +74,26 @@ def fit_int4(rows: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         (uint8 [C, N] of 0 … 15, fp32 [C], uint8 [C, N / group, 2]).
     """
+    scales, groups = fit_groups(rows, group)
+    return round_int4(rows, scales, groups), scales, groups
+
+
+def fit_groups(rows: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Scales fp32 [C] and groups uint8 [C, N / group, 2] that fit rows [C, N] fp32 of Wᵀ."""
     w = rows.unflatten(1, (-1, group))
     low, high = w.amin(2).clamp_max(0), w.amax(2).clamp_min(0)
     step, zero = _best(w, low, high)
     scales = (step.amax(1) / 255).clamp_min(torch.finfo(torch.float32).tiny)
     s = (step / scales[:, None]).round().clamp(1, 255)
     z = (zero * 16).round().clamp(0, 255)
-    q = _levels(w, scales[:, None] * s, z / 16)
-    return q.flatten(1).to(torch.uint8), scales, torch.stack((s, z), 2).to(torch.uint8)
+    return scales, torch.stack((s, z), 2).to(torch.uint8)
+
+
+def round_int4(rows: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
+    """The nearest levels, uint8 [C, N] of 0 … 15, of rows [C, N] fp32 to scales [C] and groups [C, N / group, 2]."""
+    w = rows.unflatten(1, (groups.shape[1], -1))
+    q = _levels(w, scales[:, None] * groups[..., 0], groups[..., 1] / 16)
+    return q.flatten(1).to(torch.uint8)
 
 
 def _best(w: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +135,11 @@ def _pieces(rows: int, width: int) -> list[slice]:
     return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
-def _check_finite(name: str, weight: Tensor) -> None:
+def check_finite(name: str, weight: Tensor) -> None:
+    """Refuse a weight that holds NaN or inf.
+
+    Raises:
+        ValueError: names it.
+    """
     if not weight.isfinite().all():
         raise ValueError(f"{name}: the weight holds NaN or inf, which can't be quantised; check the checkpoint")

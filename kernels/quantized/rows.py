@@ -58,10 +58,7 @@ class QuantizedRows:
         codes = self.codes[channels]
         if self.groups is None:
             return (codes[:, : self.scales.shape[0]] * self.scales).to(dtype)
-        groups = self.groups[channels]
-        step = self.scales[channels, None] * groups[..., 0]
-        q = unpack_int4(codes).unflatten(1, (groups.shape[1], -1))
-        return (step[..., None] * (q - groups[..., 1:].float() / 16)).flatten(1).to(dtype)
+        return int4_values(unpack_int4(codes), self.scales[channels], self.groups[channels]).to(dtype)
 
 
 def pack_int8(codes: Tensor) -> Tensor:
@@ -79,6 +76,13 @@ def unpack_int4(codes: Tensor) -> Tensor:
     """uint8 [K, N], the integers that `pack_int4` packed."""
     blocks = codes.unflatten(1, (-1, _BLOCK // 2))
     return torch.stack((blocks & 15, blocks >> 4), dim=2).flatten(1)
+
+
+def int4_values(q: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
+    """Rows of Wᵀ, fp32 [C, N], that levels q [C, N] of 0 … 15 mean with scales [C] and groups [C, N / group, 2]."""
+    step = scales[:, None] * groups[..., 0]
+    levels = q.unflatten(1, (groups.shape[1], -1))
+    return (step[..., None] * (levels - groups[..., 1:].float() / 16)).flatten(1)
 
 
 def check_rows(name: str, rows: QuantizedRows, shape: tuple[int, int] | None = None) -> None:
