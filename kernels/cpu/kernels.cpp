@@ -451,6 +451,16 @@ void gather(int64_t kind, const Gather<T, W>& call) {
     plain::gather(call);
 }
 
+template <class T, class W>
+void write_out(int64_t kind, const W* codes, const float* scales, const uint8_t* groups, int64_t group, int64_t k,
+               int64_t n, T* out, int64_t threads) {
+#ifdef WAS_X86
+    if (kind >= AVX512) return avx512::write_out(codes, scales, groups, group, k, n, out, threads);
+    if (kind == AVX2) return avx2::write_out(codes, scales, groups, group, k, n, out, threads);
+#endif
+    plain::write_out(codes, scales, groups, group, k, n, out, threads);
+}
+
 template <class T>
 void rows(int64_t kind, const Product<T>& call) {
 #ifdef WAS_X86
@@ -536,6 +546,18 @@ void was_gather_one(int64_t kind, int64_t dtype, const void* x, const void* weig
                     const void* threshold, int64_t n, void* y, int64_t tokens, int64_t k, int64_t threads) {
     was_gather(kind, dtype, 0, x, &weight, &bias, threshold ? &threshold : nullptr, &n, y, tokens, k, 1, threads,
                nullptr, nullptr, nullptr);
+}
+
+// W^T [k, n] of quantised rows; `groups` null for int8.
+void was_write_out(int64_t kind, int64_t dtype, const void* codes, const float* scales, const uint8_t* groups,
+                   int64_t group, int64_t k, int64_t n, void* out, int64_t threads) {
+    const auto run = [&](auto product) {
+        using T = typename std::remove_const<typename std::remove_pointer<decltype(product.x)>::type>::type;
+        T* to = static_cast<T*>(out);
+        if (groups) write_out(kind, static_cast<const int4*>(codes), scales, groups, group, k, n, to, threads);
+        else write_out(kind, static_cast<const int8_t*>(codes), scales, groups, group, k, n, to, threads);
+    };
+    with_dtype<Product>(dtype, run);
 }
 
 // y = x W^T + b for many tokens, W^T [k, n] with contiguous rows. See `Product`.

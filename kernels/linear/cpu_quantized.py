@@ -24,6 +24,29 @@ def supports(x: Tensor, rows: Sequence[QuantizedRows]) -> bool:
     return all(each.codes.is_contiguous() and (each.groups is None or each.groups.is_contiguous()) for each in rows)
 
 
+def write_out(rows: QuantizedRows, dtype: torch.dtype) -> Tensor:
+    """Wᵀ [K, N] in a floating dtype, by all threads where there is a library."""
+    loaded = library()
+    codes, scales, groups = rows.codes, rows.scales, rows.groups
+    if loaded is None or not codes.is_cpu or dtype not in DTYPES:
+        return rows.dequantize(dtype)
+    outputs, channels = rows.shape
+    out = torch.empty(channels, outputs, dtype=dtype)
+    loaded.was_write_out(
+        kind(),
+        DTYPES[dtype],
+        codes.contiguous().data_ptr(),
+        scales.contiguous().data_ptr(),
+        None if groups is None else groups.contiguous().data_ptr(),
+        0 if groups is None else outputs // groups.shape[1],
+        channels,
+        outputs,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def choice() -> Choice:
     """What is said of a call that this serves."""
     kernels = KINDS[min(kind(), KINDS.index("avx512"))]

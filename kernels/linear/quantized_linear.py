@@ -82,7 +82,7 @@ def compute(
     outputs = []
     for weight, bias, threshold in zip(rows, biases, thresholds, strict=True):
         kept = x if threshold is None else x.masked_fill(dropped_channels(x, threshold, tokens), 0)
-        outputs.append(dense_linear.compute(kept, weight.dequantize(x.dtype).t(), bias))
+        outputs.append(dense_linear.compute(kept, cpu_quantized.write_out(weight, x.dtype).t(), bias))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
