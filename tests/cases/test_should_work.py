@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import weakref
 
 import pytest
@@ -468,22 +469,28 @@ FORMATS = {
 @pytest.mark.parametrize("method", FORMATS)
 @pytest.mark.parametrize("function", ["calibrate", "sparsify"])
 def test_quantised_weights_work_or_are_named_at_once(case, method, function):
-    """The way out is named too: the checkpoint that was quantised, or to dequantise it."""
+    """Where they are refused, the way out is named: the checkpoint that was quantised, or to dequantise it."""
     model = case.dense()
     make, words = FORMATS[method]
     for name in case.schedule.linears:
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, make(model.get_submodule(name)))
     model.config.quantization_config = {"quant_method": method}
-    case.logits(model, case.prompt)  # the model itself works
+    expected = case.logits(model, case.prompt)  # the model itself works
     run = {
         "calibrate": lambda: was_fx.calibrate(model, case.tokens),
         "sparsify": lambda: was_fx.sparsify(model, case.schedule, allow_other_model=True),
     }[function]
-    with pytest.raises((ValueError, TypeError), match=f"(?i){words}") as caught:
+    try:
         run()
-    text = str(caught.value)
-    assert len(text) < 400
+    except (ValueError, TypeError) as caught:
+        text = str(caught)
+    else:
+        torch.testing.assert_close(case.logits(model, case.prompt), expected, rtol=1e-2, atol=1e-2)
+        assert method in ("fp8", "bitsandbytes")
+        return
+    assert re.search(f"(?i){words}", text)
+    assert len(text) < 500
     assert "\n" not in text.strip()
     assert "dequantiz" in text.lower() or "dequantis" in text.lower() or "unquanti" in text.lower()
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from was_fx.compat.quantizers import CONFIG_MARKS, MODEL_MARKS
 from was_fx.kernels.quantized.rows import QuantizedRows, check_rows, pack_int8
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -27,13 +28,13 @@ _PIECE = 1024  # rows of the identity that are multiplied at a time
 _MARKS = (
     "hf_quantizer",
     "quantization_method",
-    "_weight_conversions",
+    *MODEL_MARKS,
     "is_loaded_in_8bit",
     "is_loaded_in_4bit",
     "quantize_config",
     "hqq_quantized",
 )
-_CONFIG_MARKS = ("quantization_config", "_is_quantized", "_pre_quantization_dtype")
+_CONFIG_MARKS = ("quantization_config", *CONFIG_MARKS)
 
 _OTHERWISE = "load it on a device where the quantised model itself runs, or load the unquantised checkpoint"
 # By library: a way to load the checkpoint such that it can be read.

@@ -92,7 +92,7 @@ def find_linears(model: nn.Module) -> dict[str, LinearModule]:
             raise ValueError(_no_plain_weights(f"{name} is stored as {stored}", model))
         if weight.dim() == 2 and weight.is_floating_point() and computes_product(module):
             found[name] = LinearModule(name, module, is_conv1d(module), module is head)
-    if not any(not linear.head for linear in found.values()) and _quantised_by(model):
+    if not any(not linear.head for linear in found.values()) and quantised_by(model):
         raise ValueError(_no_plain_weights(f"the weights of {type(model).__name__} are quantised", model))
     if not found:
         raise ValueError(
@@ -117,7 +117,7 @@ def unsupported_format(weight: Tensor) -> str | None:
 
 
 def _no_plain_weights(what: str, model: nn.Module) -> str:
-    method = _quantised_by(model)
+    method = quantised_by(model)
     by = f" by {method}" if method else ""
     return (
         f"{what}{by}, and was-fx needs weights in bf16, fp16 or fp32: load the checkpoint without quantisation, or "
@@ -152,7 +152,7 @@ def _try_product(module: Any) -> bool:
     return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-2, atol=1e-2)
 
 
-def _quantised_by(model: nn.Module) -> str:
+def quantised_by(model: nn.Module) -> str:
     """The quantisation method that a model's configuration names, or ""."""
     config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     method = config.get("quant_method", "") if isinstance(config, dict) else getattr(config, "quant_method", "")

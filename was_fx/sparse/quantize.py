@@ -18,7 +18,7 @@ from was_fx.kernels.quantized.error_feedback import quantize_with_hessian
 from was_fx.kernels.quantized.fit import quantize_int4, quantize_int8
 from was_fx.kernels.quantized.rows import GROUPS, INT4, INT8, QuantizedRows, check_group
 from was_fx.modules.foreign_weights import drop_quantizer_marks, foreign_linears, make_plain, read_foreign
-from was_fx.modules.linears import LinearModule, find_linears
+from was_fx.modules.linears import LinearModule, find_linears, quantised_by
 from was_fx.modules.placement import loaded
 from was_fx.modules.quantized_linear import make_quantized, quantized_linears
 from was_fx.modules.weights import is_offloaded, is_sharded
@@ -169,7 +169,10 @@ def adopt_foreign(model: nn.Module) -> None:
     dtype = getattr(model, "dtype", torch.bfloat16)
     dtype = dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
     for name in names:
-        read = read_foreign(name, model.get_submodule(name), dtype)
+        try:
+            read = read_foreign(name, model.get_submodule(name), dtype)
+        except ValueError as error:
+            raise ValueError(f"{error} (quantised by {quantised_by(model) or 'a library'})") from error
         if isinstance(read, QuantizedRows):
             channels, outputs = read.shape[::-1]
             plain = make_plain(model, name, torch.empty(0, 0, dtype=dtype, device=read.codes.device))

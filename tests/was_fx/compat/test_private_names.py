@@ -43,6 +43,8 @@ ALLOWED = re.compile(r"_foreach_\w+|_modules|_parameters|_buffers|_forward_hooks
 # Private names of others, and ours that are set on foreign objects.
 OTHERS = {
     "_create_model": "lm-eval",
+    "_data": "optimum-quanto",
+    "_scale": "optimum-quanto",
     "_getframe": "Python's sys",
     "_hf_hook": "accelerate",
     "_old_forward": "accelerate",
@@ -52,7 +54,10 @@ OTHERS = {
 # Functions that take the name of an attribute or of a key.
 BY_STRING = ("getattr", "hasattr", "setattr", "delattr", ".pop", ".get", ".setdefault")
 # Methods that transformers calls on a subclass, by these names.
-OVERRIDDEN = {"_process_model_after_weight_loading": HfQuantizer}
+OVERRIDDEN = {
+    "_process_model_after_weight_loading": HfQuantizer,
+    "_process_model_before_weight_loading": HfQuantizer,
+}
 
 
 def files(*tops: str) -> Iterator[Path]:
@@ -293,6 +298,8 @@ CHECKS: dict[str, Callable[[Captured], object]] = {
     ),
     "_is_user_defined": lambda _: "_is_user_defined" in source_of(generation.GenerationMixin),
     "_name_or_path": lambda _: saving.origin(transformers.LlamaConfig(name_or_path="a/b"))[0] == "a/b",
+    "_weight_conversions": lambda _: "_weight_conversions" in source_of(transformers.core_model_loading),
+    "_is_quantized": lambda _: "_is_quantized" in source_of(transformers.configuration_utils),
     "_pad_token_tensor": lambda _: "_pad_token_tensor" in source_of(generation.GenerationMixin),
     "_upload_modified_files": lambda _: callable(getattr(PreTrainedModel, saving.UPLOAD)),
 }
