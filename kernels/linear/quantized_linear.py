@@ -168,7 +168,7 @@ def _siblings_fake(
 
 
 def _rows(codes: Sequence[Tensor], scales: Sequence[Tensor], groups: Sequence[Tensor]) -> list[QuantizedRows]:
-    every = groups or [None] * len(codes)
+    every: Sequence[Tensor | None] = groups or [None] * len(codes)
     return [QuantizedRows(*each) for each in zip(codes, scales, every, strict=True)]
 
 
