@@ -28,7 +28,7 @@ def forget(monkeypatch, tmp_path):
         'extern "C" const char* was_source() { return WAS_SOURCE; }\n'
         'extern "C" long was_processor() { return 2; }\n'
         'extern "C" void was_gather() {}\nextern "C" void was_gather_one() {}\n'
-        'extern "C" void was_product() {}\nextern "C" void was_rows() {}\n'
+        'extern "C" void was_product() {}\nextern "C" void was_rows() {}\nextern "C" void was_write_out() {}\n'
     )
     for name in ("body.inc", "pairs.inc"):
         (stub / name).write_text("")
