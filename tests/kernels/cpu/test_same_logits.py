@@ -26,17 +26,24 @@ def logits(model, ids, kind) -> torch.Tensor:
     return torch.cat(parts).float()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_every_kind_gives_the_same_logits(dtype, tolerance, monkeypatch):
+def test_every_kind_gives_the_same_logits(dtype, monkeypatch):
+    """In 16 bits they differ as much as any two orders of rounding do: each is as near to fp32 as the plain kind is."""
     monkeypatch.setenv(library.LIMIT, "")
-    model, _ = embedded.load(dtype)
     ids = embedded.tokens("test", 40, 1)
-    calibration = was_fx.calibrate(model, embedded.tokens("calibration", 128, 2))
-    was_fx.sparsify(model, was_fx.uniform(calibration, 0.5))
-    first, *others = [logits(model, ids, kind) for kind in library.KINDS[: library.library().was_processor() + 1]]
+    exact, _ = embedded.load(torch.float32)
+    schedule = was_fx.uniform(was_fx.calibrate(exact, embedded.tokens("calibration", 128, 2)), 0.5)
+    model, _ = embedded.load(dtype)
+    for each in (exact, model):
+        was_fx.sparsify(each, schedule, allow_other_model=True)
+    expected = logits(exact, ids, "plain")
+    errors = {
+        kind: float((logits(model, ids, kind) - expected).norm() / expected.norm())
+        for kind in library.KINDS[: library.library().was_processor() + 1]
+    }
     library.kind.cache_clear()
-    for other in others:
-        assert ((other - first).abs().max() / first.abs().max()) < tolerance
+    # Channels near their threshold fall on either side of it.
+    limit = 1e-5 if dtype == torch.float32 else 2 * errors["plain"]
+    assert max(errors.values()) <= limit, errors
+    assert errors["plain"] < 0.2
