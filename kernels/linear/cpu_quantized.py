@@ -1,6 +1,7 @@
 """Few tokens on a CPU with quantised weights, in C++: only the kept rows of codes are read (`kernels/cpu/body.inc`)."""
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -47,6 +48,7 @@ def write_out(rows: QuantizedRows, dtype: torch.dtype) -> Tensor:
     return out
 
 
+@functools.cache
 def choice() -> Choice:
     """What is said of a call that this serves."""
     kernels = KINDS[min(kind(), KINDS.index("avx512"))]
@@ -59,7 +61,7 @@ def sparse_linear(
     biases: Sequence[Tensor | None],
     thresholds: Sequence[Tensor | None],
 ) -> Tensor:
-    """`was::sparse_quantized` for few tokens; see `quantized_linear.reference` for the meaning.
+    """`was::quantized_linear` for few tokens; see `quantized_linear.reference` for the meaning.
 
     Args:
         x: [..., K]; sums are fp32 and do not depend on the number of threads.

@@ -7,7 +7,7 @@ Without t every channel is kept. `tokens` is as for `sparse_linear`. Few tokens 
 for many, Wᵀ is written out in x's dtype, one Linear at a time, and multiplied densely.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,10 +40,26 @@ def reference(
     Returns:
         [..., ΣN_i], x's dtype.
     """
+
+    def product(kept: Tensor, weight: QuantizedRows, bias: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(kept, weight.dequantize(x.dtype).t(), bias)
+
+    return _by_products(product, x, rows, biases, thresholds, tokens)
+
+
+def _by_products(
+    product: Callable[[Tensor, QuantizedRows, Tensor | None], Tensor],
+    x: Tensor,
+    rows: Sequence[QuantizedRows],
+    biases: Sequence[Tensor | None],
+    thresholds: Sequence[Tensor | None],
+    tokens: Tensor | None,
+) -> Tensor:
+    """`product(x̃, W, b)` of each weight, side by side; x̃ is x without its dropped channels."""
     outputs = []
     for weight, bias, threshold in zip(rows, biases, thresholds, strict=True):
         kept = x if threshold is None else x.masked_fill(dropped_channels(x, threshold, tokens), 0)
-        outputs.append(torch.nn.functional.linear(kept, weight.dequantize(x.dtype).t(), bias))
+        outputs.append(product(kept, weight, bias))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
@@ -79,11 +95,11 @@ def compute(
         note_served([weight.codes for weight in rows], choice.name, choice.reason)
     if choice.function is not None:
         return choice.function(x, rows, biases, thresholds)
-    outputs = []
-    for weight, bias, threshold in zip(rows, biases, thresholds, strict=True):
-        kept = x if threshold is None else x.masked_fill(dropped_channels(x, threshold, tokens), 0)
-        outputs.append(dense_linear.compute(kept, cpu_quantized.write_out(weight, x.dtype).t(), bias))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return _by_products(_dense_product, x, rows, biases, thresholds, tokens)
+
+
+def _dense_product(x: Tensor, weight: QuantizedRows, bias: Tensor | None) -> Tensor:
+    return dense_linear.compute(x, cpu_quantized.write_out(weight, x.dtype).t(), bias)
 
 
 def _check(

@@ -91,9 +91,14 @@ def empty_rows(name: str, module: Any, format: str) -> QuantizedRows:
         padded = outputs + -outputs % 32
         codes = torch.empty(channels, padded, dtype=torch.int8, device=weight.device)
         return QuantizedRows(codes, torch.empty(outputs, device=weight.device, dtype=torch.float32), None)
-    group = int(format.rpartition("-")[2])
+    group = group_of(format)
     check_group(name, outputs, group)
     return empty_int4(outputs, channels, group, weight.device)
+
+
+def group_of(format: str) -> int:
+    """The group that a name such as "int4-32" has."""
+    return int(format.rpartition("-")[2])
 
 
 def format_name(rows: QuantizedRows) -> str:

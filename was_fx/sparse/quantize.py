@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.kernels.quantized.error_feedback import quantize_with_hessian
-from was_fx.kernels.quantized.fit import quantize_int4, quantize_int8
+from was_fx.kernels.quantized.fit import check_finite, quantize_int4, quantize_int8
 from was_fx.kernels.quantized.rows import GROUPS, INT4, INT8, QuantizedRows, check_group
 from was_fx.modules.foreign_weights import drop_quantizer_marks, foreign_linears, make_plain, read_foreign
 from was_fx.modules.linears import LinearModule, find_linears, quantised_by
 from was_fx.modules.placement import loaded
-from was_fx.modules.quantized_linear import make_quantized, quantized_linears
+from was_fx.modules.quantized_linear import group_of, make_quantized, quantized_linears
 from was_fx.modules.weights import is_offloaded, is_sharded
 from was_fx.schedules.progress import Progress, report
 from was_fx.sparse import saving
@@ -112,9 +112,8 @@ def _check(name: str, linear: LinearModule, format: str) -> None:
     if is_sharded(linear.parameter) or is_offloaded(linear.parameter):
         raise ValueError(f"{name} is offloaded or sharded; load the model on one device or several, then quantise it")
     if format != INT8:
-        check_group(name, linear.shape[0], int(format.rpartition("-")[2]))
-    if not linear.parameter.isfinite().all():
-        raise ValueError(f"{name}: the weight holds NaN or inf, which can't be quantised; check the checkpoint")
+        check_group(name, linear.shape[0], group_of(format))
+    check_finite(name, linear.parameter)
 
 
 def _with_moments(
@@ -133,7 +132,7 @@ def _with_moments(
 def _fitted(name: str, weight: Tensor, format: str, moments: Tensor | None) -> QuantizedRows:
     if format == INT8:
         return quantize_int8(name, weight)
-    group = int(format.rpartition("-")[2])
+    group = group_of(format)
     if moments is not None:
         return quantize_with_hessian(name, weight, moments, INT4, group)
     return quantize_int4(name, weight, group)
