@@ -2,11 +2,14 @@
 
     partial[s, m, n] = Σ over the s-th part of the kept channels k of  x̃[m, k] · W[n, k]          y = Σ_s partial[s]
 
-As `gather_gemv`, with W in one of the formats of `QuantizedRows`. Codes become numbers in registers, with as few
-instructions as there are ways: a GPU that reads a fourth of the bytes has a fourth of the time for each weight.
+As `gather_gemv`, with W in one of the formats of `QuantizedRows`:
 
     int8   Σ_k x̃[k] · codes[k, n], times scales[n] once, before the part is stored
     int4   Σ_k a · q − Σ_k a · z / 16,  a = x̃[k] · scales[k] · s: the second sum is one for all outputs of a group
+
+A GPU that reads a fourth of the bytes has a fourth of the time for each weight, so codes of one token never become
+floating-point numbers: their factors become integers of 16 bits, and one instruction (dp2a) multiplies two of them by
+two codes and adds. With several tokens codes are converted, for the matrix units.
 """
 
 import itertools
@@ -35,81 +38,165 @@ from was_fx.kernels.parts.triton_parts import (
 )
 from was_fx.kernels.quantized.rows import GROUPS, INT4, INT8, QuantizedRows
 
-# How codes become fp32.
-CAST, MAGIC, ASSEMBLY = 0, 1, 2
+
+@triton.jit
+def _greater(a, b):
+    """The greater of two numbers, and NaN if one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _int8_to_fp32(codes, CONVERT: tl.constexpr):
-    """codes, int8, as fp32."""
-    if CONVERT == 0:
-        return codes.to(tl.float32)
-    if CONVERT == 1:
-        # The low byte of 2²³ counts in ones.
-        biased = ((codes.to(tl.int32) & 0xFF) ^ 0x80) | 0x4B000000
-        return biased.to(tl.float32, bitcast=True) - 8388736.0
-    biased = tl.inline_asm_elementwise(
-        """{
-        .reg .b32 t;
-        xor.b32 t, $4, 0x80808080;
-        prmt.b32 $0, t, 0x4B000000, 0x7540;
-        prmt.b32 $1, t, 0x4B000000, 0x7541;
-        prmt.b32 $2, t, 0x4B000000, 0x7542;
-        prmt.b32 $3, t, 0x4B000000, 0x7543;
-        }""",
-        "=r,=r,=r,=r,r",
-        args=[codes],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=4,
-    )
-    return biased.to(tl.float32, bitcast=True) - 8388736.0
+def _fixed_point(x):
+    """x [STEPS, …] in fp32 as integers of 16 bits, and what they count [1, …], of its own for what a thread adds up.
+
+    The largest becomes 32767, so that 2⁻¹⁶ of it is lost at most; the numbers themselves have eight to eleven bits.
+    """
+    peak = tl.reduce(tl.abs(x), 0, _greater, keep_dims=True)
+    per = 32767.0 / tl.where(peak == 0.0, 1.0, peak)
+    # 1.5 · 2²³ leaves the rounded number in the low bits.
+    return (x * per + 12582912.0).to(tl.int32, bitcast=True) & 0xFFFF, peak * (1.0 / 32767.0)
 
 
 @triton.jit
-def _int4_to_fp32(codes, CONVERT: tl.constexpr):
-    """1 + q / 16 in fp32, of the low and of the high four bits of codes, uint8."""
-    if CONVERT == 0:
-        low = (codes & 15).to(tl.float32)
-        high = (codes >> 4).to(tl.float32)
-        return 1.0 + low / 16.0, 1.0 + high / 16.0
-    if CONVERT == 1:
-        # The highest four bits of the fraction of 1.0.
-        bits = codes.to(tl.int32)
-        low = ((bits & 0x0F) << 19) | 0x3F800000
-        high = ((bits & 0xF0) << 15) | 0x3F800000
-    else:
-        low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t, u;
-            shl.b32 t, $8, 3;
-            shr.b32 u, $8, 1;
-            lop3.b32 t, t, 0x78787878, 0x80808080, 0xEA;
-            lop3.b32 u, u, 0x78787878, 0x80808080, 0xEA;
-            prmt.b32 $0, t, 0x3F000000, 0x7044;
-            prmt.b32 $1, t, 0x3F000000, 0x7144;
-            prmt.b32 $2, t, 0x3F000000, 0x7244;
-            prmt.b32 $3, t, 0x3F000000, 0x7344;
-            prmt.b32 $4, u, 0x3F000000, 0x7044;
-            prmt.b32 $5, u, 0x3F000000, 0x7144;
-            prmt.b32 $6, u, 0x3F000000, 0x7244;
-            prmt.b32 $7, u, 0x3F000000, 0x7344;
-            }""",
-            "=r,=r,=r,=r,=r,=r,=r,=r,r",
-            args=[codes],
-            dtype=(tl.int32, tl.int32),
-            is_pure=True,
-            pack=4,
+def _fours(steps):
+    """[4 · S, F, C] as four tensors [S, F, C]: the steps 4 s, 4 s + 1, … of each."""
+    shape: tl.constexpr = steps.shape
+    pairs = tl.reshape(steps, [shape[0] // 4, 2, 2, shape[1], shape[2]])
+    first, second = tl.split(tl.permute(pairs, [0, 3, 4, 1, 2]))
+    a, c = tl.split(first)
+    b, d = tl.split(second)
+    return a, b, c, d
+
+
+@triton.jit
+def _four_wide(a, b, c, d):
+    """Four tensors [C] as one of [4 · C], in turns."""
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [4 * a.shape[0]])
+
+
+@triton.jit
+def _int8_sums(words, factors, ASSEMBLY: tl.constexpr):
+    """Σ over steps of words [STEPS, F, C], four codes in each, · factors [STEPS, F, 1], 16 bits in int32.
+
+    Returns four tensors [F, C] int32, of the first code of each word, the second, …
+    """
+    if not ASSEMBLY:
+        signed = (factors ^ 0x8000) - 0x8000
+        return (
+            tl.sum((words << 24 >> 24) * signed, axis=0),
+            tl.sum((words << 16 >> 24) * signed, axis=0),
+            tl.sum((words << 8 >> 24) * signed, axis=0),
+            tl.sum((words >> 24) * signed, axis=0),
         )
-    return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+    a, b, c, d = _fours(words)
+    w, x, y, z = _fours(factors)
+    # Two steps lie in a register: dp2a multiplies both numbers of 16 bits by bytes and adds.
+    s0, s1, s2, s3 = tl.inline_asm_elementwise(
+        """{
+        .reg .b32 t, u;
+        prmt.b32 t, $4, $5, 0x5140;
+        prmt.b32 u, $4, $5, 0x7362;
+        dp2a.lo.s32.s32 $0, $8, t, 0;
+        dp2a.hi.s32.s32 $1, $8, t, 0;
+        dp2a.lo.s32.s32 $2, $8, u, 0;
+        dp2a.hi.s32.s32 $3, $8, u, 0;
+        prmt.b32 t, $6, $7, 0x5140;
+        prmt.b32 u, $6, $7, 0x7362;
+        dp2a.lo.s32.s32 $0, $9, t, $0;
+        dp2a.hi.s32.s32 $1, $9, t, $1;
+        dp2a.lo.s32.s32 $2, $9, u, $2;
+        dp2a.hi.s32.s32 $3, $9, u, $3;
+        }""",
+        "=&r,=&r,=&r,=&r,r,r,r,r,r,r",
+        args=[a, b, c, d, w | (x << 16), y | (z << 16)],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    return tl.sum(s0, axis=0), tl.sum(s1, axis=0), tl.sum(s2, axis=0), tl.sum(s3, axis=0)
+
+
+@triton.jit
+def _int4_sums(words, factors, ASSEMBLY: tl.constexpr):
+    """As `_int8_sums` of words of eight codes; the last four tensors are of the high four bits, times 16."""
+    if not ASSEMBLY:
+        signed = (factors ^ 0x8000) - 0x8000
+        return (
+            tl.sum((words & 0x0F) * signed, axis=0),
+            tl.sum((words >> 8 & 0x0F) * signed, axis=0),
+            tl.sum((words >> 16 & 0x0F) * signed, axis=0),
+            tl.sum((words >> 24 & 0x0F) * signed, axis=0),
+            tl.sum((words & 0xF0) * signed, axis=0),
+            tl.sum((words >> 8 & 0xF0) * signed, axis=0),
+            tl.sum((words >> 16 & 0xF0) * signed, axis=0),
+            tl.sum((words >> 24 & 0xF0) * signed, axis=0),
+        )
+    a, b, c, d = _fours(words)
+    w, x, y, z = _fours(factors)
+    s0, s1, s2, s3, s4, s5, s6, s7 = tl.inline_asm_elementwise(
+        """{
+        .reg .b32 t, u, v;
+        prmt.b32 t, $8, $9, 0x5140;
+        prmt.b32 u, $8, $9, 0x7362;
+        and.b32 v, t, 0x0F0F0F0F;
+        dp2a.lo.s32.u32 $0, $12, v, 0;
+        dp2a.hi.s32.u32 $1, $12, v, 0;
+        and.b32 v, u, 0x0F0F0F0F;
+        dp2a.lo.s32.u32 $2, $12, v, 0;
+        dp2a.hi.s32.u32 $3, $12, v, 0;
+        and.b32 v, t, 0xF0F0F0F0;
+        dp2a.lo.s32.u32 $4, $12, v, 0;
+        dp2a.hi.s32.u32 $5, $12, v, 0;
+        and.b32 v, u, 0xF0F0F0F0;
+        dp2a.lo.s32.u32 $6, $12, v, 0;
+        dp2a.hi.s32.u32 $7, $12, v, 0;
+        prmt.b32 t, $10, $11, 0x5140;
+        prmt.b32 u, $10, $11, 0x7362;
+        and.b32 v, t, 0x0F0F0F0F;
+        dp2a.lo.s32.u32 $0, $13, v, $0;
+        dp2a.hi.s32.u32 $1, $13, v, $1;
+        and.b32 v, u, 0x0F0F0F0F;
+        dp2a.lo.s32.u32 $2, $13, v, $2;
+        dp2a.hi.s32.u32 $3, $13, v, $3;
+        and.b32 v, t, 0xF0F0F0F0;
+        dp2a.lo.s32.u32 $4, $13, v, $4;
+        dp2a.hi.s32.u32 $5, $13, v, $5;
+        and.b32 v, u, 0xF0F0F0F0;
+        dp2a.lo.s32.u32 $6, $13, v, $6;
+        dp2a.hi.s32.u32 $7, $13, v, $7;
+        }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r",
+        args=[a, b, c, d, w | (x << 16), y | (z << 16)],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    return (
+        tl.sum(s0, axis=0),
+        tl.sum(s1, axis=0),
+        tl.sum(s2, axis=0),
+        tl.sum(s3, axis=0),
+        tl.sum(s4, axis=0),
+        tl.sum(s5, axis=0),
+        tl.sum(s6, axis=0),
+        tl.sum(s7, axis=0),
+    )
+
+
+@triton.jit
+def _rows_of(ptr, k, row, last, columns, width, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """[ROWS, columns] of the listed channels k, as far as `last`; zeros beyond."""
+    entries = (k.to(tl.int64) if WIDE else k)[:, None] * width + columns[None, :]
+    listed = row + tl.arange(0, ROWS) < last
+    return tl.load(ptr + entries, mask=listed[:, None] & (columns < width)[None, :], other=0)
 
 
 @triton.jit
 def _gather_int8(
-    x_ptr,  # [M, K]
+    x_ptr,  # [K]
     index_ptr,  # [G, T, SEGMENT]
     count_ptr,  # [G, T]
-    c0,  # [K, N_g, padded to a multiple of 32] int8 each
+    c0,  # [K, N_g / 4, padded to a multiple of 8] int32 each, four codes in each word
     c1,
     c2,
     c3,
@@ -117,12 +204,7 @@ def _gather_int8(
     s1,
     s2,
     s3,
-    t0,  # [K] fp32 each
-    t1,
-    t2,
-    t3,
-    partial_ptr,  # [S, M, ΣN]
-    M,
+    partial_ptr,  # [S, ΣN]
     K,
     T,
     N0,
@@ -130,7 +212,6 @@ def _gather_int8(
     N2,
     N3,
     G: tl.constexpr,
-    TOKENS: tl.constexpr,  # 1, or the next power of two from 16
     SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr,  # T, as a power of two
     ROWS: tl.constexpr,
@@ -138,66 +219,173 @@ def _gather_int8(
     FOLDED: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,  # a code's offset needs 64 bits
-    UPCAST: tl.constexpr,
-    CONVERT: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     STEPS: tl.constexpr = ROWS // FOLDED
+    WORDS: tl.constexpr = COLUMNS // 4
     split, splits = tl.program_id(1), tl.num_programs(1)
     g, tile, start, n = find_sibling(tl.program_id(0), N0, N1, N2, N3, G, COLUMNS)
     c_ptr = of_sibling(g, c0, c1, c2, c3)
-    t_ptr = of_sibling(g, t0, t1, t2, t3)
     if ALIGNED:
         c_ptr = tl.multiple_of(c_ptr, 16)
-    width = tl.multiple_of(tl.cdiv(n, 32) * 32, 32)
-    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    width = tl.multiple_of(tl.cdiv(n, 32) * 8, 8)
+    words = tile * WORDS + tl.arange(0, WORDS)
     begin(PDL)
     counts, ends, first, last = share_of_list(count_ptr + g * T, T, split, splits, SEGMENTS)
     index_ptr += g * T * SEGMENT
-    tokens = tl.arange(0, TOKENS)
-    sums = tl.zeros([FOLDED if TOKENS == 1 else TOKENS, COLUMNS], tl.float32)
-    k, x = listed_channels(
-        x_ptr, index_ptr, t_ptr, counts, ends, first, last, tokens, M, K, TOKENS, SEGMENT, SEGMENTS, ROWS
-    )
+    a = tl.zeros([FOLDED, WORDS], tl.float32)
+    b, c, d = tl.zeros_like(a), tl.zeros_like(a), tl.zeros_like(a)
+    k, x = listed_channels(x_ptr, index_ptr, x_ptr, counts, ends, first, last, 0, 1, K, 1, SEGMENT, SEGMENTS, ROWS)
     for row in tl.range(first, last, ROWS):
-        entries = (k.to(tl.int64) if WIDE else k)[:, None] * width + columns[None, :]
-        listed = row + tl.arange(0, ROWS) < last
-        codes = tl.load(
-            c_ptr + entries, mask=listed[:, None] & (columns < width)[None, :], other=0, eviction_policy="evict_first"
-        )
+        codes = _rows_of(c_ptr, k, row, last, words, width, ROWS, WIDE)
         # The channels of the next step are looked up while this step's codes arrive.
         k_next, x_next = listed_channels(
-            x_ptr, index_ptr, t_ptr, counts, ends, row + ROWS, last, tokens, M, K, TOKENS, SEGMENT, SEGMENTS, ROWS
+            x_ptr, index_ptr, x_ptr, counts, ends, row + ROWS, last, 0, 1, K, 1, SEGMENT, SEGMENTS, ROWS
         )
-        if TOKENS == 1:
-            products = x[:, None] * _int8_to_fp32(codes, CONVERT)
-            sums += tl.sum(tl.reshape(products, STEPS, FOLDED, COLUMNS), axis=0)
-        elif UPCAST:
-            sums += tl.dot(x, codes.to(tl.float32), input_precision="ieee")
-        else:
-            number = x_ptr.dtype.element_ty
-            sums += tl.dot(x.to(number), codes.to(number), input_precision="ieee")
+        factors, unit = _fixed_point(tl.reshape(x[:, None], [STEPS, FOLDED, 1]))
+        unit = tl.reshape(unit, [FOLDED, 1])
+        first_codes, second, third, fourth = _int8_sums(tl.reshape(codes, [STEPS, FOLDED, WORDS]), factors, ASSEMBLY)
+        a += first_codes.to(tl.float32) * unit
+        b += second.to(tl.float32) * unit
+        c += third.to(tl.float32) * unit
+        d += fourth.to(tl.float32) * unit
         k, x = k_next, x_next
-    in_columns = columns < n
-    scales = tl.load(of_sibling(g, s0, s1, s2, s3) + columns, mask=in_columns, other=0.0)
-    total = N0 + N1 + N2 + N3
-    if TOKENS == 1:
-        tl.store(partial_ptr + split * total + start + columns, tl.sum(sums, axis=0) * scales, mask=in_columns)
-    else:
-        place = (split * M + tokens[:, None]) * total + start + columns[None, :]
-        tl.store(partial_ptr + place, sums * scales[None, :], mask=(tokens < M)[:, None] & in_columns[None, :])
+    sums = _four_wide(tl.sum(a, axis=0), tl.sum(b, axis=0), tl.sum(c, axis=0), tl.sum(d, axis=0))
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    scales = tl.load(of_sibling(g, s0, s1, s2, s3) + columns, mask=columns < n, other=0.0)
+    tl.store(partial_ptr + split * (N0 + N1 + N2 + N3) + start + columns, sums * scales, mask=columns < n)
 
 
-@triton.jit(do_not_specialize_on_alignment=["p0", "p1", "p2", "p3"])
+@triton.jit
 def _gather_int4(
-    x_ptr,  # [M, K]
+    x_ptr,  # [K]
     index_ptr,  # [G, T, SEGMENT]
     count_ptr,  # [G, T]
-    c0,  # [K, N_g / 2] uint8 each
+    c0,  # [K, N_g / 8] int32 each, eight codes in each word
     c1,
     c2,
     c3,
     s0,  # [K] fp32 each
+    s1,
+    s2,
+    s3,
+    p0,  # [K, N_g / GROUP] int16 each: s and z, the latter in the high byte
+    p1,
+    p2,
+    p3,
+    partial_ptr,  # [S, ΣN]
+    K,
+    T,
+    N0,
+    N1,
+    N2,
+    N3,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,  # T, as a power of two
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FOLDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,  # a code's offset needs 64 bits
+    ASSEMBLY: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = COLUMNS // 32  # a block is 32 outputs in four words, which lie in one group
+    STEPS: tl.constexpr = ROWS // FOLDED
+    WORDS: tl.constexpr = COLUMNS // 8
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    g, tile, start, n = find_sibling(tl.program_id(0), N0, N1, N2, N3, G, COLUMNS)
+    c_ptr = of_sibling(g, c0, c1, c2, c3)
+    s_ptr = of_sibling(g, s0, s1, s2, s3)
+    p_ptr = of_sibling(g, p0, p1, p2, p3)
+    if ALIGNED:
+        c_ptr = tl.multiple_of(c_ptr, 16)
+    width = tl.multiple_of(n // 32 * 4, 4)
+    words = tile * WORDS + tl.arange(0, WORDS)
+    blocks = tile * BLOCKS + tl.arange(0, BLOCKS)
+    pairs = blocks // (GROUP // 32)
+    begin(PDL)
+    counts, ends, first, last = share_of_list(count_ptr + g * T, T, split, splits, SEGMENTS)
+    index_ptr += g * T * SEGMENT
+    zeros = tl.zeros([FOLDED, BLOCKS], tl.float32)
+    low_a = tl.zeros([FOLDED, BLOCKS, 4], tl.float32)
+    low_b, low_c, low_d = tl.zeros_like(low_a), tl.zeros_like(low_a), tl.zeros_like(low_a)
+    high_a, high_b, high_c, high_d = low_b, low_b, low_b, low_b
+    k, x = listed_channels(x_ptr, index_ptr, x_ptr, counts, ends, first, last, 0, 1, K, 1, SEGMENT, SEGMENTS, ROWS)
+    for row in tl.range(first, last, ROWS):
+        codes = _rows_of(c_ptr, k, row, last, words, width, ROWS, WIDE)
+        pair = _rows_of(p_ptr, k, row, last, pairs, n // GROUP, ROWS, WIDE)
+        x *= tl.load(s_ptr + k)
+        # The channels of the next step are looked up while this step's codes arrive.
+        k_next, x_next = listed_channels(
+            x_ptr, index_ptr, x_ptr, counts, ends, row + ROWS, last, 0, 1, K, 1, SEGMENT, SEGMENTS, ROWS
+        )
+        pair = pair.to(tl.int32)
+        step = (pair & 0xFF).to(tl.float32) * x[:, None]
+        zero = ((pair >> 8) & 0xFF).to(tl.float32) * (1.0 / 16.0)
+        zeros += tl.sum(tl.reshape(step * zero, [STEPS, FOLDED, BLOCKS]), axis=0)
+        factors, unit = _fixed_point(tl.reshape(step, [STEPS, FOLDED, BLOCKS]))
+        factors = tl.broadcast_to(factors[:, :, :, None], [STEPS, FOLDED, BLOCKS, 4])
+        unit = tl.reshape(unit, [FOLDED, BLOCKS, 1])
+        l0, l1, l2, l3, h0, h1, h2, h3 = _int4_sums(
+            tl.reshape(codes, [STEPS, FOLDED, WORDS]), tl.reshape(factors, [STEPS, FOLDED, WORDS]), ASSEMBLY
+        )
+        low_a += tl.reshape(l0.to(tl.float32), [FOLDED, BLOCKS, 4]) * unit
+        low_b += tl.reshape(l1.to(tl.float32), [FOLDED, BLOCKS, 4]) * unit
+        low_c += tl.reshape(l2.to(tl.float32), [FOLDED, BLOCKS, 4]) * unit
+        low_d += tl.reshape(l3.to(tl.float32), [FOLDED, BLOCKS, 4]) * unit
+        high_a += tl.reshape(h0.to(tl.float32), [FOLDED, BLOCKS, 4]) * unit
+        high_b += tl.reshape(h1.to(tl.float32), [FOLDED, BLOCKS, 4]) * unit
+        high_c += tl.reshape(h2.to(tl.float32), [FOLDED, BLOCKS, 4]) * unit
+        high_d += tl.reshape(h3.to(tl.float32), [FOLDED, BLOCKS, 4]) * unit
+        k, x = k_next, x_next
+    zeros = tl.sum(zeros, axis=0)
+    place = partial_ptr + split * (N0 + N1 + N2 + N3) + start
+    _store_int4(
+        place, tile, n, _block_sums(low_a), _block_sums(low_b), _block_sums(low_c), _block_sums(low_d), zeros, 1.0
+    )
+    _store_int4(
+        place + 16,
+        tile,
+        n,
+        _block_sums(high_a),
+        _block_sums(high_b),
+        _block_sums(high_c),
+        _block_sums(high_d),
+        zeros,
+        1.0 / 16.0,
+    )
+
+
+@triton.jit
+def _block_sums(sums):
+    """Σ over [FOLDED, BLOCKS, 4] as [BLOCKS · 4]."""
+    total = tl.sum(sums, axis=0)
+    return tl.reshape(total, [total.shape[0] * 4])
+
+
+@triton.jit
+def _store_int4(ptr, tile, n, a, b, c, d, zeros, unit):
+    """Write sixteen of the 32 outputs of each block: the sums of bytes 4 i, 4 i + 1, … times `unit`, less the zeros."""
+    BLOCKS: tl.constexpr = zeros.shape[0]
+    blocks = tile * BLOCKS + tl.arange(0, BLOCKS)
+    sums = tl.reshape(_four_wide(a, b, c, d), [BLOCKS, 16]) * unit - zeros[:, None]
+    tl.store(ptr + blocks[:, None] * 32 + tl.arange(0, 16)[None, :], sums, mask=(blocks * 32 < n)[:, None])
+
+
+@triton.jit
+def _gather_many(
+    x_ptr,  # [M, K]
+    index_ptr,  # [G, T, SEGMENT]
+    count_ptr,  # [G, T]
+    c0,  # [K, N_g, padded to a multiple of 32] int8 each, or [K, N_g / 2] uint8
+    c1,
+    c2,
+    c3,
+    s0,  # fp32 each, [N_g] or [K]
     s1,
     s2,
     s3,
@@ -218,21 +406,19 @@ def _gather_int4(
     N2,
     N3,
     G: tl.constexpr,
-    GROUP: tl.constexpr,
-    TOKENS: tl.constexpr,  # 1, or the next power of two from 16
+    GROUP: tl.constexpr,  # 0 for int8
+    TOKENS: tl.constexpr,  # M, as a power of two from 16
     SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr,  # T, as a power of two
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    FOLDED: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,  # a code's offset needs 64 bits
     UPCAST: tl.constexpr,
-    CONVERT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = COLUMNS // 32
-    STEPS: tl.constexpr = ROWS // FOLDED
+    BYTES: tl.constexpr = COLUMNS // 2 if GROUP else COLUMNS
+    number: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
     split, splits = tl.program_id(1), tl.num_programs(1)
     g, tile, start, n = find_sibling(tl.program_id(0), N0, N1, N2, N3, G, COLUMNS)
     c_ptr = of_sibling(g, c0, c1, c2, c3)
@@ -241,71 +427,43 @@ def _gather_int4(
     t_ptr = of_sibling(g, t0, t1, t2, t3)
     if ALIGNED:
         c_ptr = tl.multiple_of(c_ptr, 16)
-    width = tl.multiple_of(n // 32 * 16, 16)
-    # A block is 32 outputs in sixteen bytes, which lie in one group.
-    blocks = tile * BLOCKS + tl.arange(0, BLOCKS)
-    in_blocks = blocks * 32 < n
-    pairs = blocks // (GROUP // 32)
-    byte = tl.arange(0, 16)
-    half = tile * BLOCKS * 16 + tl.arange(0, BLOCKS * 16)
+    width = tl.multiple_of(n // 32 * 16 if GROUP else tl.cdiv(n, 32) * 32, 16)
+    byte = tile * BYTES + tl.arange(0, BYTES)
     begin(PDL)
     counts, ends, first, last = share_of_list(count_ptr + g * T, T, split, splits, SEGMENTS)
     index_ptr += g * T * SEGMENT
     tokens = tl.arange(0, TOKENS)
-    if TOKENS == 1:
-        low_sums = tl.zeros([FOLDED, BLOCKS, 16], tl.float32)
-        zero_sums = tl.zeros([FOLDED, BLOCKS], tl.float32)
-    else:
-        low_sums = tl.zeros([TOKENS, BLOCKS * 16], tl.float32)
-    high_sums = tl.zeros_like(low_sums)
+    sums = tl.zeros([TOKENS, BYTES], tl.float32)
+    high_sums = tl.zeros([TOKENS, BYTES], tl.float32)
     k, x = listed_channels(
         x_ptr, index_ptr, t_ptr, counts, ends, first, last, tokens, M, K, TOKENS, SEGMENT, SEGMENTS, ROWS
     )
     for row in tl.range(first, last, ROWS):
-        listed = row + tl.arange(0, ROWS) < last
-        at = k.to(tl.int64) if WIDE else k
-        entries = at[:, None] * width + half[None, :]
-        inside = listed[:, None] & (half < width)[None, :]
-        codes = tl.load(c_ptr + entries, mask=inside, other=0, eviction_policy="evict_first")
-        codes = tl.reshape(codes, ROWS, BLOCKS, 16)
-        inside = listed[:, None] & in_blocks[None, :]
-        pair = tl.load(p_ptr + at[:, None] * (n // GROUP) + pairs[None, :], mask=inside, other=0).to(tl.int32)
-        scale = tl.load(s_ptr + k, mask=listed, other=0.0)
+        codes = _rows_of(c_ptr, k, row, last, byte, width, ROWS, WIDE)
+        if GROUP:
+            pair = _rows_of(p_ptr, k, row, last, byte * 2 // GROUP, n // GROUP, ROWS, WIDE).to(tl.int32)
+            step = (pair & 0xFF).to(tl.float32) * tl.load(s_ptr + k)[:, None]
+            zero = ((pair >> 8) & 0xFF).to(tl.float32) * (1.0 / 16.0)
         # The channels of the next step are looked up while this step's codes arrive.
         k_next, x_next = listed_channels(
             x_ptr, index_ptr, t_ptr, counts, ends, row + ROWS, last, tokens, M, K, TOKENS, SEGMENT, SEGMENTS, ROWS
         )
-        low, high = _int4_to_fp32(codes, CONVERT)
-        # q / 16 + 1 - zero = (q - z / 16) / 16
-        zero = ((pair >> 8) & 0xFF).to(tl.float32) * (1.0 / 256.0) + 1.0
-        step = (pair & 0xFF).to(tl.float32)
-        if TOKENS == 1:
-            step *= (x * scale * 16.0)[:, None]
-            zero_sums += tl.sum(tl.reshape(step * zero, STEPS, FOLDED, BLOCKS), axis=0)
-            low_sums += tl.sum(tl.reshape(step[:, :, None] * low, STEPS, FOLDED, BLOCKS, 16), axis=0)
-            high_sums += tl.sum(tl.reshape(step[:, :, None] * high, STEPS, FOLDED, BLOCKS, 16), axis=0)
+        if GROUP:
+            low = (((codes & 15).to(tl.float32) - zero) * step).to(number)
+            high = (((codes >> 4).to(tl.float32) - zero) * step).to(number)
+            sums += tl.dot(x.to(number), low, input_precision="ieee")
+            high_sums += tl.dot(x.to(number), high, input_precision="ieee")
         else:
-            step *= (scale * 16.0)[:, None]
-            low = tl.reshape(step[:, :, None] * (low - zero[:, :, None]), [ROWS, BLOCKS * 16])
-            high = tl.reshape(step[:, :, None] * (high - zero[:, :, None]), [ROWS, BLOCKS * 16])
-            if not UPCAST:
-                number = x_ptr.dtype.element_ty
-                x, low, high = x.to(number), low.to(number), high.to(number)
-            low_sums += tl.dot(x, low, input_precision="ieee")
-            high_sums += tl.dot(x, high, input_precision="ieee")
+            sums += tl.dot(x.to(number), codes.to(number), input_precision="ieee")
         k, x = k_next, x_next
-    total = N0 + N1 + N2 + N3
-    if TOKENS == 1:
-        zeros = tl.sum(zero_sums, axis=0)[:, None]
-        place = partial_ptr + split * total + start + blocks[:, None] * 32 + byte[None, :]
-        tl.store(place, tl.sum(low_sums, axis=0) - zeros, mask=in_blocks[:, None])
-        tl.store(place + 16, tl.sum(high_sums, axis=0) - zeros, mask=in_blocks[:, None])
-    else:
-        columns = half // 16 * 32 + half % 16
-        place = partial_ptr + (split * M + tokens[:, None]) * total + start + columns[None, :]
-        inside = (tokens < M)[:, None] & (columns < n)[None, :]
-        tl.store(place, low_sums, mask=inside)
+    columns = byte // 16 * 32 + byte % 16 if GROUP else byte
+    place = partial_ptr + (split * M + tokens[:, None]) * (N0 + N1 + N2 + N3) + start + columns[None, :]
+    inside = (tokens < M)[:, None] & (columns < n)[None, :]
+    if GROUP:
+        tl.store(place, sums, mask=inside)
         tl.store(place + 16, high_sums, mask=inside)
+    else:
+        tl.store(place, sums * tl.load(s_ptr + columns, mask=columns < n, other=0.0)[None, :], mask=inside)
 
 
 def weight_format(groups: Sequence[Tensor]) -> str:
@@ -318,6 +476,8 @@ def supports(x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], group
     if not serves(x) or not x.numel() or x.numel() // x.shape[-1] > MAX_TOKENS:
         return False
     if not all(tensor.is_contiguous() and tensor.device == x.device for tensor in (*codes, *scales, *groups)):
+        return False
+    if any(c.storage_offset() % 4 for c in codes):
         return False
     if not groups:
         return all(c.dtype == torch.int8 and c.shape[1] % 32 == 0 for c in codes)
@@ -379,7 +539,6 @@ def gather_quantized_gemv(
     thresholds: Sequence[Tensor],
     splits: int,
     config: GemvConfig | None = None,
-    convert: int = ASSEMBLY,
 ) -> Tensor:
     """See `reference`; by Triton where it serves. `config` overrides the tuned one."""
     if not supports(x, codes, scales, groups):
@@ -394,35 +553,39 @@ def gather_quantized_gemv(
     one = rows.shape[0] == 1
     columns = max(config.columns, 32) if groups else config.columns
     row_bytes = columns // 2 if groups else columns
-    tile_rows = config.rows if one else max(16, min(config.rows, 32))
+    tile_rows = max(4, config.rows) if one else max(16, min(config.rows, 32))
     meta = {
         "G": len(sizes),
-        "TOKENS": 1 if one else 16,
         "SEGMENT": segment,
         "SEGMENTS": triton.next_power_of_2(segments),
         "ROWS": tile_rows,
         "COLUMNS": columns,
-        # The rows that all threads read at once, 16 bytes each.
-        "FOLDED": min(tile_rows, max(1, 512 * config.warps // row_bytes)),
         "ALIGNED": all(c.data_ptr() % 16 == 0 for c in codes),
         "WIDE": max(c.numel() for c in codes) >= 2**31,
-        "UPCAST": interpreted(),
-        "CONVERT": min(convert, MAGIC) if interpreted() else convert,
         "num_warps": config.warps,
         **launch_options(x),
     }
     grid = (sum(triton.cdiv(n, columns) for n in sizes), splits)
-    lists = (rows, index, count)
-    weights = (*slots(codes), *slots(scales))
-    drops = (*slots(thresholds if not one else [None] * len(sizes)), partial, rows.shape[0], rows.shape[1], segments)
+    group = sizes[0] // groups[0].shape[1] if groups else 0
     outputs = (*sizes, *[0] * (MAX_SIBLINGS - len(sizes)))
+    pairs = slots([p.view(torch.int16) for p in groups] or [None])
+    lists = (rows, index, count)
+    if not one:
+        weights = (*slots(codes), *slots(scales), *pairs, *slots(thresholds))
+        last = (partial, rows.shape[0], rows.shape[1], segments, *outputs)
+        _gather_many[grid](*lists, *weights, *last, GROUP=group, TOKENS=16, UPCAST=interpreted(), **meta)
+        return partial
+    words = [c.view(torch.int32) for c in codes]
+    meta |= {
+        # The rows that all threads read at once, 16 bytes each; each thread multiplies by four at once.
+        "FOLDED": min(tile_rows // 4, max(1, 512 * config.warps // row_bytes)),
+        "ASSEMBLY": x.is_cuda and not torch.version.hip,
+    }
+    last = (partial, rows.shape[1], segments, *outputs)
     if groups:
-        pairs = [p.view(torch.int16) for p in groups]
-        _gather_int4[grid](
-            *lists, *weights, *slots(pairs), *drops, *outputs, GROUP=sizes[0] // groups[0].shape[1], **meta
-        )
+        _gather_int4[grid](*lists, *slots(words), *slots(scales), *pairs, *last, GROUP=group, **meta)
     else:
-        _gather_int8[grid](*lists, *weights, *drops, *outputs, **meta)
+        _gather_int8[grid](*lists, *slots(words), *slots(scales), *last, **meta)
     return partial
 
 

@@ -104,13 +104,14 @@ def heuristic(channels: int, sizes: Sequence[int], format: Format) -> GemvConfig
 
     Tiles of 16 KB, so that many reads are under way, or smaller ones of fewer warps where weights are quantised; about
     three programs of four warps for each of 100 to 150 multiprocessors; and no part of the list so short that starting
-    costs more than reading.
+    costs more than reading. Quantised rows are read sooner, so that adding up many parts would cost more than it saves.
     """
     rows, columns, warps = _TILES.get(format, (128, 64, 4))
     tiles = sum(-(-n // columns) for n in sizes)
-    splits = max(1, min(16, round(1536 / warps / tiles), channels // 128))
+    programs, most = (1536, 16) if isinstance(format, torch.dtype) else (1024, 8)
+    splits = max(1, min(most, round(programs / warps / tiles), channels // 128))
     return GemvConfig(rows=rows, columns=columns, splits=splits, warps=warps)
 
 
 # Rows, columns and warps; those of 16-bit weights are in `heuristic`.
-_TILES: dict[Format, tuple[int, int, int]] = {torch.float32: (64, 64, 4), "int8": (64, 128, 2), "int4": (64, 128, 2)}
+_TILES: dict[Format, tuple[int, int, int]] = {torch.float32: (64, 64, 4), "int8": (128, 128, 4), "int4": (256, 256, 4)}

@@ -1,7 +1,7 @@
 """Measure which tile sizes of `gather_gemv` or `gather_quantized_gemv` are fastest for a shape on this GPU."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,8 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from was_fx.kernels.linear.gather_gemv import gather_gemv
-from was_fx.kernels.linear.gather_quantized_gemv import gather_quantized_gemv
+from was_fx.kernels.linear import gather_gemv, gather_quantized_gemv
 from was_fx.kernels.ops.compact import reference as compaction
 from was_fx.kernels.parts.gemv_config import Format, GemvConfig
 from was_fx.kernels.quantized.rows import INT4
@@ -39,17 +38,29 @@ def candidates(shape: Shape, multiprocessors: int) -> list[GemvConfig]:
     """Configurations worth measuring for a shape, on a GPU with so many multiprocessors."""
     channels, sizes, format = shape
     found = []
-    denser = 1 if isinstance(format, torch.dtype) else 4 if format == INT4 else 2
-    for rows, columns in itertools.product((64, 128, 256), (32, 64, 128)):  # with 8 warps none was faster
-        columns *= denser
-        if not 4096 <= rows * columns // denser <= 16384 or columns > 2 * triton.next_power_of_2(max(sizes)):
+    for rows, columns, warps in _tiles(format):
+        if columns > 2 * triton.next_power_of_2(max(sizes)):
             continue
         tiles = sum(triton.cdiv(n, columns) for n in sizes)
-        for programs in (1, 2, 3, 4):
+        for programs in (1, 2, 3, 4) if warps == 4 else (2, 4, 8):
             splits = max(1, round(programs * multiprocessors / tiles))
             if splits <= 16 and splits * 32 <= max(channels, 32):
-                found.append(GemvConfig(rows, columns, splits, 4))
+                found.append(GemvConfig(rows, columns, splits, warps))
     return list(dict.fromkeys(found))
+
+
+def _tiles(format: Format) -> Iterator[tuple[int, int, int]]:
+    """Rows, columns and warps."""
+    if isinstance(format, torch.dtype):
+        for rows, columns in itertools.product((64, 128, 256), (32, 64, 128)):  # with 8 warps none was faster
+            if 4096 <= rows * columns <= 16384:
+                yield rows, columns, 4
+        return
+    # Each thread holds sixteen bytes of four, eight or sixteen rows.
+    for warps, width, steps in itertools.product((2, 4), (64, 128, 256), (4, 8, 16)):
+        rows = steps * 512 * warps // width
+        if 32 <= rows <= 512:
+            yield rows, width * 2 if format == INT4 else width, warps
 
 
 def random_weights(shape: Shape, generator: torch.Generator) -> tuple[list[Tensor], ...]:
@@ -69,16 +80,18 @@ def random_weights(shape: Shape, generator: torch.Generator) -> tuple[list[Tenso
     return codes, [torch.full((n,), 1e-3, device="cuda") for n in sizes], []
 
 
-@torch.no_grad()
-def measure(shape: Shape, configs: Sequence[GemvConfig], sparsity: float, repetitions: int) -> list[float]:
-    """Microseconds of each configuration at one sparsity, median of so many graph replays."""
+def _product(format: Format) -> Callable[..., Tensor]:
+    return gather_gemv.gather_gemv if isinstance(format, torch.dtype) else gather_quantized_gemv.gather_quantized_gemv
+
+
+def _cases(shape: Shape, sparsity: float, most: int) -> list[tuple[Any, ...]]:
+    """Arguments of the product before its splits, of so many calls or as many as fill ROTATED_BYTES."""
     channels, sizes, format = shape
     dtype = format if isinstance(format, torch.dtype) else torch.bfloat16
-    product: Callable[..., Tensor] = gather_gemv if format == dtype else gather_quantized_gemv
     generator = torch.Generator("cuda").manual_seed(0)
     cases: list[tuple[Any, ...]] = []
     size = 0
-    while len(cases) < 2 or (len(cases) < MOST_COPIES and size < ROTATED_BYTES):
+    while len(cases) < min(most, 2) or (len(cases) < most and size < ROTATED_BYTES):
         x = torch.randn(1, channels, device="cuda", generator=generator).to(dtype)
         threshold = x.float().abs().flatten().kthvalue(max(1, round(sparsity * channels))).values.expand(channels)
         thresholds = [threshold.contiguous() if sparsity else torch.full_like(threshold, -1.0)] * len(sizes)
@@ -86,6 +99,28 @@ def measure(shape: Shape, configs: Sequence[GemvConfig], sparsity: float, repeti
         size += sum(tensor.nbytes for tensors in weights for tensor in tensors)
         index, count = compaction(x, thresholds, triton.next_power_of_2(channels))
         cases.append((x, index, count, *weights, thresholds))
+    return cases
+
+
+@torch.no_grad()
+def correct(shape: Shape, configs: Sequence[GemvConfig]) -> list[GemvConfig]:
+    """Those of which the product is right: Triton 3.6 was seen to miscompile one of two hundred."""
+    (case,) = _cases(shape, 0.5, 1)
+    module = gather_gemv if isinstance(shape[2], torch.dtype) else gather_quantized_gemv
+    expected = module.reference(*case, 1).sum(0)
+    found = []
+    for config in configs:
+        y = _product(shape[2])(*case, config.splits, config).sum(0)
+        if (y - expected).norm() <= 1e-3 * expected.norm():
+            found.append(config)
+    return found
+
+
+@torch.no_grad()
+def measure(shape: Shape, configs: Sequence[GemvConfig], sparsity: float, repetitions: int) -> list[float]:
+    """Microseconds of each configuration at one sparsity, median of so many graph replays."""
+    product = _product(shape[2])
+    cases = _cases(shape, sparsity, MOST_COPIES)
     times: list[float] = []
     for first in range(0, len(configs), BATCH):
         graphs = [
@@ -102,7 +137,7 @@ def tune_shape(shape: Shape, sparsities: Sequence[float] = SPARSITIES) -> tuple[
     All candidates are timed at the middle one, the best dozen of them at every one.
     """
     _, sizes, _ = shape
-    configs = candidates(shape, torch.cuda.get_device_properties("cuda").multi_processor_count)
+    configs = correct(shape, candidates(shape, torch.cuda.get_device_properties("cuda").multi_processor_count))
 
     def reading(config: GemvConfig) -> float:
         return MICROSECONDS_PER_SPLIT * config.splits * sizes[0] / 4096 if len(sizes) == 1 else 0.0
