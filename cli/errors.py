@@ -1,6 +1,8 @@
 """The one place where errors become messages and exit codes: 1 failed, 2 usage, 130 interrupted."""
 
 import os
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -82,8 +84,17 @@ def report(error: BaseException) -> None:
         text = str(error) or type(error).__name__
     # Remedies name Python's arguments; the command line has its own.
     text = text.replace("`allow_other_model=True`", "--allow-other-model")
+    text = re.sub(r"weights=\{(.+?)\}", _weights_options, text)
     # A `ScheduleError` alone has several lines, and sees to it that names add none.
     _print_labelled("Error:", "bold red", text if hasattr(error, "problems") else visible(text))
+
+
+def _weights_options(found: re.Match[str]) -> str:
+    """`weights={"lm_head": "int8", "*": "int4"}` as options."""
+    pairs = re.findall(r'"(.+?)": "(.+?)"', found[1])
+    return " ".join(
+        f"--weights {format if pattern == '*' else shlex.quote(f'{pattern}={format}')}" for pattern, format in pairs
+    )
 
 
 def report_interrupt() -> None:

@@ -22,6 +22,7 @@ from was_fx.cli.commands import (
     make,
     ppl,
     published,
+    quantize,
     recalibrate,
     search,
     tune,
@@ -88,6 +89,7 @@ _add("demo", demo.demo, demo.EXAMPLES)
 _add("calibrate", calibrate.calibrate, calibrate.EXAMPLES)
 _add("make", make.make, make.EXAMPLES)
 _add("search", search.search, search.EXAMPLES)
+_add("quantize", quantize.quantize, quantize.EXAMPLES)
 _add("recalibrate", recalibrate.recalibrate, recalibrate.EXAMPLES)
 _add("inspect", inspect_file.inspect_file, inspect_file.EXAMPLES)
 _add("compare", compare.compare, compare.EXAMPLES)

@@ -75,6 +75,40 @@ def check_output(path: Path, force: bool) -> None:
         raise FileExistsError(errno.EEXIST, "exists already; give another --out, or --force to replace it", str(path))
 
 
+def check_output_folder(path: Path, model: str, force: bool) -> None:
+    """Refuse an output folder that cannot or must not be written.
+
+    Args:
+        path: of the folder.
+        model: the directory that is read, which may not be replaced.
+        force: replace a folder that was-fx wrote.
+
+    Raises:
+        OSError: with a remedy.
+    """
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(errno.EACCES, "cannot be written; choose an existing directory that is writable", str(path))
+    if not path.exists():
+        return
+    if Path(model).exists() and path.samefile(model):
+        raise FileExistsError(errno.EEXIST, "is the model that is read; give another --out", str(path))
+    if not force:
+        raise FileExistsError(errno.EEXIST, "exists already; give another --out, or --force to replace it", str(path))
+    if not _is_ours(path):
+        raise FileExistsError(errno.EEXIST, "is no model that was-fx saved, so --force doesn't replace it", str(path))
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint that was-fx saved, or nothing."""
+    if not folder.is_dir():
+        return False
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"] == "was"
+    except (OSError, ValueError, KeyError, TypeError):
+        return not any(folder.iterdir())
+
+
 def _kind(path: Path) -> str | None:
     """The format that a safetensors file's metadata names; None if it can't be told."""
     from safetensors import SafetensorError, safe_open

@@ -20,3 +20,8 @@ def saves_adapters_only(model: Any) -> bool:
 def origin(config: Any) -> tuple[str, str | None]:
     """(folder or name on the Hub, commit there) of the checkpoint that a configuration was loaded from."""
     return config._name_or_path, getattr(config, "_commit_hash", None)
+
+
+def came_from_file(tensor: Any) -> bool:
+    """Whether `from_pretrained` has filled a tensor from a checkpoint, and did not just make room for it."""
+    return bool(getattr(tensor, "_is_hf_initialized", False))

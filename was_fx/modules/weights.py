@@ -1,6 +1,6 @@
 """What a weight is: plain, a rank's part of one, or not loaded yet."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from was_fx.compat.tensors import part_of
 
@@ -18,3 +18,9 @@ def local(weight: Tensor) -> Tensor:
 def is_offloaded(weight: Tensor) -> bool:
     """Whether a weight has no values until accelerate's hook loads it."""
     return weight.is_meta
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of all that a state dict of the model holds; what two modules share counts once."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

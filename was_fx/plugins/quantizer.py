@@ -17,9 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from was_fx.compat.quantizers import let_given_attributes_win
-from was_fx.compat.saving import origin
+from was_fx.compat.saving import came_from_file, origin
 from was_fx.kernels.quantized.rows import check_rows
-from was_fx.modules.quantized_linear import empty_rows, make_quantized, quantized_linears
+from was_fx.modules.quantized_linear import NAMES, empty_rows, format_name, make_quantized, quantized_linears
 from was_fx.sparse import saving
 from was_fx.sparse.quantize import untie
 from was_fx.sparse.saving import METHOD, SCHEDULE_FILE, config_entry
@@ -115,6 +115,7 @@ class WasQuantizer(HfQuantizer):
         config = self.quantization_config
         schedule = config.schedule
         for name, module in quantized_linears(model).items():
+            _check_complete(name, module)
             module.was_like = module.was_like.to(module.codes.device)
             check_rows(name, module.was_rows)
         if self.pre_quantized and config.beside_checkpoint and isinstance(schedule, str | Path):
@@ -145,6 +146,24 @@ class WasQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """transformers may compile the model's call."""
         return True
+
+
+def _check_complete(name: str, module: Any) -> None:
+    """Refuse rows that the checkpoint does not hold, for which transformers only makes room.
+
+    Raises:
+        ValueError: names what is missing.
+    """
+    missing = [each for each in NAMES if getattr(module, each) is not None and not _is_there(getattr(module, each))]
+    if missing:
+        raise ValueError(
+            f"the checkpoint holds no {', '.join(f'{name}.{each}' for each in missing)}, though its config.json says "
+            f"that the weight is {format_name(module.was_rows)}; the file is truncated, or of another model"
+        )
+
+
+def _is_there(tensor: Any) -> bool:
+    return tensor.is_meta or came_from_file(tensor)  # offloaded, or loaded
 
 
 def _beside_checkpoint(config: Any, name: str) -> str:

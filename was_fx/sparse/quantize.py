@@ -7,7 +7,8 @@ Rows of one input channel lie together, so a sparse model skips them as it skips
 measured on the quantised model fit it best: quantise first, then calibrate.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,7 +21,7 @@ from was_fx.kernels.quantized.rows import GROUPS, INT4, INT8, QuantizedRows, che
 from was_fx.modules.foreign_weights import drop_quantizer_marks, foreign_linears, make_plain, read_foreign
 from was_fx.modules.linears import LinearModule, find_linears, quantised_by
 from was_fx.modules.placement import loaded
-from was_fx.modules.quantized_linear import group_of, make_quantized, quantized_linears
+from was_fx.modules.quantized_linear import format_name, group_of, make_quantized, quantized_linears
 from was_fx.modules.weights import is_offloaded, is_sharded
 from was_fx.schedules.progress import Progress, report
 from was_fx.sparse import saving
@@ -29,9 +30,45 @@ from was_fx.sparse.state import sparse_state
 
 Weights = str | Mapping[str, str]
 
+ALL_OTHERS = "*"
+NONE = "none"
+_KNOWN = {INT8: INT8, INT4: f"{INT4}-{GROUPS[0]}", **{f"{INT4}-{g}": f"{INT4}-{g}" for g in GROUPS}, NONE: NONE}
+
+_MEASURED = 2048  # rows of W whose errors are measured at a time
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What became of one weight.
+
+    Attributes:
+        name: qualified name of its module.
+        format: "int8", or "int4-32" with another group.
+        count: N·K.
+        before, after: bytes.
+        size, off: ‖W‖² and ‖Ŵ − W‖², where Ŵ is the weight that is multiplied with from now on.
+        outputs_size, outputs_off: the same of the outputs x Wᵀ, summed over the tokens that it was fitted to; 0 if it
+            was fitted to none.
+    """
+
+    name: str
+    format: str
+    count: int
+    before: int
+    after: int
+    size: float
+    off: float
+    outputs_size: float = 0.0
+    outputs_off: float = 0.0
+
 
 def quantize(
-    model: nn.Module, weights: Weights = INT8, *, tokens: Tensor | None = None, progress: Progress | None = None
+    model: nn.Module,
+    weights: Weights = INT8,
+    *,
+    tokens: Tensor | None = None,
+    progress: Progress | None = None,
+    told: Callable[[Quantized], None] | None = None,
 ) -> nn.Module:
     """Quantise the weights of a model's Linears, in place and one by one.
 
@@ -43,16 +80,19 @@ def quantize(
     Args:
         model: a dense causal LM of transformers. Weights that another library quantised are read back first.
         weights: "int8" or "int4" for all Linears but the head, which becomes int8; or a mapping from patterns of
-            qualified names (as of `fnmatch`) to a format or "none", of which the first that fits counts.
+            qualified names (as of `fnmatch`) to a format or "none". The first that fits counts, and "*", wherever it
+            stands, only for what no other fits: {"*": "int4"} is "int4".
         tokens: LongTensor [n, seq] of a text like those that the model will see, 16,000 tokens or more; or None.
         progress: called with (Linears done, all).
+        told: called with what became of each weight; measuring it takes a little longer.
 
     Returns:
         The same model. It can't be undone: load the model again.
 
     Raises:
-        ValueError: a format is not known, a pattern fits no Linear, a group doesn't divide the outputs of a Linear, a
-            weight holds NaN or inf, or the model is sparsified, offloaded or sharded. The model is untouched.
+        ValueError: a format is not known, a pattern fits no Linear, a Linear has another format already, a group
+            doesn't divide the outputs of a Linear, a weight holds NaN or inf, or the model is sparsified, offloaded or
+            sharded. The model is untouched.
     """
     if sparse_state(model) is not None:
         raise ValueError("the model is sparsified; call was_fx.densify(model) first, then quantise, then sparsify")
@@ -65,6 +105,8 @@ def quantize(
         linear = linears[name]
         with loaded(linear) as weight:
             rows, dtype = _fitted(name, weight, plan[name], moments), weight.dtype
+            if told is not None:
+                told(_measured(name, weight, rows, moments))
         _replace(model, linear, rows, dtype)
         report(progress, done, len(plan))
     if plan:
@@ -76,36 +118,41 @@ def planned(linears: Mapping[str, LinearModule], weights: Weights) -> dict[str, 
     """The format of each Linear that is to be quantised and is not yet: "int8", or "int4-32" with another group.
 
     Raises:
-        ValueError: a format is not known, or a pattern fits no Linear.
+        ValueError: a format is not known, a pattern fits no Linear, or a Linear has another format already.
     """
-    if isinstance(weights, str):
-        head = {name: INT8 for name, linear in linears.items() if linear.head}
-        weights = {**head, "*": weights}
-    found = {}
-    for format in weights.values():
-        _parse(format)
-    for pattern in weights:
+    patterns = {ALL_OTHERS: weights} if isinstance(weights, str) else dict(weights)
+    patterns = {pattern: parse_format(format) for pattern, format in patterns.items()}
+    rest = patterns.pop(ALL_OTHERS, NONE)
+    for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in linears):
             raise ValueError(
                 f"weights names {pattern!r}, which fits no Linear; there is {', '.join(list(linears)[:4])}, …"
             )
+    found = {}
     for name, linear in linears.items():
-        format = next((format for pattern, format in weights.items() if fnmatchcase(name, pattern)), "none")
-        if format != "none" and linear.rows is None:
-            found[name] = _parse(format)
+        others = INT8 if linear.head and rest != NONE else rest
+        format = next((format for pattern, format in patterns.items() if fnmatchcase(name, pattern)), others)
+        if format == NONE:
+            continue
+        if linear.rows is None:
+            found[name] = format
+        elif format_name(linear.rows) != format:
+            raise ValueError(
+                f"{name} is {format_name(linear.rows)} already, and can't become {format}: load a checkpoint that is "
+                "not quantised"
+            )
     return found
 
 
-def _parse(format: str) -> str:
+def parse_format(format: str) -> str:
     """The format with its group.
 
     Raises:
         ValueError: lists the formats.
     """
-    known = {INT8: INT8, INT4: f"{INT4}-{GROUPS[0]}", "none": "none", **{f"{INT4}-{g}": f"{INT4}-{g}" for g in GROUPS}}
-    if format not in known:
-        raise ValueError(f"the format of weights is {format!r}; expected one of {', '.join(known)}")
-    return known[format]
+    if format not in _KNOWN:
+        raise ValueError(f"the format of weights is {format!r}; expected one of {', '.join(_KNOWN)}")
+    return _KNOWN[format]
 
 
 def _check(name: str, linear: LinearModule, format: str) -> None:
@@ -136,6 +183,21 @@ def _fitted(name: str, weight: Tensor, format: str, moments: Tensor | None) -> Q
     if moments is not None:
         return quantize_with_hessian(name, weight, moments, INT4, group)
     return quantize_int4(name, weight, group)
+
+
+@torch.no_grad()
+def _measured(name: str, weight: Tensor, rows: QuantizedRows, moments: Tensor | None) -> Quantized:
+    """What became of W [N, K], a few rows of W and Ŵ at a time in fp32."""
+    size = off = outputs_size = outputs_off = 0.0
+    held = rows.dequantize(weight.dtype).t()
+    for first in range(0, len(weight), _MEASURED):
+        w, found = weight[first : first + _MEASURED].float(), held[first : first + _MEASURED].float()
+        size, off = size + float(w.square().sum()), off + float((found - w).square().sum())
+        if moments is not None:
+            outputs_size += float(((w @ moments) * w).sum())
+            outputs_off += float((((found - w) @ moments) * (found - w)).sum())
+    before = weight.numel() * weight.element_size()
+    return Quantized(name, format_name(rows), weight.numel(), before, rows.nbytes, size, off, outputs_size, outputs_off)
 
 
 def _replace(model: nn.Module, linear: LinearModule, rows: QuantizedRows, dtype: torch.dtype) -> None:
