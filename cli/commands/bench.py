@@ -7,6 +7,7 @@ import typer
 
 from was_fx.cli.input import options
 from was_fx.cli.input.models import load_model, torch_device, torch_dtype
+from was_fx.cli.input.weights import parse_weights
 from was_fx.cli.render.console import print_json, progress, say, stdout
 from was_fx.cli.render.tables import new_table, percent
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 EXAMPLES = options.examples(
     "was bench embedded",
     "was bench ./llama --target 50% --target 75%  [dim]a checkpoint[/]",
+    "was bench ./llama --weights int8 --target 0% --target 50%  [dim]what int8 wins, and sparsity on top[/]",
     "was bench llama-3-8b  [dim]shapes with random weights: llama-3-8b, llama-3.2-1b, llama-2-13b, mistral-7b, "
     "qwen2.5-7b[/]",
 )
@@ -34,6 +36,7 @@ def bench(
     ] = None,
     tokens: Annotated[int, typer.Option(min=25, metavar="N", help="New tokens per repetition.")] = 32,
     repetitions: Annotated[int, typer.Option(min=1, metavar="N", help="How often each is timed.")] = 5,
+    weights: options.Weights = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -43,17 +46,19 @@ def bench(
     The text is random, and thresholds are read off the model's own activations: this is about speed, not quality. On a
     GPU the cache is static and decode steps are CUDA graphs, dense and sparse; the speed-up is that of a step. On a CPU
     the cache is dynamic, the dense model is compiled, and the sparse one runs eagerly, as it does after `sparsify`.
+    With --weights the sparse model is quantised and the dense one is not; --target 0% is quantised alone.
     """
     from was_fx.measure.speed import decode_speed
 
     targets = [options.parse_share(each) for each in target or ["50%", "75%"]]
+    plan = parse_weights(weights)
     loaded = _model(model, dtype, device)
     with progress("Compiling, then timing in turns") as advance:
-        rows = decode_speed(loaded, targets, tokens=tokens, repetitions=repetitions, progress=advance)
+        rows = decode_speed(loaded, targets, tokens=tokens, repetitions=repetitions, weights=plan, progress=advance)
     if json:
-        print_json({"model": model, "rows": [asdict(row) for row in rows]})
+        print_json({"model": model, "weights": weights, "rows": [asdict(row) for row in rows]})
         return
-    _show(model, rows)
+    _show(model if not weights else f"{model}, weights {' '.join(weights)}", rows)
 
 
 def _model(name: str, dtype: options.Dtype, device: str) -> Any:
@@ -72,10 +77,10 @@ def _show(model: str, rows: "list[SpeedRow]") -> None:
     steps = any(row.step_ms is not None for row in rows)
     times = ("ms/step", "ms/token") if steps else ("ms/token",)
     table = new_table("target", "realised", *times, "speed-up", "GB read/token", "GB/s")
-    for row in rows:
+    for index, row in enumerate(rows):
         table.add_row(
-            percent(row.target) if row.target else "dense",
-            percent(row.realised) if row.target else "–",
+            percent(row.target) if index else "dense",
+            percent(row.realised) if index else "–",
             *([f"{row.step_ms:.2f}"] if steps else []),
             f"{row.ms_per_token:.2f}",
             f"{row.ratio:.2f}×",

@@ -23,6 +23,7 @@ EXAMPLES = options.examples(
     "was calibrate ./llama --text book.txt --score teal --tokens 100000",
     "was calibrate ./llama --text book.txt --include '*' --exclude '*.k_proj'  [dim]the head too, k not[/]",
     "was calibrate ./llama --text book.txt --exponent 0.5 --norm 2",
+    "was calibrate ./llama --text book.txt --weights int8  [dim]as it will run, quantised[/]",
 )
 
 
@@ -59,6 +60,7 @@ def calibrate(
     exclude: options.Exclude = None,
     length: options.Length = None,
     batch_size: options.BatchSize = 4,
+    weights: options.Weights = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     force: options.Force = False,
@@ -75,7 +77,7 @@ def calibrate(
 
     from was_fx.modules.linears import dense_expert_share, expert_parameters
 
-    loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device, weights=weights)
     ids = windows(loaded, source, length=length, tokens=tokens)
     with progress(f"Calibrating on {ids.numel():,} tokens") as advance:
         result = was_fx.calibrate(
@@ -93,7 +95,14 @@ def calibrate(
         score_used = {"exponent": chosen.exponent, "norm": chosen.norm}
         linears = len(result.thresholds)
         print_json(
-            {"path": str(out), "linears": linears, "tokens": result.tokens, "text": source.name, "score": score_used}
+            {
+                "path": str(out),
+                "linears": linears,
+                "tokens": result.tokens,
+                "text": source.name,
+                "score": score_used,
+                "weights": loaded.weights,
+            }
         )
         return
     say(f"Wrote {out}: {len(result.thresholds)} Linears, {result.tokens:,} tokens of {source.name}, score {chosen}")
@@ -104,6 +113,8 @@ def calibrate(
             f"Weights held as 3-D parameters (experts) stay dense: {len(experts)}, such as {next(iter(experts))}, "
             f"{share:.0f} % of the bytes of a token"
         )
+    if loaded.weights is not None:
+        say(f"Weights: {loaded.weights}; use it with weights in the same formats")
     say(f"Next: was make {shlex.quote(str(out))} --target 50%")
 
 

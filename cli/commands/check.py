@@ -26,6 +26,7 @@ def check(
     schedule: Annotated[Path | None, typer.Option(help="A schedule; none for a checkpoint that has its own.")] = None,
     new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to generate.")] = 8,
     lowering: options.LoweringOption = None,
+    weights: options.Weights = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -34,7 +35,9 @@ def check(
 
     The exit code is 1 if a scheduled Linear ran dense.
     """
-    loaded = load_model(model, dtype, device, tokenizer=False, keep_schedule=schedule is None).model
+    if weights and schedule is None:
+        raise typer.BadParameter("give the schedule too, with --schedule", param_hint="'--weights'")
+    loaded = load_model(model, dtype, device, weights=weights, tokenizer=False, keep_schedule=schedule is None).model
     import was_fx
 
     if schedule is not None:

@@ -45,6 +45,7 @@ def evaluate(
     prefill: options.PrefillOption = options.Prefill.sparse,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Texts per forward pass.")] = 16,
     lowering: options.LoweringOption = None,
+    weights: options.Weights = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     allow_other_model: options.OtherModel = False,
@@ -70,12 +71,20 @@ def evaluate(
         raise ValueError(str(error)) from error
     files = [lm_eval.minimal_pairs(path) for path in pairs or []]
     tasks: list[Any] = [*(task or []), *files] or [lm_eval.minimal_pairs()]
-    settings = {"model": model, "prefill": prefill.value, "limit": limit, "dtype": dtype.value, "tasks": tasks}
+    settings: dict[str, Any] = {
+        "model": model,
+        "prefill": prefill.value,
+        "limit": limit,
+        "dtype": dtype.value,
+        "tasks": tasks,
+    }
+    if weights:
+        settings["weights"] = weights
     known = _read_log(log, settings) if log else {}
     missing = [path for path in every if _key(path) not in known]
     lm: Any = None
     if missing:
-        loaded = load_model(model, dtype, device)
+        loaded = load_model(model, dtype, device, weights=weights)
         lm = lm_eval.WasLM(
             loaded.model,
             tokenizer=loaded.tokenizer,
@@ -93,9 +102,11 @@ def evaluate(
             _append(log, {"settings": settings, "key": _key(path), **known[_key(path)]})
     rows = [{"schedule": str(path) if path else None, **known[_key(path)]} for path in every]
     if json:
-        print_json({"model": model, "prefill": prefill.value, "limit": limit, "results": rows})
+        found = {"model": model, "weights": weights, "prefill": prefill.value, "limit": limit, "results": rows}
+        print_json(found)
         return
-    _show(rows, f"{model}, prefill {prefill.value}" + (f", first {limit} documents" if limit else ""))
+    named = model if not weights else f"{model}, weights {' '.join(weights)}"
+    _show(rows, f"{named}, prefill {prefill.value}" + (f", first {limit} documents" if limit else ""))
 
 
 def _key(path: Path | None) -> str:

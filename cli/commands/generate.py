@@ -33,6 +33,7 @@ def generate(
     seed: Annotated[int, typer.Option(metavar="N", help="With --sample: the same seed gives the same text.")] = 0,
     dense_too: Annotated[bool, typer.Option("--dense-too", help="The dense model's text first, to compare.")] = False,
     lowering: options.LoweringOption = None,
+    weights: options.Weights = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     allow_other_model: options.OtherModel = False,
@@ -46,7 +47,7 @@ def generate(
     if not prompt:
         raise typer.BadParameter("the prompt is empty", param_hint="'--prompt'")
 
-    loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device, weights=weights)
     prompt_tokens(loaded, prompt, max_new_tokens)  # says what is wrong before anything is printed
     how = {"max_new_tokens": max_new_tokens, "seed": seed, "temperature": temperature if sample else None}
     runs: dict[str, dict[str, Any]] = {}

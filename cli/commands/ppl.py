@@ -21,6 +21,7 @@ EXAMPLES = options.examples(
     "was ppl embedded  [dim]the dense model on its test text[/]",
     "was ppl embedded --schedule s50.was.safetensors --schedule s75.was.safetensors",
     "was ppl ./llama --schedule s.was.safetensors --text test.txt --prefill half  [dim]as TEAL measures[/]",
+    "was ppl ./llama --weights int8 --schedule s8.was.safetensors --text test.txt  [dim]quantised when loaded[/]",
 )
 
 
@@ -32,6 +33,7 @@ def ppl(
     length: options.Length = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Score at most so many windows.")] = None,
     batch_size: options.BatchSize = 4,
+    weights: options.Weights = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     allow_other_model: options.OtherModel = False,
@@ -47,7 +49,7 @@ def ppl(
     source = read_text(text, model, "test")
     schedules = [load_schedule(path) for path in paths]
 
-    loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device, weights=weights)
     ids = windows(loaded, source, length=length, limit=limit)
     arguments: dict[str, Any] = {"prefill": prefill.value, "batch_size": batch_size}
     results: list[tuple[Path | None, Evaluation]] = []
@@ -59,12 +61,12 @@ def ppl(
             results.append((path, was_fx.evaluate(loaded.model, ids, progress=advance, **arguments)))
     if json:
         rows = [{"schedule": str(path) if path else None, **_row(result)} for path, result in results]
-        print_json(
-            {"model": model, "text": source.name, "prefill": prefill.value, "length": ids.shape[1], "results": rows}
-        )
+        setting = {"model": model, "weights": loaded.weights, "text": source.name, "prefill": prefill.value}
+        print_json({**setting, "length": ids.shape[1], "results": rows})
         return
     scored = f"{results[0][1].tokens:,} tokens in windows of {ids.shape[1]}"
-    _show(results, f"{model} on {source.name}: {scored}, prefill {prefill.value}")
+    named = model if loaded.weights is None else f"{model}, {loaded.weights},"
+    _show(results, f"{named} on {source.name}: {scored}, prefill {prefill.value}")
 
 
 def _row(result: "Evaluation") -> dict[str, Any]:

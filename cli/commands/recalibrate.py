@@ -30,6 +30,7 @@ def recalibrate(
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="How often to measure anew.")] = 2,
     length: options.Length = None,
     batch_size: options.BatchSize = 4,
+    weights: options.Weights = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     force: options.Force = False,
@@ -45,7 +46,7 @@ def recalibrate(
     source = read_text(text, model, "calibration")
     before = load_schedule(schedule)
 
-    loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device, weights=weights)
     ids = windows(loaded, source, length=length, tokens=tokens)
     with progress(f"Recalibrating on {ids.numel():,} tokens, {rounds} times") as advance:
         result = was_fx.recalibrate(loaded.model, before, ids, rounds=rounds, batch_size=batch_size, progress=advance)

@@ -115,6 +115,7 @@ def search(
     ] = False,
     length: options.Length = None,
     batch_size: options.BatchSize = 4,
+    weights: options.Weights = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     force: options.Force = False,
@@ -132,6 +133,11 @@ def search(
         raise typer.BadParameter("--cost latency and --latency FILE go together", param_hint="'--cost'")
     if resume and log is None:
         raise typer.BadParameter("give the log to resume from with --log", param_hint="'--resume'")
+    if weights and (workers > 1 or dask is not None):
+        raise typer.BadParameter(
+            "workers load the model from its checkpoint: write a quantised one first, with was quantize",
+            param_hint="'--weights'",
+        )
     check_output(out, force)
     chosen = find_recipe(recipe.value, paper_exact=paper_exact)
     validation = read_text(text, model, "validation")
@@ -140,7 +146,7 @@ def search(
     first = load_schedule(start) if start else None
     executor = _workers(workers, dask)
 
-    loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device, weights=weights)
     ids = windows(loaded, validation, length=length, tokens=tokens)
     samples = windows(loaded, sample_text, length=length, tokens=chosen.calibration_tokens)
     with progress(f"Calibrating on {samples.numel():,} tokens") as advance:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from was_fx import Schedule
 
 _SETTING = ("model", "text", "prefill", "length")
+_LATER = ("weights",)  # which older files don't have
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Results:
     """The results of one or several `was ppl --json` in one setting.
 
     Attributes:
-        setting: model, text, prefill and length of windows.
+        setting: model, text, prefill, length of windows and formats of weights.
         dense: the dense model's row, if it was measured.
         rows: by the schedule's path as it was given to `was ppl`.
     """
@@ -148,7 +149,7 @@ def read_results(paths: Sequence[Path]) -> Results | None:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             rows = {row["schedule"]: _measured(row) for row in content["results"]}
-            found.append(Results({key: content[key] for key in _SETTING}, rows.pop(None, None), rows))
+            found.append(Results(_setting(content), rows.pop(None, None), rows))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not what was ppl --json prints ({error!r}); "
@@ -210,6 +211,10 @@ def _trial(record: Mapping[str, Any]) -> tuple[int | None, list[float]]:
     if isinstance(losses, list) and losses and "loss" not in record:
         return index, [_number(loss) for loss in losses]
     return (index, [_number(record["loss"])]) if "loss" in record else (None, [])
+
+
+def _setting(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: content[key] for key in _SETTING} | {key: content.get(key) for key in _LATER}
 
 
 def _measured(row: Mapping[str, Any]) -> Measured:

@@ -1,13 +1,14 @@
 """Loading a model with its tokenizer, by directory, Hub name or `embedded`."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from was_fx.cli.input.options import EMBEDDED, Dtype
+from was_fx.cli.input.weights import parse_weights, quantise
 from was_fx.cli.render.console import note, progress
 
 
@@ -20,6 +21,15 @@ class Loaded:
     tokenizer: Any
 
     @property
+    def weights(self) -> str | None:
+        """The formats of its quantised Linears in a few words; None if it has none."""
+        from was_fx.modules.quantized_linear import weight_formats
+        from was_fx.schedules.weight_formats import describe
+
+        formats = weight_formats(self.model)
+        return describe(formats) if formats else None
+
+    @property
     def positions(self) -> int | None:
         """The most tokens the model takes, if its configuration says so."""
         config = self.model.config.get_text_config()
@@ -27,7 +37,13 @@ class Loaded:
 
 
 def load_model(
-    name: str, dtype: Dtype = Dtype.auto, device: str = "auto", *, tokenizer: bool = True, keep_schedule: bool = False
+    name: str,
+    dtype: Dtype = Dtype.auto,
+    device: str = "auto",
+    *,
+    weights: Sequence[str] | None = None,
+    tokenizer: bool = True,
+    keep_schedule: bool = False,
 ) -> Loaded:
     """Load a causal LM in eval mode, and say so meanwhile.
 
@@ -35,12 +51,15 @@ def load_model(
         name: directory, Hub name or `embedded`.
         dtype: of the weights.
         device: where.
+        weights: what `--weights` gave: formats to quantise the model in.
         tokenizer: load it too.
         keep_schedule: leave a model sparsified that was saved so.
 
     Raises:
-        ValueError, OSError: there is no such model or device, or it is none that can be loaded.
+        ValueError, OSError: there is no such model or device, or it is none that can be loaded or quantised.
+        typer.BadParameter: `weights` is not valid.
     """
+    plan = parse_weights(weights)
     where = torch_device(device)
     check_name(name)
     _quiet()
@@ -52,7 +71,10 @@ def load_model(
             model, words = embedded.load(torch_dtype(Dtype.fp32 if dtype is Dtype.auto else dtype))
         else:
             model, words = _from_pretrained(name, dtype, tokenizer)
-        return Loaded(name, (model if keep_schedule else _dense(name, model)).to(where).eval(), words)
+        loaded = Loaded(name, (model if keep_schedule else _dense(name, model)).to(where).eval(), words)
+    if plan is not None:
+        quantise(loaded.model, name, plan)
+    return loaded
 
 
 def load_skeleton(name: str) -> Any:

@@ -48,9 +48,9 @@ def quantise(model: Any, name: str, weights: "Weights", **arguments: Any) -> Non
         ValueError: it is quantised already, or can't be.
     """
     import was_fx
-    from was_fx.sparse.saving import quantised_formats
+    from was_fx.modules.quantized_linear import weight_formats
 
-    known = set(quantised_formats(model).values())
+    known = set(weight_formats(model).values())
     if known:
         raise ValueError(
             f"{name} is quantised already ({', '.join(sorted(known))}); leave out --weights, or give the checkpoint "

@@ -9,6 +9,7 @@ from rich.console import Console
 from was_fx.cli.render.grid import draw, short_names
 from was_fx.cli.render.tables import new_table, significant
 from was_fx.schedules.names import split_name, visible
+from was_fx.schedules.weight_formats import describe
 
 if TYPE_CHECKING:
     from was_fx import Calibration, Schedule
@@ -42,6 +43,7 @@ def show_schedule(console: Console, name: str, schedule: "Schedule", *, threshol
         "score": scores[0] if len(scores) == 1 else f"{len(scores)} different, {scores[0]} … {scores[-1]}",
         "text": _text(meta.calibration_text, meta.calibration_tokens),
         "model": _fingerprint(meta.fingerprint),
+        **_weights(meta.weights),
         "was-fx": meta.tool_version or "unknown",
     }
     _show_lines(console, lines)
@@ -64,6 +66,7 @@ def show_calibration(console: Console, name: str, calibration: "Calibration") ->
         "score": str(calibration.score),
         "text": _text(calibration.text, calibration.tokens),
         "model": _fingerprint(calibration.fingerprint),
+        **_weights(calibration.weights),
     }
     _show_lines(console, lines)
 
@@ -118,6 +121,7 @@ def calibration_json(path: str, calibration: "Calibration") -> dict[str, Any]:
         "tokens": calibration.tokens,
         "text": calibration.text,
         "fingerprint": dict(calibration.fingerprint),
+        "weights": calibration.weights and dict(calibration.weights),
         "linears": linears,
     }
 
@@ -137,6 +141,10 @@ def _fingerprint(fingerprint: Mapping[str, Any]) -> str:
         return "any (no fingerprint)"
     weights = f"weights {str(fingerprint['weights'])[:12]}" if "weights" in fingerprint else "by its shapes only"
     return f"{fingerprint.get('architecture', 'unknown')}, {weights}"
+
+
+def _weights(formats: Mapping[str, str] | None) -> dict[str, str]:
+    return {} if formats is None else {"weights": describe(formats)}
 
 
 def _count(number: float) -> str:

@@ -36,6 +36,8 @@ class Calibration:
         text: description of the calibration text.
         fingerprint: the model's, see `was_fx.schedules.files.fingerprint`; empty if unknown.
         excluded: qualified names of the Linears that were left out on purpose.
+        weights: the formats of the quantised Linears of the model, by qualified name; empty if it had none, None if
+            that is not known.
 
     Raises:
         ScheduleError: with everything in these that does not fit.
@@ -49,12 +51,15 @@ class Calibration:
     text: str
     fingerprint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     excluded: tuple[str, ...] = ()
+    weights: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", dict(self.thresholds))
         object.__setattr__(self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()})
         object.__setattr__(self, "fingerprint", plain(dict(self.fingerprint), "fingerprint"))
         object.__setattr__(self, "excluded", tuple(self.excluded))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", plain(dict(self.weights), "weights"))
         problems = calibration_problems(self.levels, self.thresholds, self.shapes, self.tokens)
         if problems:
             raise ScheduleError("the calibration is not valid", problems, "Calibrate again.")
@@ -62,7 +67,7 @@ class Calibration:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Calibration):
             return NotImplemented
-        plain_fields = ("score", "shapes", "tokens", "text", "fingerprint", "excluded")
+        plain_fields = ("score", "shapes", "tokens", "text", "fingerprint", "excluded", "weights")
         return (
             all(getattr(self, name) == getattr(other, name) for name in plain_fields)
             and torch.equal(self.levels, other.levels)
@@ -91,6 +96,8 @@ class Calibration:
             OSError: if it cannot be written; an older file at `path` is then untouched.
         """
         values = {name: getattr(self, name) for name in ("tokens", "fingerprint", "excluded")}
+        if self.weights is not None:
+            values["weights"] = self.weights
         strings = {key: to_json(value, key) for key, value in (values | vars(self.score)).items()}
         strings |= {"shapes": to_json(self.shapes, "shapes", sort_keys=False), "text": self.text}
         storage.write(path, storage.CALIBRATION, pack(self.levels, self.thresholds), strings)
@@ -106,12 +113,13 @@ class Calibration:
         tensors, strings = storage.read(path, storage.CALIBRATION)
         reader = MetadataReader(strings)
         score, shapes, tokens, text, fingerprint, excluded = unpack_settings(reader)
+        weights = reader.formats("weights")
         reader.finish()
         levels, thresholds, unknown = unpack(tensors, shapes)
         problems = reader.problems + unknown + calibration_problems(levels, thresholds, shapes, tokens)
         if problems:
             raise ScheduleError(f"{path} is not a valid calibration", problems, "Calibrate again.")
-        return cls(score, levels, thresholds, shapes, tokens, text, fingerprint, excluded)
+        return cls(score, levels, thresholds, shapes, tokens, text, fingerprint, excluded, weights)
 
 
 class CalibrationBuilder:
@@ -140,13 +148,20 @@ class CalibrationBuilder:
             scores = block if self._score.exponent == 0 else block.float() * self._scales[name]
             self._histograms[name].add(scores)
 
-    def build(self, text: str, fingerprint: Mapping[str, Any], excluded: Collection[str] = ()) -> Calibration:
+    def build(
+        self,
+        text: str,
+        fingerprint: Mapping[str, Any],
+        excluded: Collection[str] = (),
+        weights: Mapping[str, str] | None = None,
+    ) -> Calibration:
         """The calibration of what was added; its tokens are the largest number that one Linear has seen.
 
         Args:
             text: description of the calibration text.
             fingerprint: the model's.
             excluded: qualified names of the Linears that were left out on purpose.
+            weights: the formats of the model's quantised Linears, by qualified name.
 
         Raises:
             ScheduleError: naming every Linear without input, or with NaN or infinite scores.
@@ -174,6 +189,7 @@ class CalibrationBuilder:
             text=text,
             fingerprint=fingerprint,
             excluded=tuple(excluded),
+            weights=weights,
         )
 
     def _total(self, name: str) -> int:

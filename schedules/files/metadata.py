@@ -93,6 +93,14 @@ class MetadataReader:
             return ()
         return tuple(names)
 
+    def formats(self, key: str) -> dict[str, str] | None:
+        """The strings by name under `key`, a JSON object; None if the file has none."""
+        formats = self.optional(key, dict, None)
+        if formats is not None and not all(isinstance(format, str) for format in formats.values()):
+            self.problems.append(f"metadata {key!r} is {str(formats)[:60]!r}, expected formats by name")
+            return None
+        return formats
+
     def finish(self) -> None:
         """Note every key that nothing has asked for."""
         self.problems += [f"unknown metadata {key!r}" for key in sorted(self._left)]

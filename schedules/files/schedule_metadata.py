@@ -25,6 +25,8 @@ class ScheduleMetadata:
         calibration_text: what text the thresholds come from.
         calibration_tokens: how many tokens of it.
         fingerprint: the model's, see `was_fx.schedules.files.fingerprint`; empty if unknown.
+        weights: the formats of the quantised Linears of the model that the thresholds were measured on, by qualified
+            name; empty if it had none, None if that is not known.
         tool_version: the version of was-fx that made the schedule.
 
     Raises:
@@ -41,18 +43,23 @@ class ScheduleMetadata:
     calibration_text: str = ""
     calibration_tokens: int = 0
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, str] | None = None
     tool_version: str = __version__
 
     def __post_init__(self) -> None:
         for name in ("search", "history", "source", "fingerprint"):
             object.__setattr__(self, name, plain(dict(getattr(self, name)), name))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", plain(dict(self.weights), "weights"))
         object.__setattr__(self, "excluded", tuple(self.excluded))
         if self.target is not None:
             object.__setattr__(self, "target", float(self.target))
 
     def to_strings(self) -> dict[str, str]:
-        """One string per field: text as it is, everything else as JSON."""
+        """One string per field: text as it is, everything else as JSON; none for formats that are not known."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        if self.weights is None:
+            del values["weights"]
         return {key: value if isinstance(value, str) else to_json(value, key) for key, value in values.items()}
 
     @classmethod
@@ -70,5 +77,6 @@ class ScheduleMetadata:
             calibration_text=reader.text("calibration_text"),
             calibration_tokens=reader.value("calibration_tokens", int, 0),
             fingerprint=reader.value("fingerprint", dict, {}),
+            weights=reader.formats("weights"),
             tool_version=reader.text("tool_version"),
         )

@@ -46,5 +46,6 @@ def uniform(
             calibration_text=calibration.text,
             calibration_tokens=calibration.tokens,
             fingerprint=calibration.fingerprint,
+            weights=calibration.weights,
         ),
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from was_fx.modules.linears import body_linears, dropping, find_linears, looking_at_inputs
 from was_fx.modules.placement import input_device, refuse_sharded, whole_channel_norms
+from was_fx.modules.quantized_linear import weight_formats
 from was_fx.modules.tokens import Tokens, batches
 from was_fx.schedules.files.calibration import Calibration, CalibrationBuilder
 from was_fx.schedules.files.schedule import Schedule
@@ -70,7 +71,8 @@ def calibrate(
     with looking_at_inputs(linears, builder.add):
         _run(model, tokens, batch_size, progress)
     excluded = [name for name in body if name not in linears]
-    return builder.build(text=text, fingerprint=model_fingerprint(model, everything), excluded=excluded)
+    fingerprint = model_fingerprint(model, everything)
+    return builder.build(text=text, fingerprint=fingerprint, excluded=excluded, weights=weight_formats(model))
 
 
 @torch.no_grad()
@@ -119,7 +121,8 @@ def recalibrate(
                 name: replace(entry, threshold=table.linear(name, entry.sparsity).threshold)
                 for name, entry in schedule.linears.items()
                 if entry.channel_threshold is None
-            }
+            },
+            weights=weight_formats(model),
         )
     return schedule
 

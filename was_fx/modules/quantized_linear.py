@@ -108,6 +108,11 @@ def format_name(rows: QuantizedRows) -> str:
     return f"{rows.format}-{rows.shape[0] // rows.groups.shape[1]}"
 
 
+def weight_formats(model: nn.Module) -> dict[str, str]:
+    """The format of each quantised Linear of a model, by qualified name."""
+    return {name: format_name(module.was_rows) for name, module in quantized_linears(model).items()}
+
+
 def quantized_linears(model: nn.Module) -> dict[str, Any]:
     """The quantised Linears of a model, sparse or not, by qualified name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}

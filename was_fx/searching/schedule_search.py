@@ -28,7 +28,7 @@ from was_fx.searching.block_allocation import BlockAllocation
 from was_fx.searching.block_level_search import history, search_blocks
 from was_fx.searching.search_context import SearchContext
 from was_fx.searching.search_trials import running
-from was_fx.sparse.state import model_fingerprint, sparse_state
+from was_fx.sparse.state import model_fingerprint, sparse_state, warn_of_other_formats
 from was_fx.version import __version__
 
 
@@ -131,6 +131,7 @@ def search(
         "start": None if start is None else {name: entry.sparsity for name, entry in start.linears.items()},
         "model": calibration.fingerprint,
         "was_fx": __version__,
+        **({"weights": dict(calibration.weights)} if calibration.weights else {}),
     }
     context.log = TrialLog(log, settings, resume=resume)
     return _run(context, {key: settings[key] for key in ("trials", "batch", "cost", "tokens")} | {"text": text})
@@ -167,6 +168,7 @@ def _run(context: SearchContext, settings: Mapping[str, Any]) -> Schedule:
         calibration_text=calibration.text,
         calibration_tokens=calibration.tokens,
         fingerprint=calibration.fingerprint,
+        weights=calibration.weights,
     )
     schedule = context.final(table.schedule(sparsities, metadata))
     return schedule.replace({}, history={**found, "tokens": dict(context.spent)})
@@ -193,6 +195,7 @@ def _check(context: SearchContext) -> None:
     other = differences(calibration.fingerprint, found) if calibration.fingerprint else []
     if other:
         raise ScheduleError("the calibration is of another model", other, "Calibrate this model first.")
+    warn_of_other_formats(model, calibration.weights, "the calibration")
     check_tokens(model, context.samples)
 
 

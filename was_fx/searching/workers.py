@@ -64,10 +64,10 @@ def checkpoint_of(model: nn.Module) -> str:
     """Where workers find the model.
 
     Raises:
-        ValueError: it was not loaded from a checkpoint.
+        ValueError: it was not loaded from a checkpoint, or was quantised since.
     """
     name = getattr(getattr(model, "config", None), "name_or_path", "")
-    if not name:
+    if not name or getattr(model, "_was_quantised_here", False):
         raise ValueError(
             "workers load the model by themselves, but this one comes from no checkpoint; save it with "
             "save_pretrained(directory) and load it from there, or search without workers"

@@ -111,6 +111,7 @@ def quantize(
         report(progress, done, len(plan))
     if plan:
         saving.attach(model)
+        model._was_quantised_here = True  # type: ignore[assignment]  # it is not what its checkpoint holds
     return model
 
 

@@ -23,7 +23,7 @@ from was_fx.modules.weights import is_offloaded, local
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.sparse import saving
 from was_fx.sparse.quantize import Weights, adopt_foreign, planned, quantize
-from was_fx.sparse.state import SparseState, model_fingerprint, sparse_state
+from was_fx.sparse.state import SparseState, model_fingerprint, sparse_state, warn_of_other_formats
 
 
 def sparsify(
@@ -69,6 +69,9 @@ def sparsify(
         ScheduleError: the schedule doesn't fit this model; lists every problem.
         ValueError: the model has no Linears, its weights are quantised in a way that can't be read, or an argument is
             not valid.
+
+    Warns:
+        UserWarning: the schedule was made with weights in other formats than the model's.
     """
     register()
     schedule = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
@@ -81,6 +84,7 @@ def sparsify(
     check_schedule(model, schedule, linears, allow_other_model=allow_other_model)
     if weights is not None and (sparse_state(model) is None or planned(linears, weights)):
         quantize(model, weights)
+    warn_of_other_formats(model, schedule.metadata.weights, "the schedule")
     known = sparse_state(model)
     if known and (set(schedule.linears) != set(known.schedule.linears) or schedule.norm != known.schedule.norm):
         densify(model)  # other Linears, or other channel norms

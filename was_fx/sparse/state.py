@@ -1,5 +1,7 @@
 """What a sparsified model remembers, and which model it is."""
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,10 +9,12 @@ from torch import nn
 
 from was_fx.modules.freshness import Freshness
 from was_fx.modules.linears import LinearModule
+from was_fx.modules.quantized_linear import weight_formats
 from was_fx.modules.token_rule import TokenRule
 from was_fx.modules.weights import is_offloaded, is_sharded
 from was_fx.schedules.files.fingerprint import fingerprint, fingerprint_without_weights
 from was_fx.schedules.files.schedule import Schedule
+from was_fx.schedules.weight_formats import describe
 
 
 @dataclass(eq=False)
@@ -43,3 +47,20 @@ def model_fingerprint(model: nn.Module, linears: dict[str, LinearModule]) -> dic
     if any(is_offloaded(each.parameter) or is_sharded(each.parameter) or each.rows for each in linears.values()):
         return fingerprint_without_weights(type(model).__name__, {name: each.shape for name, each in linears.items()})
     return fingerprint(type(model).__name__, {name: linear.weight for name, linear in linears.items()})
+
+
+def warn_of_other_formats(model: nn.Module, made_with: Mapping[str, str] | None, what: str) -> None:
+    """Warn the caller's caller where thresholds were measured with weights in other formats than the model's.
+
+    Args:
+        model: that they are used with.
+        made_with: formats by qualified name; None if they are not known.
+        what: "the schedule" or "the calibration".
+    """
+    found = weight_formats(model)
+    if made_with is not None and made_with != found:
+        warnings.warn(
+            f"{what} was made with weights {describe(made_with)}, and those of the model are {describe(found)}; its "
+            "thresholds fit less well than ones that are measured on this model",
+            stacklevel=3,
+        )

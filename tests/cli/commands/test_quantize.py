@@ -9,12 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import was_fx
-from was_fx.modules.quantized_linear import quantized_linears
-from was_fx.sparse.saving import quantised_formats
+from was_fx.modules.quantized_linear import quantized_linears, weight_formats
 
 
 def formats(path) -> dict[str, str]:
-    return quantised_formats(AutoModelForCausalLM.from_pretrained(path))
+    return weight_formats(AutoModelForCausalLM.from_pretrained(path))
 
 
 def test_writes_a_checkpoint_that_other_commands_read(was, other_model, text, tmp_path):

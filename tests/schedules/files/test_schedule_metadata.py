@@ -18,6 +18,7 @@ FULL = ScheduleMetadata(
     calibration_text="«text», 1 MB",
     calibration_tokens=4096,
     fingerprint={"architecture": "Llama"},
+    weights={"lm_head": "int8"},
 )
 
 
@@ -47,3 +48,10 @@ def test_files_from_before_there_was_a_source_are_read():
     reader = MetadataReader(strings)
     assert ScheduleMetadata.read(reader) == ScheduleMetadata(recipe="was")
     assert reader.problems == []
+
+
+@pytest.mark.parametrize("text", ['["int8"]', '{"lm_head": 8}', "int8"])
+def test_formats_that_are_none_are_a_problem(text):
+    reader = MetadataReader(ScheduleMetadata().to_strings() | {"weights": text})
+    assert ScheduleMetadata.read(reader).weights is None
+    assert any("'weights'" in each for each in reader.problems)

@@ -1,5 +1,6 @@
 """Quantised models: made, sparsified, copied, moved to other dtypes, saved and loaded; and what is refused."""
 
+import contextlib
 import copy
 import pickle
 
@@ -8,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import was_fx
-from was_fx.modules.quantized_linear import QuantizedLinear, quantized_linears
+from was_fx.modules.quantized_linear import QuantizedLinear, quantized_linears, weight_formats
+from was_fx.searching.workers import checkpoint_of
 
 MIXED = {"*mlp*": "int4-64", "lm_head": "int8"}
 
@@ -82,7 +84,7 @@ def test_copies_are_sparse_and_quantised(through, ids):
 
 
 def test_check_names_the_kernel_and_densify_leaves_the_format(ids):
-    model = was_fx.sparsify(small(), sparse_schedule(), weights="int8")
+    model = was_fx.sparsify(was_fx.quantize(small(), "int8"), sparse_schedule("int8"))
     report = was_fx.check(model)
     assert {row.implementation for row in report.linears} <= {"cpu_quantized", "dequantised_product"}
     assert not any(row.dense for row in report.linears)
@@ -91,8 +93,8 @@ def test_check_names_the_kernel_and_densify_leaves_the_format(ids):
     assert model(ids).logits.isfinite().all()
 
 
-def sparse_schedule():
-    model = small()
+def sparse_schedule(weights=None):
+    model = small() if weights is None else was_fx.quantize(small(), weights)
     return was_fx.uniform(was_fx.calibrate(model, torch.randint(0, 128, (4, 32))), 0.5)
 
 
@@ -152,3 +154,69 @@ def test_a_checkpoint_with_scales_of_nan_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="up_proj: scales are not all positive finite"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("made_with", "used_with", "words"),
+    [
+        (None, "int8", r"weights not quantised, and those of the model are int8 \(15 Linears\)"),
+        ("int8", None, r"weights int8 \(15 Linears\), and those of the model are not quantised"),
+        ("int8", "int4", r"int8 \(15 Linears\), and those of the model are int4-32 \(14 Linears\), int8 \(1\)"),
+        ("int8", "int8", ""),
+    ],
+)
+def test_a_schedule_that_was_made_with_other_weights_is_warned_of(made_with, used_with, words, tmp_path):
+    sparse_schedule(made_with).save(tmp_path / "s.safetensors")
+    schedule = was_fx.Schedule.load(tmp_path / "s.safetensors")
+    with pytest.warns(UserWarning, match=words) if words else contextlib.nullcontext():
+        model = was_fx.sparsify(small(), schedule, weights=used_with)
+    was_fx.densify(model)
+    again = was_fx.recalibrate(model, schedule, torch.randint(0, 128, (4, 32)), rounds=1)
+    was_fx.sparsify(model, again)  # measured on this model
+    was_fx.sparsify(small() if used_with is None else model, schedule.replace({}, weights=None))  # not known
+
+
+def test_a_linear_that_has_another_format_already_is_refused(ids):
+    model = was_fx.quantize(small(), "int8")
+    before = model(ids).logits
+    with pytest.raises(ValueError, match="q_proj is int8 already, and can't become int4-32"):
+        was_fx.quantize(model, "int4")
+    assert torch.equal(was_fx.quantize(model, "int8")(ids).logits, before)
+
+
+@pytest.mark.parametrize("weights", [{"*": "int4", "lm_head": "none"}, {"lm_head": "none", "*": "int4"}])
+def test_a_star_is_for_what_no_other_pattern_fits(weights):
+    formats = weight_formats(was_fx.quantize(small(), weights))
+    assert "lm_head" not in formats
+    assert set(formats.values()) == {"int4-32"}
+    assert weight_formats(was_fx.quantize(small(), {"*": "int4"}))["lm_head"] == "int8"
+
+
+def test_what_became_of_each_weight_is_told():
+    model, told, steps = small(), [], []
+    before = {name: module.weight.detach().float() for name, module in model.named_modules() if "proj" in name}
+    tokens = torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(3))
+    was_fx.quantize(model, "int4", tokens=tokens, told=told.append, progress=lambda *step: steps.append(step))
+    assert steps == [(done, 15) for done in range(1, 16)]
+    assert {each.name: each.format for each in told} == weight_formats(model)
+    for each in told:
+        if each.name in before:
+            w = before[each.name]
+            assert (each.count, each.before, each.after) == (
+                w.numel(),
+                2 * w.numel(),
+                model.get_submodule(each.name).was_rows.nbytes,
+            )
+            off = (model.get_submodule(each.name).weight.float() - w).square().sum()
+            torch.testing.assert_close(torch.tensor(each.off / each.size), off / w.square().sum())
+            assert 0 < each.outputs_off / each.outputs_size < 0.02
+        else:
+            assert (each.name, each.outputs_size) == ("lm_head", 0.0)
+
+
+def test_workers_can_t_find_a_model_that_was_quantised_in_memory(tmp_path):
+    small().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert checkpoint_of(model) == str(tmp_path)
+    with pytest.raises(ValueError, match="comes from no checkpoint"):
+        checkpoint_of(was_fx.quantize(model))
