@@ -99,7 +99,17 @@ def compute(
 
 
 def _dense_product(x: Tensor, weight: QuantizedRows, bias: Tensor | None) -> Tensor:
-    return dense_linear.compute(x, cpu_quantized.write_out(weight, x.dtype).t(), bias)
+    return dense_linear.compute(x, _write_out(weight, x.dtype).t(), bias)
+
+
+def _write_out(weight: QuantizedRows, dtype: torch.dtype) -> Tensor:
+    """Wᵀ [K, N], in one pass."""
+    if weight.codes.is_cuda:
+        from was_fx.kernels.linear import gpu_write_out  # imports triton
+
+        if gpu_write_out.supports(weight, dtype):
+            return gpu_write_out.write_out(weight, dtype)
+    return cpu_quantized.write_out(weight, dtype)
 
 
 def _check(

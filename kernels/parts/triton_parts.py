@@ -27,9 +27,12 @@ def serves(tensor: Tensor) -> bool:
     """Whether Triton kernels can read this tensor: on CUDA (Ampere and later), or under the interpreter."""
     if tensor.dtype not in DTYPES:
         return False
-    if tensor.is_cuda:
-        return _capability(tensor.device.index or 0) >= (8, 0)
-    return tensor.device.type == "cpu" and interpreted()
+    return capable(tensor.device) or (tensor.device.type == "cpu" and interpreted())
+
+
+def capable(device: torch.device) -> bool:
+    """Whether this is a GPU that the kernels are written for."""
+    return device.type == "cuda" and _capability(device.index or 0) >= (8, 0)
 
 
 @functools.cache
