@@ -6,12 +6,14 @@ import typer
 
 from was_fx.cli.input import options
 from was_fx.cli.input.models import check_name, torch_dtype
+from was_fx.cli.input.weights import parse_weights
 from was_fx.cli.render.console import print_json, progress, say, stdout
 from was_fx.cli.render.tables import new_table
 
 EXAMPLES = options.examples(
     "was tune ./llama",
     "was tune llama-3-8b qwen2.5-7b  [dim]named shapes, without their weights[/]",
+    "was tune ./llama --weights int8  [dim]those of quantised weights[/]",
     "was tune ./llama --again  [dim]measure anew what is known[/]",
 )
 
@@ -25,6 +27,14 @@ def tune(
             "as llama-3-8b.",
         ),
     ],
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar=options.WEIGHTS_METAVAR,
+            help="Tune the product of quantised weights. Formats as for the other commands; int4 with any group has "
+            "the same tile sizes.",
+        ),
+    ] = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     again: Annotated[bool, typer.Option("--again", help="Measure shapes anew that are known.")] = False,
     json: options.Json = False,
@@ -34,6 +44,7 @@ def tune(
     A few seconds per shape. The results are kept in a file in your cache folder that was-fx reads from then on, before
     the ones it ships for some GPUs. An interrupted run goes on where it stopped.
     """
+    plan = parse_weights(weights)
     import torch
 
     if not torch.cuda.is_available():
@@ -46,7 +57,7 @@ def tune(
     shapes = []
     with progress("Finding shapes"):
         for name in model:
-            shapes += [shape for shape in gemv_shapes(_config(name), number) if shape not in shapes]
+            shapes += [shape for shape in gemv_shapes(_config(name), number, plan) if shape not in shapes]
     with progress("Tuning") as advance:
         path = tuning.tune(shapes, again=again, progress=advance)
     found = tuned(path.name)
@@ -54,7 +65,7 @@ def tune(
     if json:
         print_json({"file": str(path), "configurations": chosen})
         return
-    table = new_table("K, N, dtype", "rows", "columns", "splits", "warps")
+    table = new_table("K, N, format", "rows", "columns", "splits", "warps")
     for key, config in chosen.items():
         table.add_row(key, *(str(config[name]) for name in ("rows", "columns", "splits", "warps")))
     stdout().print(table)

@@ -10,16 +10,20 @@ from was_fx.generate.compiled_step import CompiledStep
 from was_fx.kernels.parts.gemv_config import Format
 from was_fx.measure.sequential import uniform_while_dropping
 from was_fx.measure.speed import random_model
+from was_fx.sparse.quantize import Weights, quantize
 from was_fx.sparse.sparsify import sparsify
 
 
 @torch.no_grad()
-def gemv_shapes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[tuple[int, tuple[int, ...], Format]]:
-    """(K, (N_1, …), dtype) of every product, found by decoding a token with two blocks of random weights.
+def gemv_shapes(
+    config: Any, dtype: torch.dtype = torch.bfloat16, weights: Weights | None = None
+) -> list[tuple[int, tuple[int, ...], Format]]:
+    """(K, (N_1, …), format) of every product, found by decoding a token with two blocks of random weights.
 
     Args:
         config: a causal LM's configuration.
-        dtype: of the weights.
+        dtype: of the weights; the format of those that are not quantised.
+        weights: formats to quantise them in first, as for `was_fx.quantize`: "int8" and "int4" are found.
     """
     from transformers import StaticCache
 
@@ -31,6 +35,8 @@ def gemv_shapes(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[tuple[
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:2]
     model = random_model(small, dtype=dtype, device="cuda")
+    if weights is not None:
+        quantize(model, weights)
     ids = torch.randint(text.vocab_size, (1, 16))
     sparsify(model, uniform_while_dropping(model, ids, 0.5))
     # The passes merge Linears that share an input, so the shapes are those of a compiled step; Inductor changes none.

@@ -19,7 +19,7 @@ def tune(shapes: Sequence[Shape], *, again: bool = False, progress: Progress | N
     The file is written after every shape, so an interrupted run goes on where it stopped.
 
     Args:
-        shapes: (K, (N_1, …), dtype) each.
+        shapes: (K, (N_1, …), format) each; the format is a dtype, "int8" or "int4".
         again: measure shapes anew that the file holds already.
         progress: called with (shapes done, all shapes).
 

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from was_fx.kernels.parts.gemv_config import GemvConfig, tuned
 from was_fx.measure import tuning
+from was_fx.measure.gemv_shapes import gemv_shapes
 
 SHAPES = [(64, (32,), torch.bfloat16), (64, (32, 16), torch.bfloat16)]
 
@@ -50,3 +52,17 @@ def test_without_a_gpu_it_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no CUDA device"):
         tuning.tune(SHAPES)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_products_of_a_quantised_model_are_found(weights):
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024
+    )
+    found = gemv_shapes(config, torch.bfloat16, weights)
+    body = [(256, (256, 128, 128)), (256, (256,)), (256, (512, 512)), (512, (256,))]
+    assert {(*shape, weights) for shape in body} <= set(found)
+    assert (256, (1024,), "int8") in found  # the head
+    assert not any(isinstance(format, torch.dtype) for *_, format in found)
