@@ -32,6 +32,7 @@ _HOMES = {
     "densify": "was_fx.sparse.sparsify",
     "draft": "was_fx.sparse.drafting",
     "evaluate": "was_fx.measure.evaluate",
+    "fisher": "was_fx.schedules.search.fisher",
     "import_release": "was_fx.schedules.released.importer",
     "load_published": "was_fx.schedules.released.published",
     "perplexity": "was_fx.measure.evaluate",
@@ -58,6 +59,7 @@ __all__ = [
     "densify",
     "draft",
     "evaluate",
+    "fisher",
     "import_release",
     "load_published",
     "perplexity",
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from was_fx.schedules.released.importer import import_release
     from was_fx.schedules.released.published import load_published
     from was_fx.schedules.score import Score
+    from was_fx.schedules.search.fisher import fisher
     from was_fx.schedules.search.uniform import uniform
     from was_fx.searching.schedule_search import search
     from was_fx.sparse.drafting import draft

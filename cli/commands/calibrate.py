@@ -23,6 +23,7 @@ EXAMPLES = options.examples(
     "was calibrate ./llama --text book.txt --score teal --tokens 100000",
     "was calibrate ./llama --text book.txt --include '*' --exclude '*.k_proj'  [dim]the head too, k not[/]",
     "was calibrate ./llama --text book.txt --exponent 0.5 --norm 2",
+    "was calibrate ./llama --text book.txt --fisher  [dim]for was make --fisher, at any target[/]",
     "was calibrate ./llama --text book.txt --weights int8  [dim]as it will run, quantised[/]",
 )
 
@@ -56,6 +57,12 @@ def calibrate(
             min=2, metavar="N", help="Measure at most about so many tokens (whole windows); by default the whole text."
         ),
     ] = None,
+    fisher: Annotated[
+        bool,
+        typer.Option(
+            "--fisher", help="Measure by a backward pass how much the loss moves with each channel, for the recipe fisher."
+        ),
+    ] = False,
     include: options.Include = None,
     exclude: options.Exclude = None,
     length: options.Length = None,
@@ -87,6 +94,7 @@ def calibrate(
             text=source.name,
             include=include or None,
             exclude=exclude or (),
+            fisher=fisher,
             batch_size=batch_size,
             progress=advance,
         )
@@ -102,6 +110,7 @@ def calibrate(
                 "text": source.name,
                 "score": score_used,
                 "weights": loaded.weights,
+                "fisher": fisher,
             }
         )
         return
@@ -115,7 +124,7 @@ def calibrate(
         )
     if loaded.weights is not None:
         say(f"Weights: {loaded.weights}; use it with weights in the same formats")
-    say(f"Next: was make {shlex.quote(str(out))} --target 50%")
+    say(f"Next: was make {shlex.quote(str(out))} --target 50%{' --fisher' if fisher else ''}")
 
 
 def _score(name: ScoreName | None, exponent: float | None, norm: int | None) -> "Score":

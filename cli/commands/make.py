@@ -14,6 +14,7 @@ from was_fx.cli.render.console import print_json, say
 EXAMPLES = options.examples(
     "was make calibration.safetensors --target 0.5",
     "was make calibration.safetensors --target 0.5 --exclude '*.v_proj' --exclude 're:.*layers[.][01][.].*'",
+    "was make calibration.safetensors --target 0.5 --fisher  [dim]of was calibrate --fisher[/]",
     "was make calibration.safetensors --target 60% --out llama-60.was.safetensors",
 )
 
@@ -28,20 +29,30 @@ def make(
             help="Share of the scheduled weights that a token shall not read, such as 0.5 or 50%.",
         ),
     ],
+    fisher: Annotated[
+        bool,
+        typer.Option(
+            "--fisher",
+            help="Let each Linear be as sparse as the loss allows, by the Fisher weights of was calibrate --fisher, in "
+            "place of the same sparsity for all.",
+        ),
+    ] = False,
     out: options.ScheduleOut = options.SCHEDULE_OUT,
     include: options.Include = None,
     exclude: options.Exclude = None,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Make a schedule with the same sparsity for every Linear that was calibrated. Needs no model and takes no time."""
+    """Make a schedule from a calibration: the same sparsity for every Linear, or by Fisher weights. Needs no model and
+    takes no time."""
     check_output(out, force)
     found = load_calibration(calibration)
 
-    schedule = was_fx.uniform(found, target, include=include or None, exclude=exclude or ())
+    allocate = was_fx.fisher if fisher else was_fx.uniform
+    schedule = allocate(found, target, include=include or None, exclude=exclude or ())
     schedule.save(out)
     if json:
         print_json({"path": str(out), "target": target, "nominal": schedule.sparsity, "linears": len(schedule.linears)})
         return
-    say(f"Wrote {out}: {len(schedule.linears)} Linears at {100 * target:g} %, score {found.score}")
+    say(f"Wrote {out}: {len(schedule.linears)} Linears at {100 * target:g} %, score {'Fisher' if fisher else found.score}")
     say(f"Next: was inspect {shlex.quote(str(out))}")

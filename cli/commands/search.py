@@ -27,7 +27,7 @@ EXAMPLES = options.examples(
 
 
 # What a schedule is searched by, and what it is to save.
-RecipeName = StrEnum("RecipeName", ["exact", "was", "teal", "wina", "wisparse", "uniform"])
+RecipeName = StrEnum("RecipeName", ["exact", "fisher", "was", "teal", "wina", "wisparse", "uniform"])
 Cost = StrEnum("Cost", ["bytes", "latency"])
 
 
@@ -44,7 +44,7 @@ def search(
     recipe: Annotated[
         RecipeName,
         typer.Option(
-            help="exact (ours): all Linears at once, by measured sensitivities. was: greedy inside blocks, Bayesian "
+            help="fisher (ours): all Linears at once, by one backward pass. exact (ours): by measured sensitivities. was: greedy inside blocks, Bayesian "
             "search over them. teal, wina: greedy inside blocks. wisparse: greedy and evolutionary, with an exponent "
             "per Linear. uniform: the same for all."
         ),
@@ -151,7 +151,14 @@ def search(
     samples = windows(loaded, sample_text, length=length, tokens=chosen.calibration_tokens)
     with progress(f"Calibrating on {samples.numel():,} tokens") as advance:
         calibration = was_fx.calibrate(
-            loaded.model, samples, score=chosen.score, text=sample_text.name, batch_size=batch_size, progress=advance
+            loaded.model,
+            samples,
+            score=chosen.score,
+            text=sample_text.name,
+            fisher=chosen.over == "fisher",
+            seed=seed,
+            batch_size=batch_size,
+            progress=advance,
         )
     with SearchDisplay() as display:
         found = was_fx.search(

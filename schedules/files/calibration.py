@@ -13,6 +13,7 @@ from torch import Tensor
 from was_fx.schedules.errors import ScheduleError
 from was_fx.schedules.files import storage
 from was_fx.schedules.files.calibration_file import calibration_problems, pack, unpack, unpack_settings
+from was_fx.schedules.files.fisher_scores import FisherScores, fisher_problems
 from was_fx.schedules.files.metadata import MetadataReader, plain, to_json
 from was_fx.schedules.histogram import ScoreHistogram
 from was_fx.schedules.names import suggestion
@@ -38,6 +39,7 @@ class Calibration:
         excluded: qualified names of the Linears that were left out on purpose.
         weights: the formats of the quantised Linears of the model, by qualified name; empty if it had none, None if
             that is not known.
+        fisher: Fisher weights, and quantiles of the scores made with them; None if they were not measured.
 
     Raises:
         ScheduleError: with everything in these that does not fit.
@@ -52,6 +54,7 @@ class Calibration:
     fingerprint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     excluded: tuple[str, ...] = ()
     weights: Mapping[str, str] | None = None
+    fisher: FisherScores | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", dict(self.thresholds))
@@ -61,13 +64,15 @@ class Calibration:
         if self.weights is not None:
             object.__setattr__(self, "weights", plain(dict(self.weights), "weights"))
         problems = calibration_problems(self.levels, self.thresholds, self.shapes, self.tokens)
+        if self.fisher is not None and not problems:
+            problems = fisher_problems(self.fisher, self.levels, self.shapes)
         if problems:
             raise ScheduleError("the calibration is not valid", problems, "Calibrate again.")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Calibration):
             return NotImplemented
-        plain_fields = ("score", "shapes", "tokens", "text", "fingerprint", "excluded", "weights")
+        plain_fields = ("score", "shapes", "tokens", "text", "fingerprint", "excluded", "weights", "fisher")
         return (
             all(getattr(self, name) == getattr(other, name) for name in plain_fields)
             and torch.equal(self.levels, other.levels)
@@ -100,7 +105,7 @@ class Calibration:
             values["weights"] = self.weights
         strings = {key: to_json(value, key) for key, value in (values | vars(self.score)).items()}
         strings |= {"shapes": to_json(self.shapes, "shapes", sort_keys=False), "text": self.text}
-        storage.write(path, storage.CALIBRATION, pack(self.levels, self.thresholds), strings)
+        storage.write(path, storage.CALIBRATION, pack(self.levels, self.thresholds, self.fisher), strings)
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
@@ -115,11 +120,13 @@ class Calibration:
         score, shapes, tokens, text, fingerprint, excluded = unpack_settings(reader)
         weights = reader.formats("weights")
         reader.finish()
-        levels, thresholds, unknown = unpack(tensors, shapes)
+        levels, thresholds, fisher, unknown = unpack(tensors, shapes)
         problems = reader.problems + unknown + calibration_problems(levels, thresholds, shapes, tokens)
+        if fisher is not None and not problems:
+            problems = fisher_problems(fisher, levels, shapes)
         if problems:
             raise ScheduleError(f"{path} is not a valid calibration", problems, "Calibrate again.")
-        return cls(score, levels, thresholds, shapes, tokens, text, fingerprint, excluded, weights)
+        return cls(score, levels, thresholds, shapes, tokens, text, fingerprint, excluded, weights, fisher)
 
 
 class CalibrationBuilder:

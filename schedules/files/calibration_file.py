@@ -6,28 +6,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from was_fx.schedules.files.fisher_scores import FisherScores
 from was_fx.schedules.files.metadata import MetadataReader, Shapes, is_matrix_shape
 from was_fx.schedules.score import Score
 
 _LEVELS = "levels"
 _SUFFIX = ".thresholds"
+_WEIGHTS, _FISHER = ".fisher_weights", ".fisher_thresholds"
 
 
-def pack(levels: Tensor, thresholds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`levels` fp32 [L], and `<qualified name>.thresholds` fp32 [L] of each Linear."""
-    return {_LEVELS: levels, **{name + _SUFFIX: values for name, values in thresholds.items()}}
+def pack(levels: Tensor, thresholds: Mapping[str, Tensor], fisher: FisherScores | None = None) -> dict[str, Tensor]:
+    """`levels` fp32 [L], and `<qualified name>.thresholds` fp32 [L] of each Linear; with Fisher scores also
+    `<qualified name>.fisher_weights` fp32 [K] and `<qualified name>.fisher_thresholds` fp32 [L]."""
+    packed = {_LEVELS: levels, **{name + _SUFFIX: values for name, values in thresholds.items()}}
+    if fisher is not None:
+        packed |= {name + _WEIGHTS: values for name, values in fisher.weights.items()}
+        packed |= {name + _FISHER: values for name, values in fisher.thresholds.items()}
+    return packed
 
 
-def unpack(tensors: Mapping[str, Tensor], order: Mapping[str, object]) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+def unpack(
+    tensors: Mapping[str, Tensor], order: Mapping[str, object]
+) -> tuple[Tensor, dict[str, Tensor], FisherScores | None, list[str]]:
     """The inverse of `pack`, in the given order of names, and which tensors are unknown.
 
     Levels that are missing are given back as an empty tensor.
     """
     found = {key.removesuffix(_SUFFIX): tensors[key] for key in sorted(tensors) if key.endswith(_SUFFIX)}
     thresholds = {name: found.pop(name) for name in order if name in found}
-    unknown = [key for key in sorted(tensors) if key != _LEVELS and not key.endswith(_SUFFIX)]
+    parts = [_named(tensors, suffix) for suffix in (_WEIGHTS, _FISHER)]
+    fisher = FisherScores(*parts) if any(parts) else None
+    unknown = [key for key in sorted(tensors) if key != _LEVELS and not key.endswith((_SUFFIX, _WEIGHTS, _FISHER))]
     problems = [f"unknown tensor {key}: expected {_LEVELS} or <Linear>{_SUFFIX}" for key in unknown]
-    return tensors.get(_LEVELS, torch.empty(0)), {**thresholds, **found}, problems
+    return tensors.get(_LEVELS, torch.empty(0)), {**thresholds, **found}, fisher, problems
+
+
+def _named(tensors: Mapping[str, Tensor], suffix: str) -> dict[str, Tensor]:
+    return {key.removesuffix(suffix): tensors[key] for key in sorted(tensors) if key.endswith(suffix)}
 
 
 def unpack_settings(reader: MetadataReader) -> tuple[Score, Shapes, int, str, dict[str, Any], tuple[str, ...]]:

@@ -12,7 +12,7 @@ from was_fx.schedules.search.exact import ExactSettings
 from was_fx.schedules.search.greedy import Greedy
 
 Inside = Literal["uniform", "greedy"]
-Over = Literal["uniform", "bayesian", "evolutionary", "random", "exact"]
+Over = Literal["uniform", "bayesian", "evolutionary", "random", "exact", "fisher"]
 
 # What WAS's released accounting takes k and v for, whatever the model.
 _WAS_SHARES = {"k_proj": 0.125, "v_proj": 0.125}
@@ -26,7 +26,7 @@ class Recipe:
         name: of the recipe.
         score: the score of all Linears; None searches an exponent per Linear (norm 2).
         inside: allocation inside a block.
-        over: allocation over blocks; "exact" allocates over all Linears at once and ignores `inside`.
+        over: allocation over blocks; "exact" and "fisher" allocate over all Linears at once and ignore `inside`.
         trials: how many a search over blocks makes.
         margin: how far a block may go from the target, or from the answer that is refined.
         monotone: levels of blocks must not fall over depth.
@@ -71,6 +71,7 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe("was", Score(1.0, 1), "greedy", "bayesian", trials=50, margin=0.05, monotone=True),
         Recipe("wisparse", None, "greedy", "evolutionary", trials=64, margin=0.15),
         Recipe("exact", Score(1.0, 1), "uniform", "exact"),
+        Recipe("fisher", Score(1.0, 1), "uniform", "fisher"),
     )
 }
 

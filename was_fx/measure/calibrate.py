@@ -8,11 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from was_fx.measure.fisher import fisher_table, fisher_weights, share_of
 from was_fx.modules.linears import body_linears, dropping, find_linears, looking_at_inputs
 from was_fx.modules.placement import input_device, refuse_sharded, whole_channel_norms
 from was_fx.modules.quantized_linear import weight_formats
-from was_fx.modules.tokens import Tokens, batches
+from was_fx.modules.tokens import Tokens, batches, number_of_sequences
 from was_fx.schedules.files.calibration import Calibration, CalibrationBuilder
+from was_fx.schedules.files.fisher_scores import FisherScores
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.progress import Progress, report
 from was_fx.schedules.score import Score, channel_scale
@@ -32,6 +34,8 @@ def calibrate(
     text: str = "",
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
+    fisher: bool = False,
+    seed: int = 0,
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -48,6 +52,9 @@ def calibrate(
         include: qualified names of the Linears to measure, or patterns of them (see `was_fx.schedules.selection`), the
             head among them if one matches; by default all but the head.
         exclude: those to leave out, and dense.
+        fisher: measure Fisher weights too, for the recipe `fisher`: a backward pass over a third of the sequences, and
+            another pass over all of them. See `was_fx.measure.fisher`.
+        seed: of the labels that are drawn for Fisher weights.
         batch_size: sequences per forward pass.
         progress: called with (sequences done, n).
 
@@ -68,11 +75,21 @@ def calibrate(
     linears = {name: everything[name] for name in select(everything, include, exclude, default=body)}
     norms = {name: whole_channel_norms(linear, score.norm) for name, linear in linears.items()}
     builder = CalibrationBuilder(score, {name: linear.shape for name, linear in linears.items()}, norms)
+    sample = share_of(tokens)
+    plain, backward = number_of_sequences(tokens), number_of_sequences(sample)
+    total = 2 * plain + backward if fisher else plain
     with looking_at_inputs(linears, builder.add):
-        _run(model, tokens, batch_size, progress)
+        run_text(model, tokens, batch_size, partial(_in_phase, progress, 0, total))
     excluded = [name for name in body if name not in linears]
     fingerprint = model_fingerprint(model, everything)
-    return builder.build(text=text, fingerprint=fingerprint, excluded=excluded, weights=weight_formats(model))
+    found = builder.build(text=text, fingerprint=fingerprint, excluded=excluded, weights=weight_formats(model))
+    if not fisher:
+        return found
+    step = partial(_in_phase, progress, plain, total)
+    weights = fisher_weights(model, linears, sample, seed=seed, batch_size=batch_size, progress=step)
+    step = partial(_in_phase, progress, plain + backward, total)
+    table = fisher_table(model, linears, weights, partial(run_text, model, tokens, batch_size, step))
+    return replace(found, fisher=FisherScores(weights, table.thresholds))
 
 
 @torch.no_grad()
@@ -168,11 +185,11 @@ def measure_thresholds(
         builder.add(name, x.clamp(min=0) if signed else x)
 
     with dropping(linears, thresholds, look=record):
-        _run(model, tokens, batch_size, progress)
+        run_text(model, tokens, batch_size, progress)
     return ThresholdTable(builder.build(text="", fingerprint={}), dict(exponents), norm, signed)
 
 
-def _run(model: nn.Module, tokens: Tokens, batch_size: int, progress: Progress | None) -> None:
+def run_text(model: nn.Module, tokens: Tokens, batch_size: int, progress: Progress | None) -> None:
     """Run the text through the model, every Linear dense."""
     training = model.training
     model.eval()
@@ -183,6 +200,10 @@ def _run(model: nn.Module, tokens: Tokens, batch_size: int, progress: Progress |
                 report(progress, done, total)
     finally:
         model.train(training)
+
+
+def _in_phase(progress: Progress | None, before: int, total: int, done: int, _of: int) -> None:
+    report(progress, before + done, total)
 
 
 def _later_round(progress: Progress | None, done: int, rounds: int, sequences: int, of: int) -> None:

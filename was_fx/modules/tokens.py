@@ -40,6 +40,11 @@ def batches(model: nn.Module, tokens: Tokens, batch_size: int) -> Iterator[tuple
         yield part, done, total
 
 
+def number_of_sequences(tokens: Tokens) -> int:
+    """How many sequences there are."""
+    return len(tokens.get("input_ids", ()) if isinstance(tokens, Mapping) else tokens)
+
+
 def _without_padding(tokens: Tokens) -> Tensor | list[Tensor]:
     if isinstance(tokens, Tensor):
         return tokens

@@ -26,6 +26,7 @@ from was_fx.schedules.search.trial_log import TrialLog
 from was_fx.searching import exact_allocation
 from was_fx.searching.block_allocation import BlockAllocation
 from was_fx.searching.block_level_search import history, search_blocks
+from was_fx.searching.fisher_allocation import search_fisher
 from was_fx.searching.search_context import SearchContext
 from was_fx.searching.search_trials import running
 from was_fx.sparse.state import model_fingerprint, sparse_state, warn_of_other_formats
@@ -63,10 +64,11 @@ def search(
 
     Args:
         model: the dense model that was calibrated, on its device and in its dtype.
-        calibration: of its recipe's score: WAS's |x|·‖W‖₁ for "was", TEAL's |x| for "teal", and so on.
+        calibration: of its recipe's score: WAS's |x|·‖W‖₁ for "was", TEAL's |x| for "teal", and so on; of any, with
+            Fisher weights, for "fisher".
         tokens: LongTensor [n, seq], validation windows; never a test text.
         target: the model sparsity, above 0 and below 1.
-        recipe: "uniform", "teal", "wina", "was", "wisparse", "exact", or a `Recipe`.
+        recipe: "uniform", "teal", "wina", "was", "wisparse", "exact", "fisher", or a `Recipe`.
         trials: how many over blocks; by default the recipe's. For "exact", trials that refine its answer.
         seed: of the optimiser, and of the windows that "exact" measures on.
         calibration_tokens: LongTensor [n, seq] to measure thresholds and block errors on; by default `tokens`.
@@ -142,6 +144,9 @@ def _run(context: SearchContext, settings: Mapping[str, Any]) -> Schedule:
     recipe, target, blocks = context.recipe, context.target, context.blocks
     margin, limit = recipe.margin if recipe.searches else 1.0, recipe.greedy.limit
     bounds = max(target - margin, 0.0), min(target + margin, limit)
+    if recipe.over == "fisher":
+        schedule = search_fisher(context, _metadata(context, settings, ()))
+        return schedule.replace({}, history={"tokens": dict(context.spent)})
     check_budget(target, [float(block.size) for block in blocks], *bounds)
     inside = BlockAllocation(context)
     table = context.dense_table(inside.exponents() if recipe.score is None else None)
@@ -158,20 +163,24 @@ def _run(context: SearchContext, settings: Mapping[str, Any]) -> Schedule:
         sparsities, found = dict(expand(result.levels)), history(result)
     else:
         sparsities = dict(inside.expansion(table)(uniform))
+    excluded = tuple(name for name in context.calibration.shapes if name not in sparsities)
+    schedule = context.final(table.schedule(sparsities, _metadata(context, settings, excluded)))
+    return schedule.replace({}, history={**found, "tokens": dict(context.spent)})
+
+
+def _metadata(context: SearchContext, settings: Mapping[str, Any], excluded: tuple[str, ...]) -> ScheduleMetadata:
     calibration = context.calibration
-    metadata = ScheduleMetadata(
-        recipe=recipe.name,
-        target=target,
+    return ScheduleMetadata(
+        recipe=context.recipe.name,
+        target=context.target,
         seed=context.seed,
         search=dict(settings),
-        excluded=tuple(name for name in calibration.shapes if name not in sparsities),
+        excluded=excluded,
         calibration_text=calibration.text,
         calibration_tokens=calibration.tokens,
         fingerprint=calibration.fingerprint,
         weights=calibration.weights,
     )
-    schedule = context.final(table.schedule(sparsities, metadata))
-    return schedule.replace({}, history={**found, "tokens": dict(context.spent)})
 
 
 def _check(context: SearchContext) -> None:
@@ -184,7 +193,7 @@ def _check(context: SearchContext) -> None:
         raise ValueError(f"the target sparsity must be above 0 and below 1, found {target!r}; give for example 0.5")
     if batch < 1 or trials < (1 if recipe.searches else 0):
         raise ValueError(f"a search needs at least one trial at a time and in all, found {trials} and batch {batch}")
-    if recipe.score is not None and recipe.score != calibration.score and recipe.over != "exact":
+    if recipe.score is not None and recipe.score != calibration.score and recipe.over not in ("exact", "fisher"):
         raise ScheduleError(
             f"the recipe {recipe.name!r} scores by {recipe.score}, but the calibration measured {calibration.score}",
             remedy=f"Calibrate with the score {recipe.score}, or choose the recipe of this calibration.",

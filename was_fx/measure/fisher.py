@@ -1,0 +1,171 @@
+"""Fisher weights: how much the loss moves with each input channel of each Linear, by one backward pass.
+
+    g_j² = mean over tokens of (∂L/∂x_j)²,   L = −log p(label), the label drawn from the model's own distribution
+
+∂L/∂x is what reaches the input of this Linear alone, (∂L/∂y) W, siblings apart. Then x_j² g_j² / 2 is the loss, to
+second order, that dropping x_j costs by itself.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from was_fx.modules.linears import LinearModule, dropping, looking_at_inputs
+from was_fx.modules.placement import input_device
+from was_fx.modules.tokens import Tokens, batches, number_of_sequences
+from was_fx.schedules.blocks import find_blocks
+from was_fx.schedules.errors import ScheduleError
+from was_fx.schedules.files.calibration import Calibration, CalibrationBuilder
+from was_fx.schedules.files.schedule import Schedule
+from was_fx.schedules.progress import Progress, report
+from was_fx.schedules.score import Score
+from was_fx.sparse.sparsify import prompts_treated
+
+# Sequences that are all used.
+_ALL = 8
+
+
+def fisher_weights(
+    model: nn.Module,
+    linears: Mapping[str, LinearModule],
+    tokens: Tokens,
+    *,
+    schedule: Schedule | None = None,
+    seed: int = 0,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """g [K] fp32 on the CPU of each Linear, by qualified name.
+
+    No gradient of a weight is taken, and each block of the model is run again for its part of the backward pass, so
+    that memory holds the inputs of the blocks and one block's activations beside the model.
+
+    Args:
+        model: a dense causal LM, in any floating dtype; its weights may be quantised. Not changed.
+        linears: of the model.
+        tokens: as for `calibrate`.
+        schedule: what the model drops meanwhile, with thresholds of its own for each channel; by default nothing.
+        seed: of the labels that are drawn.
+        batch_size: sequences per pass.
+        progress: called with (sequences done, n).
+
+    Raises:
+        ScheduleError: gradients that are not finite.
+    """
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(linears, 0)
+
+    def add(name: str, grad: Tensor) -> None:
+        squares = grad.detach().float().square().reshape(-1, grad.shape[-1])
+        sums[name] = sums[name] + squares.sum(0) if name in sums else squares.sum(0)
+        counts[name] += len(squares)
+
+    def watch(name: str, x: Tensor) -> Tensor:
+        # One for each Linear, so that siblings don't share a gradient; where nothing before it has one, it starts.
+        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        x.register_hook(partial(add, name))
+        return x
+
+    thresholds = {name: schedule.linears[name].channel_threshold for name in linears} if schedule else {}
+    device = input_device(model)
+    generator = torch.Generator(device).manual_seed(seed)
+    training = model.training
+    model.eval()
+    with ExitStack() as stack:
+        stack.callback(model.train, training)
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(prompts_treated(model, "dense"))
+        stack.enter_context(_without_weight_gradients(model))
+        stack.enter_context(_blocks_run_again(model, {name: linear.shape for name, linear in linears.items()}))
+        if thresholds:
+            on_device = {name: None if t is None else t.to(device) for name, t in thresholds.items()}
+            stack.enter_context(dropping(linears, on_device))
+        stack.enter_context(looking_at_inputs(linears, watch))
+        for batch, done, total in batches(model, tokens, batch_size):
+            logits = model(input_ids=batch.to(device), use_cache=False).logits
+            logits.backward(_gradient(logits.detach(), generator))
+            report(progress, done, total)
+    problems = [f"{name} has no gradient" for name in linears if name not in sums]
+    problems += [f"{name}: gradients are NaN or infinite" for name, each in sums.items() if not each.isfinite().all()]
+    if problems:
+        raise ScheduleError(
+            "Fisher weights cannot be measured", problems, "Measure in bf16 or fp32, or leave these Linears out."
+        )
+    return {name: (sums[name] / counts[name]).sqrt().cpu() for name in linears}
+
+
+@torch.no_grad()
+def fisher_table(
+    model: nn.Module,
+    linears: Mapping[str, LinearModule],
+    weights: Mapping[str, Tensor],
+    run: Callable[[], None],
+    *,
+    schedule: Schedule | None = None,
+) -> Calibration:
+    """The quantiles of |x_j|·g_j of each Linear, dense or while the model drops what a schedule says.
+
+    Args:
+        model, linears: as for `fisher_weights`.
+        weights: g by qualified name.
+        run: sends the text through the model.
+        schedule: with thresholds of its own for each channel.
+    """
+    builder = CalibrationBuilder(Score(1.0, 1), {name: linear.shape for name, linear in linears.items()}, weights)
+    device = input_device(model)
+    thresholds: dict[str, Tensor | None] = dict.fromkeys(linears)
+    if schedule is not None:
+        thresholds |= {
+            name: None if t is None else t.to(device)
+            for name in linears
+            for t in (schedule.linears[name].channel_threshold,)
+        }
+    with dropping(linears, thresholds, look=builder.add):
+        run()
+    return builder.build(text="", fingerprint={})
+
+
+def share_of(tokens: Tokens) -> Tokens:
+    """The sequences that Fisher weights are measured on: every third, and all of eight or fewer.
+
+    A backward pass, with the blocks run again, costs about three forward passes.
+    """
+    if number_of_sequences(tokens) <= _ALL:
+        return tokens
+    return {name: each[::3] for name, each in tokens.items()} if isinstance(tokens, Mapping) else tokens[::3]
+
+
+def _gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """∂(Σ −log p(label)) / ∂logits = p − onehot, for one label drawn per token."""
+    p = logits.float().softmax(-1)
+    labels = torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(*p.shape[:-1], 1)
+    return p.scatter_add_(-1, labels, p.new_full(labels.shape, -1.0)).to(logits.dtype)
+
+
+@contextmanager
+def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _blocks_run_again(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> Iterator[None]:
+    """Keep only what enters each block for the backward pass."""
+    blocks = [model.get_submodule(block.name) for block in find_blocks(shapes) if block.name not in shapes]
+    with ExitStack() as stack:
+        for block in blocks:
+            own = "forward" in vars(block)
+            before = block.forward
+            block.forward = partial(checkpoint, before, use_reentrant=False, preserve_rng_state=False)
+            stack.callback(partial(setattr, block, "forward", before) if own else partial(delattr, block, "forward"))
+        yield
