@@ -111,7 +111,7 @@ def _rows(done: "Sequence[Quantized]", before: int, after: int) -> list[dict[str
 
 
 def _show(rows: list[dict[str, Any]], before: int, after: int, *, fitted: bool) -> None:
-    table = new_table("format", "Linears", "share", "before", "after", "error", *(["of outputs"] if fitted else []))
+    table = new_table("format", "weights", "share", "before", "after", "error", *(["of outputs"] if fitted else []))
     for row in rows:
         errors = [row["error"], *([row["output_error"]] if fitted else [])]
         table.add_row(

@@ -92,9 +92,9 @@ PrefillOption = Annotated[
 WEIGHTS_METAVAR = "FORMAT|PATTERN=FORMAT"
 WEIGHT_FORMATS = (
     "[bold]int8[/]: a byte for each weight, hardly any loss. [bold]int4[/]: 4.5 bits; int4-64, int4-128: 4.25, 4.13. "
-    "A format alone is for all Linears but the head, which becomes int8. PATTERN=FORMAT is for Linears by qualified "
-    "name or glob, such as '*.down_proj=int8' or lm_head=none (which leaves it as it is). May be given several times; "
-    "the first pattern that fits counts."
+    "A format alone is for embeddings and all Linears but the head, which becomes int8. PATTERN=FORMAT is for some by "
+    "qualified name or glob, such as '*.down_proj=int8' or lm_head=none (which leaves it as it is). May be given "
+    "several times; the first pattern that fits counts."
 )
 Weights = Annotated[
     list[str] | None,

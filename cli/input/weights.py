@@ -8,7 +8,7 @@ import typer
 from was_fx.cli.render.console import progress
 
 if TYPE_CHECKING:
-    from was_fx.sparse.quantize import Weights
+    from was_fx.sparse.weight_plan import Weights
 
 _HINT = "'--weights'"
 
@@ -21,7 +21,7 @@ def parse_weights(given: Sequence[str] | None) -> "Weights | None":
     """
     if not given:
         return None
-    from was_fx.sparse.quantize import ALL_OTHERS, parse_format
+    from was_fx.sparse.weight_plan import ALL_OTHERS, parse_format
 
     found: dict[str, str] = {}
     for each in given:

@@ -60,6 +60,17 @@ class QuantizedRows:
             return (codes[:, : self.scales.shape[0]] * self.scales).to(dtype)
         return int4_values(unpack_int4(codes), self.scales[channels], self.groups[channels]).to(dtype)
 
+    def dequantize_outputs(self, dtype: torch.dtype, outputs: Tensor) -> Tensor:
+        """W [M, K] of some outputs, int64 [M], in a floating dtype: the numbers that `dequantize` gives."""
+        if self.groups is None:
+            return (self.codes.index_select(1, outputs) * self.scales[outputs]).t().to(dtype)
+        block, place = outputs // _BLOCK, outputs % _BLOCK
+        pairs = self.codes.index_select(1, block * (_BLOCK // 2) + place % (_BLOCK // 2))
+        q = torch.where(place < _BLOCK // 2, pairs & 15, pairs >> 4)
+        groups = self.groups.index_select(1, outputs // (self.shape[0] // self.groups.shape[1]))
+        step = self.scales[:, None] * groups[..., 0]
+        return (step * (q - groups[..., 1].float() / 16)).t().to(dtype)
+
 
 def pack_int8(codes: Tensor) -> Tensor:
     """int8 [K, N padded to a multiple of 32] of codes [K, N]; the padding is 0."""

@@ -10,8 +10,9 @@ from was_fx.generate.compiled_step import CompiledStep
 from was_fx.kernels.parts.gemv_config import Format
 from was_fx.measure.sequential import uniform_while_dropping
 from was_fx.measure.speed import random_model
-from was_fx.sparse.quantize import Weights, quantize
+from was_fx.sparse.quantize import quantize
 from was_fx.sparse.sparsify import sparsify
+from was_fx.sparse.weight_plan import Weights
 
 
 @torch.no_grad()

@@ -21,9 +21,10 @@ from was_fx.modules.tokens import vocabulary
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.progress import Progress, report
 from was_fx.schedules.score import Score
-from was_fx.sparse.quantize import Weights, quantize
+from was_fx.sparse.quantize import quantize
 from was_fx.sparse.sparsify import densify, sparsify
 from was_fx.sparse.state import sparse_state
+from was_fx.sparse.weight_plan import Weights
 
 # Runs of decode steps on a GPU whose tokens must be the same.
 REPEATS = 20

@@ -11,7 +11,7 @@ class Swapped:
     """A mixin that stands before the class that a module had; `class_before` gives that class.
 
     Attributes:
-        was_product: it computes x Wᵀ + b, as the class before it did.
+        was_product: a Linear computes x Wᵀ + b, as the class before it did.
         was_fp32: names of buffers that stay fp32, whatever dtype the model gets.
         was_input_major: the weight Parameter is Wᵀ [K, N] (Conv1D), not W [N, K].
     """
@@ -48,7 +48,7 @@ def with_mixin(mixin: Any, kind: Any) -> Any:
 
 @cache
 def _made(mixin: Any, kind: Any) -> Any:
-    prefix = mixin.__name__.removesuffix("Linear")
+    prefix = mixin.__name__.removesuffix("Linear").removesuffix("Embedding")
     attributes = {"__module__": kind.__module__, "was_input_major": not issubclass(kind, nn.Linear)}
     return type(f"{prefix}{kind.__name__}", (mixin, kind), attributes)
 

@@ -197,7 +197,7 @@ def weight_bytes_per_token(model: nn.Module, linears: Iterable[LinearModule] | N
     """
     linears = list(find_linears(model).values()) if linears is None else list(linears)
     read = {id(linear.parameter) for linear in linears}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - read
+    embeddings = {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, nn.Embedding)} - read
     experts = {id(parameter) for parameter in expert_parameters(model).values()}
     others = [p for p in model.parameters() if id(p) not in embeddings | experts]
     quantised = sum(linear.nbytes for linear in linears if linear.rows is not None)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.modules.linears import embedding
+from was_fx.modules.quantized_embedding import QuantizedEmbedding
 
 Tokens = Tensor | Sequence[Tensor | Sequence[int]] | Mapping[str, Any]
 
@@ -61,7 +62,10 @@ def _without_padding(tokens: Tokens) -> Tensor | list[Tensor]:
 
 def vocabulary(model: nn.Module) -> int | None:
     """Number of token ids the model's input embedding knows, or None when it can't be told."""
-    weight = getattr(embedding(model, "get_input_embeddings"), "weight", None)
+    module = embedding(model, "get_input_embeddings")
+    if isinstance(module, QuantizedEmbedding):
+        return module.was_rows.shape[0]
+    weight = getattr(module, "weight", None)
     return weight.shape[0] if isinstance(weight, Tensor) else None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -19,9 +20,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from was_fx.compat.quantizers import let_given_attributes_win
 from was_fx.compat.saving import came_from_file, origin
 from was_fx.kernels.quantized.rows import check_rows
-from was_fx.modules.quantized_linear import NAMES, empty_rows, format_name, make_quantized, quantized_linears
+from was_fx.modules.quantized_embedding import TIED, QuantizedEmbedding, make_quantized_embedding, settle
+from was_fx.modules.quantized_linear import NAMES, QuantizedLinear, empty_rows, format_name, make_quantized
 from was_fx.sparse import saving
-from was_fx.sparse.quantize import untie
+from was_fx.sparse.quantize import refuse_resizing, untie
 from was_fx.sparse.saving import METHOD, SCHEDULE_FILE, config_entry
 from was_fx.sparse.sparsify import sparsify
 
@@ -104,9 +106,19 @@ class WasQuantizer(HfQuantizer):
                 f"{type(model).__name__} has no {', '.join(unknown[:4])}, which the checkpoint holds quantised; "
                 "load it with the model class that saved it"
             )
-        for name, format in self.quantization_config.weights.items():
-            dtype = modules[name].weight.dtype
-            make_quantized(modules[name], empty_rows(name, modules[name], format), dtype)
+        weights = self.quantization_config.weights
+        self._shapes: dict[str, tuple[int, int]] = {}
+        for name in sorted(weights, key=lambda name: weights[name] == TIED):  # after the head
+            module, format = modules[name], weights[name]
+            if format == TIED:
+                make_quantized_embedding(module, None, model.get_output_embeddings())
+                continue
+            rows = empty_rows(name, module, format)
+            self._shapes[name] = rows.shape
+            if isinstance(module, nn.Embedding):
+                make_quantized_embedding(module, rows)
+            else:
+                make_quantized(module, rows, module.weight.dtype)
         if self.quantization_config.weights:
             untie(model)
         return model
@@ -114,10 +126,16 @@ class WasQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         config = self.quantization_config
         schedule = config.schedule
-        for name, module in quantized_linears(model).items():
-            _check_complete(name, module)
-            module.was_like = module.was_like.to(module.codes.device)
-            check_rows(name, module.was_rows)
+        for name, module in model.named_modules():
+            if name in self._shapes:
+                _check_complete(name, module)
+                check_rows(name, module.was_rows, self._shapes[name])
+            if isinstance(module, QuantizedLinear):
+                module.was_like = module.was_like.to(module.codes.device)
+            elif isinstance(module, QuantizedEmbedding):
+                settle(module)
+        if config.weights:
+            refuse_resizing(model)
         if self.pre_quantized and config.beside_checkpoint and isinstance(schedule, str | Path):
             schedule = _beside_checkpoint(model.config, str(schedule))
         # From here on it is a model that `sparsify` made, and has none of the limits of a quantised one.

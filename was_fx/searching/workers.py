@@ -67,7 +67,7 @@ def checkpoint_of(model: nn.Module) -> str:
         ValueError: it was not loaded from a checkpoint, or was quantised since.
     """
     name = getattr(getattr(model, "config", None), "name_or_path", "")
-    if not name or getattr(model, "_was_quantised_here", False):
+    if not name or getattr(model, "was_quantised_here", False):
         raise ValueError(
             "workers load the model by themselves, but this one comes from no checkpoint; save it with "
             "save_pretrained(directory) and load it from there, or search without workers"

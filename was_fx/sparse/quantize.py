@@ -3,13 +3,14 @@
     was_fx.quantize(model, "int8")
     was_fx.quantize(model, {"*.mlp.*": "int4", "lm_head": "int8"})
 
-Rows of one input channel lie together, so a sparse model skips them as it skips rows of bf16. Thresholds that were
-measured on the quantised model fit it best: quantise first, then calibrate.
+Input embeddings are quantised along: those that share the head's weight go on sharing it. Rows of one input channel lie
+together, so a sparse model skips them as it skips rows of bf16. Thresholds that were measured on the quantised model
+fit it best: quantise first, then calibrate.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,22 +18,18 @@ from torch import Tensor, nn
 
 from was_fx.kernels.quantized.error_feedback import quantize_with_hessian
 from was_fx.kernels.quantized.fit import check_finite, quantize_int4, quantize_int8
-from was_fx.kernels.quantized.rows import GROUPS, INT4, INT8, QuantizedRows, check_group
+from was_fx.kernels.quantized.rows import INT4, INT8, QuantizedRows, check_group
 from was_fx.modules.foreign_weights import drop_quantizer_marks, foreign_linears, make_plain, read_foreign
 from was_fx.modules.linears import LinearModule, find_linears, quantised_by
 from was_fx.modules.placement import loaded
+from was_fx.modules.quantized_embedding import TIED, make_quantized_embedding
 from was_fx.modules.quantized_linear import format_name, group_of, make_quantized, quantized_linears
 from was_fx.modules.weights import is_offloaded, is_sharded
 from was_fx.schedules.progress import Progress, report
 from was_fx.sparse import saving
 from was_fx.sparse.input_moments import input_moments
 from was_fx.sparse.state import sparse_state
-
-Weights = str | Mapping[str, str]
-
-ALL_OTHERS = "*"
-NONE = "none"
-_KNOWN = {INT8: INT8, INT4: f"{INT4}-{GROUPS[0]}", **{f"{INT4}-{g}": f"{INT4}-{g}" for g in GROUPS}, NONE: NONE}
+from was_fx.sparse.weight_plan import Weights, planned
 
 _MEASURED = 2048  # rows of W whose errors are measured at a time
 
@@ -79,11 +76,12 @@ def quantize(
 
     Args:
         model: a dense causal LM of transformers. Weights that another library quantised are read back first.
-        weights: "int8" or "int4" for all Linears but the head, which becomes int8; or a mapping from patterns of
-            qualified names (as of `fnmatch`) to a format or "none". The first that fits counts, and "*", wherever it
-            stands, only for what no other fits: {"*": "int4"} is "int4".
+        weights: "int8" or "int4" for input embeddings and all Linears but the head, which becomes int8; or a mapping
+            from patterns of qualified names (as of `fnmatch`) to a format or "none". The first that fits counts, and
+            "*", wherever it stands, only for what no other fits: {"*": "int4"} is "int4". Embeddings that are tied to
+            the head have its format, or "none".
         tokens: LongTensor [n, seq] of a text like those that the model will see, 16,000 tokens or more; or None.
-        progress: called with (Linears done, all).
+        progress: called with (weights done, all).
         told: called with what became of each weight; measuring it takes a little longer.
 
     Returns:
@@ -98,62 +96,31 @@ def quantize(
         raise ValueError("the model is sparsified; call was_fx.densify(model) first, then quantise, then sparsify")
     adopt_foreign(model)
     linears = find_linears(model)
-    plan = planned(linears, weights)
+    everything = planned(model, linears, weights)
+    plan = {name: format for name, format in everything.items() if name in linears}
     for name in plan:
         _check(name, linears[name], plan[name])
-    for done, (name, moments) in enumerate(_with_moments(model, linears, plan, tokens), start=1):
+    own = {name: format for name, format in everything.items() if name not in linears and format != TIED}
+    for name, format in own.items():  # first, for the text's inputs depend on them
+        _quantize_embedding(name, model.get_submodule(name), format, told)
+        report(progress, 1, len(plan) + 1)
+    for done, (name, moments) in enumerate(_with_moments(model, linears, plan, tokens), start=1 + len(own)):
         linear = linears[name]
         with loaded(linear) as weight:
             rows, dtype = _fitted(name, weight, plan[name], moments), weight.dtype
             if told is not None:
                 told(_measured(name, weight, rows, moments))
-        _replace(model, linear, rows, dtype)
-        report(progress, done, len(plan))
-    if plan:
+        make_quantized(linear.module, rows, dtype)
+        if linear.head:
+            for each in (name for name, format in everything.items() if format == TIED):
+                make_quantized_embedding(model.get_submodule(each), None, linear.module)
+            untie(model)
+        report(progress, done, len(plan) + len(own))
+    if everything:
         saving.attach(model)
-        model._was_quantised_here = True  # type: ignore[assignment]  # it is not what its checkpoint holds
+        refuse_resizing(model)
+        model.was_quantised_here = True  # type: ignore[assignment]  # it is not what its checkpoint holds
     return model
-
-
-def planned(linears: Mapping[str, LinearModule], weights: Weights) -> dict[str, str]:
-    """The format of each Linear that is to be quantised and is not yet: "int8", or "int4-32" with another group.
-
-    Raises:
-        ValueError: a format is not known, a pattern fits no Linear, or a Linear has another format already.
-    """
-    patterns = {ALL_OTHERS: weights} if isinstance(weights, str) else dict(weights)
-    patterns = {pattern: parse_format(format) for pattern, format in patterns.items()}
-    rest = patterns.pop(ALL_OTHERS, NONE)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in linears):
-            raise ValueError(
-                f"weights names {pattern!r}, which fits no Linear; there is {', '.join(list(linears)[:4])}, …"
-            )
-    found = {}
-    for name, linear in linears.items():
-        others = INT8 if linear.head and rest != NONE else rest
-        format = next((format for pattern, format in patterns.items() if fnmatchcase(name, pattern)), others)
-        if format == NONE:
-            continue
-        if linear.rows is None:
-            found[name] = format
-        elif format_name(linear.rows) != format:
-            raise ValueError(
-                f"{name} is {format_name(linear.rows)} already, and can't become {format}: load a checkpoint that is "
-                "not quantised"
-            )
-    return found
-
-
-def parse_format(format: str) -> str:
-    """The format with its group.
-
-    Raises:
-        ValueError: lists the formats.
-    """
-    if format not in _KNOWN:
-        raise ValueError(f"the format of weights is {format!r}; expected one of {', '.join(_KNOWN)}")
-    return _KNOWN[format]
 
 
 def _check(name: str, linear: LinearModule, format: str) -> None:
@@ -201,14 +168,35 @@ def _measured(name: str, weight: Tensor, rows: QuantizedRows, moments: Tensor | 
     return Quantized(name, format_name(rows), weight.numel(), before, rows.nbytes, size, off, outputs_size, outputs_off)
 
 
-def _replace(model: nn.Module, linear: LinearModule, rows: QuantizedRows, dtype: torch.dtype) -> None:
-    make_quantized(linear.module, rows, dtype)
-    if linear.head:
-        untie(model)
+def _quantize_embedding(name: str, module: Any, format: str, told: Callable[[Quantized], None] | None) -> None:
+    weight = module.weight
+    check_finite(name, weight)
+    if format != INT8:
+        check_group(name, len(weight), group_of(format))
+    rows = _fitted(name, weight, format, None)
+    if told is not None:
+        told(_measured(name, weight, rows, None))
+    make_quantized_embedding(module, rows)
+
+
+def refuse_resizing(model: Any) -> None:
+    """Let a model with quantised weights refuse another vocabulary, for which transformers would make plain ones."""
+    if hasattr(model, "resize_token_embeddings"):
+        model.resize_token_embeddings = partial(_resize, model)
+
+
+def _resize(model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_: Any) -> Any:
+    found = model.get_input_embeddings()
+    if pad_to_multiple_of is None and new_num_tokens in (None, found.num_embeddings):
+        return found
+    raise ValueError(
+        f"the weights of the model are quantised, so its {found.num_embeddings} tokens can't be made "
+        f"{new_num_tokens or 'more'}: resize the unquantised model, then quantise it"
+    )
 
 
 def untie(model: Any) -> None:
-    """Let a quantised head and the input embeddings, which stay as they are, be two."""
+    """Let transformers not tie a quantised head and the input embeddings, which are tied by `QuantizedEmbedding`."""
     for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
@@ -245,3 +233,4 @@ def adopt_foreign(model: nn.Module) -> None:
     drop_quantizer_marks(model)
     if quantized_linears(model):
         saving.attach(model)
+        refuse_resizing(model)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from was_fx.compat.saving import UPLOAD, saves_adapters_only, upload
 from was_fx.modules.linears import find_linears
+from was_fx.modules.quantized_embedding import embedding_formats
 from was_fx.modules.quantized_linear import weight_formats
 from was_fx.schedules.files.fingerprint import differences
 from was_fx.schedules.files.schedule import Schedule
@@ -84,7 +85,7 @@ def _save_pretrained(
     if schedule is not None and is_main_process:
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         schedule.save(Path(save_directory) / SCHEDULE_FILE)  # first: a config never names a file that is not there
-    with _config_says_how(self, schedule, {} if adapters_only else weight_formats(self)):
+    with _config_says_how(self, schedule, {} if adapters_only else weight_formats(self) | embedding_formats(self)):
         type(self).save_pretrained(
             self, save_directory, is_main_process=is_main_process, state_dict=state_dict, **arguments
         )

@@ -22,8 +22,9 @@ from was_fx.modules.token_rule import Prefill, TokenRule
 from was_fx.modules.weights import is_offloaded, local
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.sparse import saving
-from was_fx.sparse.quantize import Weights, adopt_foreign, planned, quantize
+from was_fx.sparse.quantize import adopt_foreign, quantize
 from was_fx.sparse.state import SparseState, model_fingerprint, sparse_state, warn_of_other_formats
+from was_fx.sparse.weight_plan import Weights, planned
 
 
 def sparsify(
@@ -82,7 +83,7 @@ def sparsify(
         {"disable": tuple(disable), "lowering": lowering or "inductor", **mode_options(mode)}
     )
     check_schedule(model, schedule, linears, allow_other_model=allow_other_model)
-    if weights is not None and (sparse_state(model) is None or planned(linears, weights)):
+    if weights is not None and (sparse_state(model) is None or planned(model, linears, weights)):
         quantize(model, weights)
     warn_of_other_formats(model, schedule.metadata.weights, "the schedule")
     known = sparse_state(model)

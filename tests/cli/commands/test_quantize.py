@@ -23,7 +23,7 @@ def test_writes_a_checkpoint_that_other_commands_read(was, other_model, text, tm
     found = outcome.json
     assert (found["path"], found["text"]) == (str(out), None)
     quantised, kept = found["formats"]
-    assert (quantised["format"], quantised["weights"], kept["format"]) == ("int8", 15, "as before")
+    assert (quantised["format"], quantised["weights"], kept["format"]) == ("int8", 16, "as before")
     assert 0 < quantised["error"] < 0.01
     assert quantised["output_error"] is None
     assert quantised["bytes_before"] > 3.5 * quantised["bytes_after"]
@@ -41,7 +41,7 @@ def test_a_text_fits_int4_to_its_inputs(was, other_model, text, tmp_path):
     fitted = was(*arguments, tmp_path / "fitted", "--text", text, "--length", 64, "--tokens", 256).json
     assert (fitted["text"], fitted["tokens"], alone["tokens"]) == (str(text), 256, 0)
     by_format = {row["format"]: row for row in fitted["formats"]}
-    assert by_format["int4-32"]["weights"] == 14
+    assert by_format["int4-32"]["weights"] == 15  # the embeddings too
     assert 0 < by_format["int4-32"]["output_error"] < by_format["int4-32"]["error"]
     assert by_format["int8"]["output_error"] is None
     weights = [load_file(tmp_path / each / "model.safetensors") for each in ("alone", "fitted")]
@@ -57,7 +57,7 @@ def test_the_table_fits_eighty_columns_and_says_what_to_do_next(was, other_model
     lines = outcome.stdout.splitlines()
     assert max(len(line) for line in lines if str(out) not in line) <= 80
     lines = [line.split() for line in lines]
-    assert [line[:2] for line in lines if line and line[0].startswith("int")] == [["int8", "2"], ["int4-32", "12"]]
+    assert [line[:2] for line in lines if line and line[0].startswith("int")] == [["int4-32", "13"], ["int8", "2"]]
     assert f"was calibrate {out} --text" in outcome.stdout
     assert "lm_head" not in formats(out)
 

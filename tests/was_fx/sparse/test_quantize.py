@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import was_fx
+from was_fx.modules.quantized_embedding import embedding_formats
 from was_fx.modules.quantized_linear import QuantizedLinear, quantized_linears, weight_formats
 from was_fx.searching.workers import checkpoint_of
 
@@ -197,8 +198,8 @@ def test_what_became_of_each_weight_is_told():
     before = {name: module.weight.detach().float() for name, module in model.named_modules() if "proj" in name}
     tokens = torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(3))
     was_fx.quantize(model, "int4", tokens=tokens, told=told.append, progress=lambda *step: steps.append(step))
-    assert steps == [(done, 15) for done in range(1, 16)]
-    assert {each.name: each.format for each in told} == weight_formats(model)
+    assert steps == [(done, 16) for done in range(1, 17)]
+    assert {each.name: each.format for each in told} == weight_formats(model) | embedding_formats(model)
     for each in told:
         if each.name in before:
             w = before[each.name]
@@ -211,7 +212,8 @@ def test_what_became_of_each_weight_is_told():
             torch.testing.assert_close(torch.tensor(each.off / each.size), off / w.square().sum())
             assert 0 < each.outputs_off / each.outputs_size < 0.02
         else:
-            assert (each.name, each.outputs_size) == ("lm_head", 0.0)
+            assert each.name in ("lm_head", "model.embed_tokens")
+            assert each.outputs_size == 0
 
 
 def test_workers_can_t_find_a_model_that_was_quantised_in_memory(tmp_path):
