@@ -60,7 +60,8 @@ def calibrate(
     fisher: Annotated[
         bool,
         typer.Option(
-            "--fisher", help="Measure by a backward pass how much the loss moves with each channel, for the recipe fisher."
+            "--fisher",
+            help="Measure by a backward pass how much the loss moves with each channel, for the recipe fisher.",
         ),
     ] = False,
     include: options.Include = None,

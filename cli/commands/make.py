@@ -54,5 +54,6 @@ def make(
     if json:
         print_json({"path": str(out), "target": target, "nominal": schedule.sparsity, "linears": len(schedule.linears)})
         return
-    say(f"Wrote {out}: {len(schedule.linears)} Linears at {100 * target:g} %, score {'Fisher' if fisher else found.score}")
+    score = "|x|·Fisher" if fisher else found.score
+    say(f"Wrote {out}: {len(schedule.linears)} Linears at {100 * target:g} %, score {score}")
     say(f"Next: was inspect {shlex.quote(str(out))}")

@@ -44,9 +44,9 @@ def search(
     recipe: Annotated[
         RecipeName,
         typer.Option(
-            help="fisher (ours): all Linears at once, by one backward pass. exact (ours): by measured sensitivities. was: greedy inside blocks, Bayesian "
-            "search over them. teal, wina: greedy inside blocks. wisparse: greedy and evolutionary, with an exponent "
-            "per Linear. uniform: the same for all."
+            help="exact (ours): all Linears at once, by measured sensitivities. fisher (ours): all Linears at once, by "
+            "one backward pass. was: greedy inside blocks, Bayesian search over them. teal, wina: greedy inside "
+            "blocks. wisparse: greedy and evolutionary, with an exponent per Linear. uniform: the same for all."
         ),
     ] = RecipeName.exact,
     text: options.Text = None,

@@ -54,7 +54,7 @@ def fisher_weights(
         progress: called with (sequences done, n).
 
     Raises:
-        ScheduleError: gradients that are not finite.
+        ScheduleError: logits or gradients that are not finite.
     """
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(linears, 0)
@@ -87,6 +87,10 @@ def fisher_weights(
         stack.enter_context(looking_at_inputs(linears, watch))
         for batch, done, total in batches(model, tokens, batch_size):
             logits = model(input_ids=batch.to(device), use_cache=False).logits
+            if not logits.isfinite().all():
+                raise ScheduleError(
+                    "Fisher weights cannot be measured", ["the logits are NaN or infinite"], "Measure in bf16 or fp32."
+                )
             logits.backward(_gradient(logits.detach(), generator))
             report(progress, done, total)
     problems = [f"{name} has no gradient" for name in linears if name not in sums]

@@ -14,6 +14,23 @@ def test_writes_a_uniform_schedule(was, tmp_path, calibration, target):
     assert "was inspect" in outcome.stdout
 
 
+def test_fisher_weights_make_linears_differ(was, tmp_path):
+    file, out = tmp_path / "fisher.safetensors", tmp_path / "s.was.safetensors"
+    outcome = was("calibrate", "embedded", "--tokens", "512", "--length", "128", "--fisher", "--out", file)
+    assert "--target 50% --fisher" in outcome.stdout
+    assert was("make", file, "--target", "50%", "--fisher", "--out", out).code == 0
+    made = Schedule.load(out)
+    assert made.metadata.recipe == "fisher"
+    assert made.sparsity == pytest.approx(0.5, abs=1e-6)
+    assert len({entry.sparsity for entry in made.linears.values()}) > 20
+
+
+def test_fisher_weights_must_be_there(was, tmp_path, calibration):
+    outcome = was("make", calibration, "--target", "50%", "--fisher", "--out", tmp_path / "s.was.safetensors")
+    assert outcome.code == 1
+    assert "was calibrate --fisher" in outcome.error
+
+
 def test_json_says_what_was_made(was, tmp_path, calibration):
     out = tmp_path / "s.was.safetensors"
     outcome = was("make", calibration, "--target", "0.25", "--out", out, "--json")

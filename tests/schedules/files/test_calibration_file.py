@@ -20,15 +20,16 @@ SHAPES = {"z": (2, 3), "a": (4, 5)}
 
 def test_tensors_there_and_back_keep_their_order():
     thresholds = {"z": GOOD, "a": GOOD + 1}
-    levels, found, problems = unpack(pack(LEVELS, thresholds), SHAPES)
+    levels, found, fisher, problems = unpack(pack(LEVELS, thresholds), SHAPES)
     assert torch.equal(levels, LEVELS)
     assert list(found) == ["z", "a"]
     assert torch.equal(found["a"], GOOD + 1)
+    assert fisher is None
     assert problems == []
 
 
 def test_unknown_tensors_are_named():
-    problems = unpack({"levels": LEVELS, "a.threshold": LEVELS}, {})[2]
+    problems = unpack({"levels": LEVELS, "a.threshold": LEVELS}, {})[3]
     assert problems == ["unknown tensor a.threshold: expected levels or <Linear>.thresholds"]
 
 

@@ -10,6 +10,7 @@ import torch
 import was_fx
 from was_fx import embedded
 from was_fx.compat.dynamo import graphs_compiled
+from was_fx.schedules.errors import ScheduleError
 from was_fx.schedules.search.greedy import Greedy
 from was_fx.schedules.search.latency import LatencyTable
 from was_fx.schedules.search.recipes import find_recipe
@@ -182,3 +183,33 @@ def test_a_sparsified_model_is_refused(llama, tokens, calibration):
     was_fx.sparsify(llama, was_fx.uniform(calibration, 0.5))
     with pytest.raises(ValueError, match="densify"):
         was_fx.search(llama, calibration, tokens=tokens)
+
+
+def test_fisher_meets_the_target_while_the_model_drops(llama, tokens):
+    calibration = was_fx.calibrate(llama, tokens, fisher=True)
+    found = was_fx.search(llama, calibration, tokens=tokens, target=0.5, recipe="fisher")
+    assert found.metadata.recipe == "fisher"
+    assert found.sparsity == pytest.approx(0.5, abs=1e-6)
+    assert len({round(entry.sparsity, 3) for entry in found.linears.values()}) > 2
+    was_fx.sparsify(llama, found)
+    assert was_fx.evaluate(llama, tokens, prefill="all").realised == pytest.approx(0.5, abs=0.01)
+
+
+def test_fisher_loses_less_than_the_same_sparsity_everywhere(embedded_model):
+    samples, test = embedded.tokens("calibration", 256, 6), embedded.tokens("test", 256, 4)
+    calibration = was_fx.calibrate(embedded_model, samples, fisher=True, batch_size=4)
+    dense = was_fx.evaluate(embedded_model, test, batch_size=8).loss
+    losses = []
+    for schedule in (
+        was_fx.recalibrate(embedded_model, was_fx.uniform(calibration, 0.5), samples, batch_size=4),
+        was_fx.search(embedded_model, calibration, tokens=samples, target=0.5, recipe="fisher", batch_size=4),
+    ):
+        was_fx.sparsify(embedded_model, schedule)
+        losses.append(was_fx.evaluate(embedded_model, test, batch_size=8).loss - dense)
+        was_fx.densify(embedded_model)
+    assert losses[1] < 0.75 * losses[0]
+
+
+def test_fisher_needs_its_weights(llama, tokens, calibration):
+    with pytest.raises(ScheduleError, match="no Fisher weights"):
+        was_fx.search(llama, calibration, tokens=tokens, target=0.5, recipe="fisher")

@@ -1,0 +1,103 @@
+"""One λ for all Linears: budgets, thresholds, costs."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import was_fx
+from was_fx.schedules.errors import ScheduleError
+from was_fx.schedules.files.calibration import Calibration
+from was_fx.schedules.files.fisher_scores import FisherScores
+from was_fx.schedules.score import Score
+from was_fx.schedules.search.fisher import allocate, channel_costs
+
+LEVELS = torch.arange(1000) / 1000
+
+
+def calibration(scales, shapes, fisher=True):
+    """Scores spread evenly from 0 to a scale of each Linear's own; Fisher weights of 2 everywhere."""
+    thresholds = {name: LEVELS * scale for name, scale in scales.items()}
+    weights = {name: torch.full((shapes[name][1],), 2.0) for name in shapes}
+    scores = FisherScores(weights, thresholds) if fisher else None
+    return Calibration(Score(), LEVELS, thresholds, shapes, tokens=1, text="", fisher=scores)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("target", [0.0, 0.25, 0.5, 0.8, 0.95])
+def test_the_target_is_met_and_one_threshold_serves_all(target):
+    shapes = {"a": (8, 16), "b": (8, 32), "c": (32, 16)}
+    made = was_fx.fisher(calibration({"a": 1.0, "b": 3.0, "c": 0.5}, shapes), target)
+    assert made.sparsity == pytest.approx(target, abs=1e-7)
+    costs = {name: n for name, (n, _) in shapes.items()}
+    roots = {
+        name: entry.threshold / math.sqrt(costs[name])
+        for name, entry in made.linears.items()
+        if 0 < entry.sparsity < 0.998
+    }
+    assert len(roots) >= (target > 0)
+    assert all(root == pytest.approx(next(iter(roots.values())), rel=1e-3) for root in roots.values())
+
+
+def test_thresholds_are_divided_by_the_weights_of_channels():
+    shapes = {"a": (8, 16)}
+    given = calibration({"a": 1.0}, shapes)
+    weights = {"a": torch.linspace(0.0, 4.0, 16)}
+    made = was_fx.fisher(dataclasses.replace(given, fisher=FisherScores(weights, given.fisher.thresholds)), 0.5)
+    entry = made.linears["a"]
+    assert entry.threshold == pytest.approx(0.5, rel=1e-3)
+    assert entry.channel_threshold[0] == math.inf  # it does not move the loss
+    torch.testing.assert_close(entry.channel_threshold[1:], entry.threshold / weights["a"][1:])
+
+
+def test_a_linear_that_matters_less_is_sparser():
+    made = was_fx.fisher(calibration({"a": 1.0, "b": 4.0}, {"a": (8, 16), "b": (8, 16)}), 0.4)
+    assert made.linears["a"].sparsity == pytest.approx(4 * made.linears["b"].sparsity, rel=1e-2)
+
+
+def test_channels_that_save_more_bytes_are_dropped_sooner():
+    shapes = {"a": (8, 16), "b": (32, 16)}
+    made = was_fx.fisher(calibration({"a": 1.0, "b": 1.0}, shapes), 0.3)
+    assert made.linears["b"].sparsity == pytest.approx(2 * made.linears["a"].sparsity, rel=1e-2)
+    assert channel_costs(shapes, {"b": "int4-32"}) == {"a": 16.0, "b": 16.0}
+
+
+def test_multipliers_move_sparsity_between_linears():
+    given = calibration({"a": 1.0, "b": 1.0}, {"a": (8, 16), "b": (8, 16)})
+    costs = channel_costs(given.shapes, None)
+    found = allocate(given.fisher, LEVELS, given.shapes, costs, 0.3, {"a": 4.0})
+    assert found["a"] == pytest.approx(2 * found["b"], rel=1e-2)
+    assert found["a"] + found["b"] == pytest.approx(0.6, abs=1e-9)
+
+
+def test_equal_scores_that_overshoot_are_taken_back():
+    given = calibration({"a": 0.0, "b": 0.0}, {"a": (8, 16), "b": (8, 16)})
+    assert was_fx.fisher(given, 0.3).sparsity == pytest.approx(0.3, abs=1e-7)
+
+
+@pytest.mark.parametrize("target", [-0.1, 1.0, math.nan])
+def test_targets_out_of_range_are_refused(target):
+    with pytest.raises(ValueError, match=r"target sparsity must be from 0 to 0\.999"):
+        was_fx.fisher(calibration({"a": 1.0}, {"a": (8, 16)}), target)
+
+
+def test_a_calibration_without_fisher_weights_says_what_to_do():
+    with pytest.raises(ScheduleError, match=r"no Fisher weights[\s\S]*was calibrate --fisher"):
+        was_fx.fisher(calibration({"a": 1.0}, {"a": (8, 16)}, fisher=False), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "thresholds", "message"),
+    [
+        ({}, {"a": LEVELS}, "a has no Fisher weights"),
+        ({"a": torch.ones(3)}, {"a": LEVELS}, r"Fisher weights are \[3\]"),
+        ({"a": torch.full((16,), torch.nan)}, {"a": LEVELS}, "hold NaN"),
+        ({"a": torch.ones(16)}, {"a": LEVELS.flip(0)}, "decrease"),
+        ({"a": torch.ones(16), "b": torch.ones(16)}, {"a": LEVELS}, "b has Fisher weights, but no shape"),
+    ],
+)
+def test_scores_that_do_not_fit_are_refused(weights, thresholds, message):
+    given = calibration({"a": 1.0}, {"a": (8, 16)})
+    with pytest.raises(ScheduleError, match=message):
+        dataclasses.replace(given, fisher=FisherScores(weights, thresholds))

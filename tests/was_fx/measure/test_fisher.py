@@ -1,0 +1,100 @@
+"""Fisher weights: by one backward pass, against gradients taken one Linear at a time."""
+
+import copy
+
+import pytest
+import torch
+
+import was_fx
+from was_fx.measure.fisher import _gradient, fisher_weights
+from was_fx.modules.linears import body_linears
+from was_fx.schedules.errors import ScheduleError
+
+
+def by_hand(model, tokens, names, seed):
+    """g of each Linear: ∂L/∂y by autograd of the plain model, multiplied by its weight, labels drawn alike."""
+    model = copy.deepcopy(model)
+    outputs = {}
+    for name in names:
+        module = model.get_submodule(name)
+
+        def keep(_module, _arguments, y, name=name):
+            y.retain_grad()
+            outputs.setdefault(name, []).append(y)
+
+        module.register_forward_hook(keep)
+    generator = torch.Generator().manual_seed(seed)
+    for row in tokens.split(1):
+        logits = model(input_ids=row, use_cache=False).logits
+        logits.backward(_gradient(logits.detach(), generator))
+    found = {}
+    for name in names:
+        weight = model.get_submodule(name).weight.detach()
+        squares = torch.cat([(y.grad @ weight).square().flatten(0, 1) for y in outputs[name]])
+        found[name] = squares.mean(0).sqrt()
+    return found
+
+
+@pytest.mark.core
+def test_weights_are_those_of_each_linear_alone(llama, tokens):
+    linears = body_linears(llama)
+    found = fisher_weights(llama, linears, tokens, seed=3)
+    expected = by_hand(llama, tokens, linears, seed=3)
+    assert found.keys() == linears.keys()
+    for name, weights in found.items():
+        torch.testing.assert_close(weights, expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_the_gradient_is_that_of_the_drawn_labels_loss():
+    logits = torch.randn(2, 3, 11, requires_grad=True)
+    got = _gradient(logits.detach(), torch.Generator().manual_seed(0))
+    labels = got.argmin(-1)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    torch.testing.assert_close(got, logits.grad)
+
+
+def test_the_model_is_left_as_it_was(llama, tokens):
+    llama.train()
+    llama.lm_head.weight.requires_grad_(False)
+    asking = {name: parameter.requires_grad for name, parameter in llama.named_parameters()}
+    fisher_weights(llama, body_linears(llama), tokens[:1])
+    assert {name: parameter.requires_grad for name, parameter in llama.named_parameters()} == asking
+    assert all(parameter.grad is None for parameter in llama.parameters())
+    assert llama.training
+    assert all("forward" not in vars(block) for block in llama.model.layers)
+
+
+def test_the_seed_draws_the_labels(llama, tokens):
+    linears = body_linears(llama)
+    first, same, other = (fisher_weights(llama, linears, tokens[:1], seed=seed) for seed in (0, 0, 1))
+    name = next(iter(linears))
+    assert torch.equal(first[name], same[name])
+    assert not torch.equal(first[name], other[name])
+
+
+def test_quantised_weights_have_gradients_too(llama, tokens):
+    was_fx.quantize(llama, "int8")
+    linears = body_linears(llama)
+    dense = fisher_weights(llama, linears, tokens)
+    assert all(bool((weights > 0).all()) for weights in dense.values())
+
+
+def test_gradients_that_are_not_finite_are_refused(llama, tokens):
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ScheduleError, match="are NaN or infinite"):
+        fisher_weights(llama, body_linears(llama), tokens[:1])
+
+
+def test_a_calibration_keeps_them(llama, tokens, tmp_path):
+    steps = []
+    made = was_fx.calibrate(llama, tokens, fisher=True, progress=lambda *step: steps.append(step))
+    plain = was_fx.calibrate(llama, tokens)
+    assert made.thresholds.keys() == plain.thresholds.keys()
+    assert all(torch.equal(values, plain.thresholds[name]) for name, values in made.thresholds.items())
+    assert plain.fisher is None
+    assert made != plain
+    assert steps[-1] == (12, 12)
+    assert [step[0] for step in steps] == sorted(step[0] for step in steps)
+    made.save(tmp_path / "calibration.safetensors")
+    assert was_fx.Calibration.load(tmp_path / "calibration.safetensors") == made
