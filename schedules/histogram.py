@@ -1,6 +1,6 @@
 """Quantiles of a stream of scores in bounded memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ class ScoreHistogram:
         bins = scores.detach().to(torch.bfloat16).abs().view(torch.int16).flatten()
         self._counts += torch.bincount(bins, minlength=_BINS)
         self.total += bins.numel()
+
+    @classmethod
+    def sum(cls, histograms: Iterable["ScoreHistogram"]) -> "ScoreHistogram":
+        """One of all scores that were added to these, on the CPU."""
+        found = cls()
+        for each in histograms:
+            found._counts += each._counts.cpu()
+            found.total += each.total
+        return found
 
     def quantiles(self, levels: Tensor | Sequence[float]) -> Tensor:
         """Smallest τ with a share of scores ≤ τ of at least each level, linear inside a bin.

@@ -1,7 +1,8 @@
 """Which Linears, by patterns on qualified names.
 
 A pattern is a glob over the whole name, case counting (`model.layers.*.mlp.*`, `*.q_proj`; `*` crosses dots), or, after
-`re:`, a regular expression that the whole name must match (`re:.*layers\\.[0-3]\\..*`).
+`re:`, a regular expression that the whole name must match (`re:.*layers\\.[0-3]\\..*`). One that matches
+`….experts.down_proj` matches the matrices of all experts there; a whole name, with brackets or not, matches itself.
 """
 
 import difflib
@@ -10,6 +11,7 @@ from collections.abc import Collection, Iterable
 from fnmatch import translate
 
 from was_fx.schedules.errors import ScheduleError
+from was_fx.schedules.experts import group_of
 
 REGEX = "re:"
 
@@ -61,7 +63,7 @@ def _matching(pattern: str, names: Collection[str], option: str, problems: list[
     except re.error as error:
         problems.append(f"{option} {pattern!r} is not a regular expression: {error}")
         return []
-    found = [name for name in names if matcher.fullmatch(name)]
+    found = [name for name in names if name == pattern or any(map(matcher.fullmatch, (name, group_of(name))))]
     if not found:
         near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
         example = near[0] if near else next(iter(names), "none")

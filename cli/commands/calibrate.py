@@ -83,7 +83,7 @@ def calibrate(
     check_output(out, force)
     source = read_text(text, model, "calibration")
 
-    from was_fx.modules.linears import dense_expert_share, expert_parameters
+    from was_fx.modules.linears import dense_expert_parameters, dense_expert_share
 
     loaded = load_model(model, dtype, device, weights=weights)
     ids = windows(loaded, source, length=length, tokens=tokens)
@@ -112,15 +112,21 @@ def calibrate(
                 "score": score_used,
                 "weights": loaded.weights,
                 "fisher": fisher,
+                "pooled": list(result.pooled),
             }
         )
         return
     say(f"Wrote {out}: {len(result.thresholds)} Linears, {result.tokens:,} tokens of {source.name}, score {chosen}")
-    experts = expert_parameters(loaded.model)
+    if result.pooled:
+        say(
+            f"{len(result.pooled)} of the matrices are experts' that saw fewer than 32 tokens, such as "
+            f"{result.pooled[0]}; they have the thresholds of all experts of their block together. More text helps"
+        )
+    experts = dense_expert_parameters(loaded.model)
     if experts:
         share = 100 * dense_expert_share(loaded.model)
         say(
-            f"Weights held as 3-D parameters (experts) stay dense: {len(experts)}, such as {next(iter(experts))}, "
+            f"Weights held as 3-D parameters stay dense: {len(experts)}, such as {next(iter(experts))}, "
             f"{share:.0f} % of the bytes of a token"
         )
     if loaded.weights is not None:

@@ -89,15 +89,16 @@ _EXPLANATION = """
 Each class is built from its configuration with two layers, or one of each kind it mixes, and random weights, in fp32 on
 a CPU. A prompt and the steps after it are decoded with the model's own cache, every token sparse, without a compiler.
 
-- `Linears` counts all of them, the head among them; `sparse` those whose sparse product was made wherever they were
+- `Linears` counts all of them, the head among them, and the experts that one parameter holds as one; `sparse` those whose sparse product was made wherever they were
   called: in the prompt, and in each decode step. The head stays dense by default. Notes name what is declined, and why.
 - `at 0 %` is the largest difference of logits from the dense model's, relative to the largest logit.
 - `at 50 %` is the same from the dense model with weak channels zeroed by forward hooks.
 - `graphs` are those that `torch.compile(backend="was")` makes of the prompt and of decode steps, `breaks` are breaks in
   them. They cost speed where a model is compiled, and nothing else. A sliding window that fills up takes a second graph
   of the decode step.
-- Weights that transformers holds together as one 3-D parameter, above all experts, are no Linears and stay dense; notes
-  name them with their share of the weight bytes of a decode step.
+- Experts that transformers holds as one 3-D parameter are sparse where it computes them by its registry of experts
+  functions. Other weights that are held so stay dense; notes name them with their share of the weight bytes of a decode
+  step.
 
 A class is complete when every Linear but the head is sparse, both differences (and that of the compiled model) are at
 most 1e-4, and dropping half of the channels moves the logits by at least a hundred times that.

@@ -1,4 +1,4 @@
-"""How a sparse Linear's weight lies in memory.
+"""How a sparse Linear's weight lies in memory, and those of experts, which are many in one tensor.
 
 A skipped input channel must be a skipped contiguous row, so the storage becomes Wᵀ [K, N] row-contiguous while the
 tensor keeps its shape [N, K] with strides (1, N). There is one copy of the weight at any time, plus the one that is
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def to_input_major(weight: Tensor) -> None:
-    """Move weight [N, K] in place into input-major storage; a no-op when it is there already."""
+    """Move weight [N, K] or [E, N, K] in place into input-major storage; a no-op when it is there already."""
     with _mode_of(weight):
-        if not weight.t().is_contiguous():
-            weight.data = weight.data.t().contiguous().t()
+        if not weight.mT.is_contiguous():
+            weight.data = weight.data.mT.contiguous().mT
 
 
 def restore(weight: Tensor, stride: tuple[int, ...]) -> None:

@@ -36,18 +36,20 @@ class Served:
     eager: bool
 
 
-_noted: ContextVar[tuple[list[Served], CodeType | None] | None] = ContextVar("calls of sparse products", default=None)
+_noted: ContextVar[tuple[list[Served], tuple[CodeType, ...]] | None] = ContextVar(
+    "calls of sparse products", default=None
+)
 
 
 @contextlib.contextmanager
-def noting_served(caller: CodeType | None = None) -> Iterator[list[Served]]:
+def noting_served(*callers: CodeType) -> Iterator[list[Served]]:
     """The sparse products that this thread computes while the context lasts; replays of a CUDA graph call nothing.
 
     Args:
-        caller: code that is running when a call is eager; compiled code has been traced away.
+        callers: code of which some is running when a call is eager; compiled code has been traced away.
     """
     noted: list[Served] = []
-    token = _noted.set((noted, caller))
+    token = _noted.set((noted, callers))
     try:
         yield noted
     finally:
@@ -58,15 +60,15 @@ def note_served(weights: Sequence[Tensor], implementation: str, reason: str) -> 
     """Tell whoever asks that `implementation` computes a product with these weights."""
     asked = _noted.get()
     if asked is not None:
-        noted, caller = asked
-        eager = caller is not None and _is_running(caller)
+        noted, callers = asked
+        eager = bool(callers) and _is_running(callers)
         noted.append(Served(tuple(weight.data_ptr() for weight in weights), implementation, reason, eager))
 
 
-def _is_running(code: CodeType) -> bool:
+def _is_running(codes: tuple[CodeType, ...]) -> bool:
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is code:
+        if frame.f_code in codes:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from was_fx.schedules.errors import ScheduleError
+from was_fx.schedules.experts import FEW_TOKENS, group_of, groups, is_member
 from was_fx.schedules.files import storage
 from was_fx.schedules.files.calibration_file import calibration_problems, pack, unpack, unpack_settings
 from was_fx.schedules.files.fisher_scores import FisherScores, fisher_problems
@@ -40,6 +41,9 @@ class Calibration:
         weights: the formats of the quantised Linears of the model, by qualified name; empty if it had none, None if
             that is not known.
         fisher: Fisher weights, and quantiles of the scores made with them; None if they were not measured.
+        experts_per_token: how many experts a token was sent to, by group of experts (`was_fx.schedules.experts`).
+        pooled: qualified names of experts' matrices that saw too few tokens, and have the thresholds of all experts of
+            their group together.
 
     Raises:
         ScheduleError: with everything in these that does not fit.
@@ -55,12 +59,17 @@ class Calibration:
     excluded: tuple[str, ...] = ()
     weights: Mapping[str, str] | None = None
     fisher: FisherScores | None = None
+    experts_per_token: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    pooled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", dict(self.thresholds))
         object.__setattr__(self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()})
         object.__setattr__(self, "fingerprint", plain(dict(self.fingerprint), "fingerprint"))
         object.__setattr__(self, "excluded", tuple(self.excluded))
+        object.__setattr__(self, "pooled", tuple(self.pooled))
+        per_token = plain(dict(self.experts_per_token), "experts_per_token")
+        object.__setattr__(self, "experts_per_token", per_token)
         if self.weights is not None:
             object.__setattr__(self, "weights", plain(dict(self.weights), "weights"))
         problems = calibration_problems(self.levels, self.thresholds, self.shapes, self.tokens)
@@ -72,7 +81,18 @@ class Calibration:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Calibration):
             return NotImplemented
-        plain_fields = ("score", "shapes", "tokens", "text", "fingerprint", "excluded", "weights", "fisher")
+        plain_fields = (
+            "score",
+            "shapes",
+            "tokens",
+            "text",
+            "fingerprint",
+            "excluded",
+            "weights",
+            "fisher",
+            "experts_per_token",
+            "pooled",
+        )
         return (
             all(getattr(self, name) == getattr(other, name) for name in plain_fields)
             and torch.equal(self.levels, other.levels)
@@ -103,6 +123,7 @@ class Calibration:
         values = {name: getattr(self, name) for name in ("tokens", "fingerprint", "excluded")}
         if self.weights is not None:
             values["weights"] = self.weights
+        values |= {name: getattr(self, name) for name in ("experts_per_token", "pooled") if getattr(self, name)}
         strings = {key: to_json(value, key) for key, value in (values | vars(self.score)).items()}
         strings |= {"shapes": to_json(self.shapes, "shapes", sort_keys=False), "text": self.text}
         storage.write(path, storage.CALIBRATION, pack(self.levels, self.thresholds, self.fisher), strings)
@@ -118,7 +139,8 @@ class Calibration:
         tensors, strings = storage.read(path, storage.CALIBRATION)
         reader = MetadataReader(strings)
         score, shapes, tokens, text, fingerprint, excluded = unpack_settings(reader)
-        weights = reader.formats("weights")
+        weights, per_token = reader.formats("weights"), reader.numbers("experts_per_token")
+        pooled = tuple(reader.optional("pooled", list, []))
         reader.finish()
         levels, thresholds, fisher, unknown = unpack(tensors, shapes)
         problems = reader.problems + unknown + calibration_problems(levels, thresholds, shapes, tokens)
@@ -126,7 +148,9 @@ class Calibration:
             problems = fisher_problems(fisher, levels, shapes)
         if problems:
             raise ScheduleError(f"{path} is not a valid calibration", problems, "Calibrate again.")
-        return cls(score, levels, thresholds, shapes, tokens, text, fingerprint, excluded, weights, fisher)
+        return cls(
+            score, levels, thresholds, shapes, tokens, text, fingerprint, excluded, weights, fisher, per_token, pooled
+        )
 
 
 class CalibrationBuilder:
@@ -161,19 +185,26 @@ class CalibrationBuilder:
         fingerprint: Mapping[str, Any],
         excluded: Collection[str] = (),
         weights: Mapping[str, str] | None = None,
+        tokens: int | None = None,
     ) -> Calibration:
-        """The calibration of what was added; its tokens are the largest number that one Linear has seen.
+        """The calibration of what was added.
+
+        An expert that has seen fewer than 32 tokens gets the thresholds of all experts of its group together.
 
         Args:
             text: description of the calibration text.
             fingerprint: the model's.
             excluded: qualified names of the Linears that were left out on purpose.
             weights: the formats of the model's quantised Linears, by qualified name.
+            tokens: how many tokens the model has seen; by default the largest number that one Linear has.
 
         Raises:
             ScheduleError: naming every Linear without input, or with NaN or infinite scores.
         """
-        problems = [f"{name} has seen no token" for name in self._shapes if not self._total(name)]
+        pooled = self._pool()
+        problems = [
+            f"{name} has seen no token" for name in self._shapes if not self._total(name) and name not in pooled
+        ]
         problems += [
             f"{name}: {histogram.nonfinite} of {histogram.total} scores are NaN or infinite"
             for name, histogram in self._histograms.items()
@@ -186,18 +217,43 @@ class CalibrationBuilder:
             )
             raise ScheduleError("the calibration is not usable", problems, remedy)
         levels = torch.arange(_LEVELS, dtype=torch.float64) / _LEVELS
-        thresholds = {name: self._histograms[name].quantiles(levels) for name in self._shapes}
+        whole = {group: histogram.quantiles(levels) for group, histogram in self._of_groups(pooled).items()}
+        thresholds = {
+            name: whole[group_of(name)] if name in pooled else self._histograms[name].quantiles(levels)
+            for name in self._shapes
+        }
+        seen = {name: self._total(name) // channels for name, (_, channels) in self._shapes.items()}
+        tokens = max(seen.values()) if tokens is None else tokens
         return Calibration(
             score=self._score,
             levels=levels.float(),
             thresholds=thresholds,
             shapes=self._shapes,
-            tokens=max(self._total(name) // channels for name, (_, channels) in self._shapes.items()),
+            tokens=tokens,
             text=text,
             fingerprint=fingerprint,
             excluded=tuple(excluded),
             weights=weights,
+            experts_per_token={
+                group: sum(seen[name] for name in names) / tokens
+                for group, names in groups(self._shapes).items()
+                if is_member(names[0])
+            },
+            pooled=pooled,
         )
+
+    def _pool(self) -> list[str]:
+        """The experts' matrices that have seen too few tokens, where others of their group have seen some."""
+        found = []
+        for names in groups(self._shapes).values():
+            if is_member(names[0]) and any(self._total(name) for name in names):
+                found += [name for name in names if self._total(name) < FEW_TOKENS * self._shapes[name][1]]
+        return found
+
+    def _of_groups(self, names: Collection[str]) -> dict[str, ScoreHistogram]:
+        """All scores of the groups that these names are of."""
+        wanted, found = groups(names), groups(self._histograms)
+        return {group: ScoreHistogram.sum(self._histograms[name] for name in found[group]) for group in wanted}
 
     def _total(self, name: str) -> int:
         return self._histograms[name].total if name in self._histograms else 0

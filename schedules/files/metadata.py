@@ -101,6 +101,14 @@ class MetadataReader:
             return None
         return formats
 
+    def numbers(self, key: str) -> dict[str, float]:
+        """The positive numbers by name under `key`, a JSON object that older files do not have."""
+        numbers = self.optional(key, dict, {})
+        if not all(type(each) in (int, float) and each > 0 for each in numbers.values()):
+            self.problems.append(f"metadata {key!r} is {str(numbers)[:60]!r}, expected positive numbers by name")
+            return {}
+        return numbers
+
     def finish(self) -> None:
         """Note every key that nothing has asked for."""
         self.problems += [f"unknown metadata {key!r}" for key in sorted(self._left)]

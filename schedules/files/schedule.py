@@ -48,7 +48,11 @@ class Schedule:
     @property
     def sparsity(self) -> float:
         """Nominal model sparsity: the mean over the scheduled Linears, weighted by N·K."""
-        return model_sparsity({name: linear.sparsity for name, linear in self.linears.items()}, self.shapes)
+        return model_sparsity(
+            {name: linear.sparsity for name, linear in self.linears.items()},
+            self.shapes,
+            self.metadata.experts_per_token,
+        )
 
     def score(self, name: str) -> Score:
         """The score that the threshold of Linear `name` is compared with; ValueError for an unknown name."""

@@ -27,6 +27,7 @@ class ScheduleMetadata:
         fingerprint: the model's, see `was_fx.schedules.files.fingerprint`; empty if unknown.
         weights: the formats of the quantised Linears of the model that the thresholds were measured on, by qualified
             name; empty if it had none, None if that is not known.
+        experts_per_token: how many experts a token was sent to, by group of experts (`was_fx.schedules.experts`).
         tool_version: the version of was-fx that made the schedule.
 
     Raises:
@@ -44,10 +45,11 @@ class ScheduleMetadata:
     calibration_tokens: int = 0
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] | None = None
+    experts_per_token: Mapping[str, float] = field(default_factory=dict)
     tool_version: str = __version__
 
     def __post_init__(self) -> None:
-        for name in ("search", "history", "source", "fingerprint"):
+        for name in ("search", "history", "source", "fingerprint", "experts_per_token"):
             object.__setattr__(self, name, plain(dict(getattr(self, name)), name))
         if self.weights is not None:
             object.__setattr__(self, "weights", plain(dict(self.weights), "weights"))
@@ -56,10 +58,12 @@ class ScheduleMetadata:
             object.__setattr__(self, "target", float(self.target))
 
     def to_strings(self) -> dict[str, str]:
-        """One string per field: text as it is, everything else as JSON; none for formats that are not known."""
+        """One string per field: text as it is, everything else as JSON; none for what is not known or not there."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         if self.weights is None:
             del values["weights"]
+        if not self.experts_per_token:
+            del values["experts_per_token"]
         return {key: value if isinstance(value, str) else to_json(value, key) for key, value in values.items()}
 
     @classmethod
@@ -78,5 +82,6 @@ class ScheduleMetadata:
             calibration_tokens=reader.value("calibration_tokens", int, 0),
             fingerprint=reader.value("fingerprint", dict, {}),
             weights=reader.formats("weights"),
+            experts_per_token=reader.numbers("experts_per_token"),
             tool_version=reader.text("tool_version"),
         )

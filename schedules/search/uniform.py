@@ -46,6 +46,7 @@ def uniform(
             calibration_text=calibration.text,
             calibration_tokens=calibration.tokens,
             fingerprint=calibration.fingerprint,
+            experts_per_token=calibration.experts_per_token,
             weights=calibration.weights,
         ),
     )

@@ -24,15 +24,15 @@ from was_fx.measure.realised import counting
 from was_fx.measure.sequential import thresholds_of
 from was_fx.modules.linears import (
     body_linears,
+    dense_expert_parameters,
     dense_expert_share,
     dropping,
-    expert_parameters,
     find_linears,
     looking_at_inputs,
 )
-from was_fx.modules.sparse_linear import SparseLinear
 from was_fx.passes.graph.context import Context
 from was_fx.passes.pipeline import observers
+from was_fx.schedules.experts import group_of, groups
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.search.uniform import uniform
 from was_fx.sparse.sparsify import densify, prompts_treated, sparsify
@@ -63,11 +63,11 @@ class Coverage:
     Attributes:
         model_type: as in transformers' configurations.
         model_class: name of the causal LM class.
-        linears: Linears of the model, its head among them.
+        linears: Linears of the model, its head among them; the experts of a parameter count as one.
         sparse: Linears whose sparse product was made wherever they were called: in the prompt, and in each decode step
             after a dense prompt.
         declined: reason by qualified name, for every Linear but the head that is not.
-        experts: qualified names of the weights held as 3-D parameters, such as experts, which stay dense.
+        experts: qualified names of the weights held as 3-D parameters that stay dense.
         experts_dense: their share of the weight bytes of a decode step.
         decode_steps: calls after the prompt that were taken for decode steps; 0 if each is a prompt again, because the
             model has no cache, or is given all tokens in spite of it.
@@ -146,7 +146,7 @@ def cover(model_type: str) -> Coverage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the model's own code, and of Dynamo about it
             model = tiny_model(model_type)
-            found |= {"linears": len(find_linears(model)), "experts": tuple(expert_parameters(model))}
+            found |= {"linears": len(groups(find_linears(model))), "experts": tuple(dense_expert_parameters(model))}
             found["experts_dense"] = dense_expert_share(model)
             _compare(model, found)
     except Exception as error:
@@ -176,7 +176,7 @@ def _compare(model: nn.Module, found: dict[str, Any]) -> None:
         steps = [called for called, ran_dense in calls[1:] if ran_dense != called]
         judged = [*sparse_calls[:1], *(calls[1:] if steps else [])]
         refused = set().union(*(ran_dense for _, ran_dense in judged))
-        found |= {"decode_steps": len(steps), "sparse": len(schedule.linears) - len(refused)}
+        found |= {"decode_steps": len(steps), "sparse": len(groups(schedule.linears)) - len(refused)}
         if not refused:
             break
         declined |= dict.fromkeys(sorted(refused), "it is called, and no sparse product is made")
@@ -210,29 +210,37 @@ def _compile(model: Any, tokens: Tensor, expected: Tensor, found: dict[str, Any]
 
 @contextmanager
 def _noting_calls(model: Any) -> Iterator[list[tuple[set[str], set[str]]]]:
-    """Of each call of a sparsified model while the context lasts: the names of the scheduled Linears whose modules were
-    called, and of those without a sparse product."""
+    """Of each call of a sparsified model while the context lasts: the names of the scheduled Linears (or groups of
+    experts) whose modules were called, and of those without a sparse product."""
     scheduled = model._was_state.schedule.linears
     linears = {name: each for name, each in find_linears(model).items() if name in scheduled}
+    by_module: dict[nn.Module, set[str]] = {}
+    for name, linear in linears.items():
+        by_module.setdefault(linear.module, set()).add(group_of(name))
     calls: list[tuple[set[str], set[str]]] = []
     now: set[str] = set()
 
     def after(*_: object) -> None:
         tokens = counts.realised().tokens
         weights = {weight for each in served for weight in each.weights}
-        sparse = {name for name in now if tokens.get(name) and linears[name].parameter.data_ptr() in weights}
+        made = (name for name, each in linears.items() if tokens.get(name) and each.matrix.data_ptr() in weights)
+        sparse = {group_of(name) for name in made}
         calls.append((set(now), now - sparse))
         now.clear()
         served.clear()
         counts.reset()
 
-    looking = looking_at_inputs(linears, lambda name, _: now.add(name))
-    with counting(model) as counts, looking, noting_served(SparseLinear.forward.__code__) as served:
-        handle = model.register_forward_hook(after)
+    def before(module: nn.Module, _: object) -> None:
+        now.update(by_module[module])
+
+    with counting(model) as counts, noting_served() as served:
+        handles = [module.register_forward_pre_hook(before) for module in by_module]
+        handles.append(model.register_forward_hook(after))
         try:
             yield calls
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def _oracle(model: nn.Module, schedule: Schedule, tokens: Tensor) -> Tensor:
@@ -266,12 +274,12 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _dense(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[str]]:
-    """Logits of a dense model, and the Linears of its body whose module is not called on the way."""
+    """Logits of a dense model, and the Linears (or groups of experts) of its body that are not called on the way."""
     linears = body_linears(model)
     called: set[str] = set()
-    with looking_at_inputs(linears, lambda name, _: called.add(name)):
+    with looking_at_inputs(linears, lambda name, _: called.add(group_of(name))):
         logits = _logits(model, tokens)
-    return logits, [name for name in linears if name not in called]
+    return logits, [group for group in groups(linears) if group not in called]
 
 
 def _break_reason(text: str) -> str:

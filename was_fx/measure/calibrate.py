@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,8 @@ from was_fx.schedules.selection import select
 from was_fx.sparse.quantize import adopt_foreign
 from was_fx.sparse.sparsify import check_schedule, prompts_treated
 from was_fx.sparse.state import model_fingerprint, sparse_state
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -79,10 +83,17 @@ def calibrate(
     plain, backward = number_of_sequences(tokens), number_of_sequences(sample)
     total = 2 * plain + backward if fisher else plain
     with looking_at_inputs(linears, builder.add):
-        run_text(model, tokens, batch_size, partial(_in_phase, progress, 0, total))
+        count = run_text(model, tokens, batch_size, partial(_in_phase, progress, 0, total))
     excluded = [name for name in body if name not in linears]
     fingerprint = model_fingerprint(model, everything)
-    found = builder.build(text=text, fingerprint=fingerprint, excluded=excluded, weights=weight_formats(model))
+    found = builder.build(text=text, fingerprint=fingerprint, excluded=excluded, weights=weight_formats(model), tokens=count)
+    if found.pooled:
+        log.info(
+            "%d matrices of experts, such as %s, saw too few tokens for thresholds of their own and have those of "
+            "all experts of their block together",
+            len(found.pooled),
+            found.pooled[0],
+        )
     if not fisher:
         return found
     step = partial(_in_phase, progress, plain, total)
@@ -185,21 +196,23 @@ def measure_thresholds(
         builder.add(name, x.clamp(min=0) if signed else x)
 
     with dropping(linears, thresholds, look=record):
-        run_text(model, tokens, batch_size, progress)
-    return ThresholdTable(builder.build(text="", fingerprint={}), dict(exponents), norm, signed)
+        count = run_text(model, tokens, batch_size, progress)
+    return ThresholdTable(builder.build(text="", fingerprint={}, tokens=count), dict(exponents), norm, signed)
 
 
-def run_text(model: nn.Module, tokens: Tokens, batch_size: int, progress: Progress | None) -> None:
-    """Run the text through the model, every Linear dense."""
-    training = model.training
+def run_text(model: nn.Module, tokens: Tokens, batch_size: int, progress: Progress | None) -> int:
+    """Run the text through the model, every Linear dense, and say how many tokens it has."""
+    training, count = model.training, 0
     model.eval()
     try:
         with prompts_treated(model, "dense"):
             for batch, done, total in batches(model, tokens, batch_size):
                 model(input_ids=batch.to(input_device(model)), use_cache=False)
+                count += batch.numel()
                 report(progress, done, total)
     finally:
         model.train(training)
+    return count
 
 
 def _in_phase(progress: Progress | None, before: int, total: int, done: int, _of: int) -> None:

@@ -14,9 +14,10 @@ from was_fx.kernels.parts.served import Served, noting_served
 from was_fx.measure.realised import Realised, counting
 from was_fx.modules.linears import find_linears
 from was_fx.modules.placement import input_device
-from was_fx.modules.sparse_linear import SparseLinear
+from was_fx.modules.sparse_linear import eager_code
 from was_fx.modules.tokens import check_tokens, vocabulary
 from was_fx.modules.weights import local
+from was_fx.schedules.experts import groups
 from was_fx.sparse.sparsify import prompts_treated
 from was_fx.sparse.state import sparse_state
 
@@ -25,10 +26,10 @@ _PROMPT = 16
 
 @dataclass(frozen=True)
 class LinearCheck:
-    """One scheduled Linear.
+    """One scheduled Linear, or all experts of a parameter.
 
     Attributes:
-        name: qualified name.
+        name: qualified name; of experts, the parameter's.
         nominal: sparsity by the schedule.
         realised: sparsity of the tokens of the decode steps.
         tokens: tokens of decode steps that it dropped channels of.
@@ -51,7 +52,7 @@ class CheckReport:
     """What `check` found.
 
     Attributes:
-        linears: one row for each scheduled Linear.
+        linears: one row for each scheduled Linear, and for each parameter that holds scheduled experts.
         path: "eager", "compiled" or "CUDA graph": how decode steps ran.
         device: where.
         steps: decode steps that were looked at.
@@ -108,7 +109,7 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
         notes,
         prompts_treated(model, "dense"),
         counting(model) as counts,
-        noting_served(SparseLinear.forward.__code__) as served,
+        noting_served(*eager_code()) as served,
         noting_calls() as calls,
     ):
         model.generate(  # type: ignore[operator]
@@ -146,22 +147,26 @@ def _rows(model: nn.Module, found: Realised, served: list[Served], steps: int) -
     by_weight = {weight: each for each in served for weight in each.weights}
     state: Any = sparse_state(model)
     linears = find_linears(model)
+    schedule = state.schedule
     rows = []
-    for name, entry in state.schedule.linears.items():
-        tokens = found.tokens.get(name, 0)
+    for group, names in groups(schedule.linears).items():
+        tokens = {name: found.tokens.get(name, 0) for name in names}
+        total = sum(tokens.values())
+        dropped = sum(count * found.linears.get(name, 0.0) for name, count in tokens.items())
+        calls = round(total / schedule.metadata.experts_per_token.get(group, 1))
         # The product is made with W [N, K], a view of the parameter at the same address.
-        by = by_weight.get(local(linears[name].parameter).data_ptr())
-        dense = tokens < steps
+        by = next(filter(None, (by_weight.get(local(linears[name].matrix).data_ptr()) for name in names)), None)
+        dense = calls < steps
         reason = by.reason if by else "no sparse product was made" if dense else "its weight lies elsewhere meanwhile"
         rows.append(
             LinearCheck(
-                name,
-                entry.sparsity,
-                found.linears.get(name, 0.0),
-                tokens,
-                by.implementation if by else "",
-                reason,
-                dense,
+                name=group,
+                nominal=sum(schedule.linears[name].sparsity for name in names) / len(names),
+                realised=dropped / total if total else 0.0,
+                tokens=calls,
+                implementation=by.implementation if by else "",
+                reason=reason,
+                dense=dense,
             )
         )
     return tuple(rows)

@@ -19,6 +19,7 @@ from was_fx.modules.placement import input_device
 from was_fx.modules.tokens import Tokens, batches, number_of_sequences
 from was_fx.schedules.blocks import find_blocks
 from was_fx.schedules.errors import ScheduleError
+from was_fx.schedules.experts import FEW_TOKENS, groups, is_member
 from was_fx.schedules.files.calibration import Calibration, CalibrationBuilder
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.progress import Progress, report
@@ -93,6 +94,7 @@ def fisher_weights(
                 )
             logits.backward(_gradient(logits.detach(), generator))
             report(progress, done, total)
+    _pool(sums, counts)
     problems = [f"{name} has no gradient" for name in linears if name not in sums]
     problems += [f"{name}: gradients are NaN or infinite" for name, each in sums.items() if not each.isfinite().all()]
     if problems:
@@ -100,6 +102,18 @@ def fisher_weights(
             "Fisher weights cannot be measured", problems, "Measure in bf16 or fp32, or leave these Linears out."
         )
     return {name: (sums[name] / counts[name]).sqrt().cpu() for name in linears}
+
+
+def _pool(sums: dict[str, Tensor], counts: dict[str, int]) -> None:
+    """Give the experts that have seen too few tokens the weights of all of their group together."""
+    for names in groups(counts).values():
+        seen = [name for name in names if name in sums]
+        if not is_member(names[0]) or not seen:
+            continue
+        few = [name for name in names if counts[name] < FEW_TOKENS]
+        whole, count = torch.stack([sums[name] for name in seen]).sum(0), sum(counts[name] for name in seen)
+        for name in few:
+            sums[name], counts[name] = whole, count
 
 
 @torch.no_grad()

@@ -1,16 +1,16 @@
 """Realised sparsity: what the sparse Linears of a model drop while it runs, on whichever path it runs."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from was_fx.modules.linears import LinearModule, find_linears, weight_bytes_per_token
+from was_fx.modules.linears import LinearModule, bytes_per_token, find_linears, weight_bytes_per_token
 from was_fx.modules.placement import sum_over_ranks
-from was_fx.modules.sparse_linear import SparseLinear
-from was_fx.schedules.budget import model_sparsity
+from was_fx.modules.sparse_linear import is_sparse, sparse_threshold
 
 
 @dataclass(frozen=True)
@@ -37,37 +37,58 @@ class Counting:
         self._model = model
         self._everything = find_linears(model)
         self._linears: dict[str, LinearModule] = {
-            name: linear for name, linear in self._everything.items() if isinstance(linear.module, SparseLinear)
+            name: linear for name, linear in self._everything.items() if is_sparse(linear)
         }
-        for linear in self._linears.values():
-            threshold = linear.module.was_threshold
-            linear.module.was_counts = torch.zeros(2, dtype=torch.int64, device=threshold.device)  # type: ignore[arg-type]
+        self._holders = {(linear.module, _attribute(linear)): linear for linear in self._linears.values()}
+        for (module, attribute), linear in self._holders.items():
+            device = sparse_threshold(linear).device
+            size = (2,) if linear.expert is None else (linear.parameter.shape[0], 2)
+            setattr(module, attribute, torch.zeros(size, dtype=torch.int64, device=device))
 
     def reset(self) -> None:
         """Begin anew."""
-        for linear in self._linears.values():
-            linear.module.was_counts.zero_()  # type: ignore[union-attr,operator]
+        for module, attribute in self._holders:
+            getattr(module, attribute).zero_()
 
     def stop(self) -> None:
         """Count no longer."""
-        for linear in self._linears.values():
-            if isinstance(linear.module, SparseLinear):
-                linear.module.was_counts = None
+        for (module, attribute), linear in self._holders.items():
+            if is_sparse(linear):
+                setattr(module, attribute, None)
 
     def realised(self) -> Realised:
         """What was counted so far."""
-        shares, tokens, saved = {}, {}, 0.0
+        counts = {
+            (module, attribute): sum_over_ranks(getattr(module, attribute), linear).tolist()
+            for (module, attribute), linear in self._holders.items()
+        }
+        shares, tokens = {}, {}
         for name, linear in self._linears.items():
-            counts = sum_over_ranks(linear.module.was_counts, linear)  # type: ignore[arg-type]
-            dropped, seen = counts.tolist()
+            found = counts[linear.module, _attribute(linear)]
+            dropped, seen = found if linear.expert is None else found[linear.expert]
             shares[name] = dropped / seen if seen else 0.0
             tokens[name] = seen // linear.shape[1]
-            saved += shares[name] * linear.nbytes
-        shapes = {name: self._linears[name].shape for name in shares}
-        sparsity = model_sparsity(shares, shapes) if shares else 0.0
-        return Realised(
-            sparsity, shares, tokens, saved / weight_bytes_per_token(self._model, self._everything.values())
-        )
+        reads = self._reads(tokens)
+        sizes = {name: reads[name] * math.prod(self._linears[name].shape) for name in shares}
+        skipped = sum(shares[name] * sizes[name] for name in shares)
+        saved = sum(shares[name] * reads[name] * self._linears[name].nbytes for name in shares)
+        everything = weight_bytes_per_token(self._model, self._everything.values())
+        return Realised(skipped / sum(sizes.values()) if shares else 0.0, shares, tokens, saved / everything)
+
+    def _reads(self, tokens: dict[str, int]) -> dict[str, float]:
+        """How often a token reads each matrix: a Linear's once, an expert's by the share of tokens that it got."""
+        calls = max((tokens[name] for name, linear in self._linears.items() if linear.expert is None), default=0)
+        reached = {linear.parameter for name, linear in self._linears.items() if tokens[name]}
+        reads = {}
+        for name, linear in self._linears.items():
+            expected = bytes_per_token(self._model, linear) / linear.nbytes
+            known = linear.expert is not None and calls and linear.parameter in reached
+            reads[name] = tokens[name] / calls if known else expected
+        return reads
+
+
+def _attribute(linear: LinearModule) -> str:
+    return "was_counts" if linear.expert is None else f"was_counts_{linear.held}"
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Give a module another class in place: it stays the same object, with its Parameters, hooks and place in the model."""
 
+import re
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -48,7 +49,7 @@ def with_mixin(mixin: Any, kind: Any) -> Any:
 
 @cache
 def _made(mixin: Any, kind: Any) -> Any:
-    prefix = mixin.__name__.removesuffix("Linear").removesuffix("Embedding")
+    prefix = re.sub("(Linear|Embedding|Experts)$", "", mixin.__name__)
     attributes = {"__module__": kind.__module__, "was_input_major": not issubclass(kind, nn.Linear)}
     return type(f"{prefix}{kind.__name__}", (mixin, kind), attributes)
 

@@ -7,17 +7,19 @@ computed again, and rows of Wᵀ that are not contiguous are made so.
 """
 
 from collections import defaultdict
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from was_fx.compat.tensors import version
+from was_fx.modules.experts import weight_names
 from was_fx.modules.linears import LinearModule, is_conv1d
 from was_fx.modules.placement import make_input_major
 from was_fx.modules.quantized_linear import QuantizedLinear
-from was_fx.modules.sparse_linear import sparse_linears, take_norms
+from was_fx.modules.sparse_experts import SparseExperts
+from was_fx.modules.sparse_linear import sparse_modules, take_norms
 from was_fx.modules.token_rule import body_of, prompt_begins
 from was_fx.modules.weights import is_offloaded, local
 
@@ -28,7 +30,7 @@ class Freshness:
     """What the weights of a model's sparse Linears were when their thresholds were computed."""
 
     def __init__(self) -> None:
-        self._stamps: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+        self._stamps: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, ...]]] = WeakKeyDictionary()
 
     def watch(self, model: nn.Module) -> list[Any]:
         """Look before every prompt of `model`, and of its body where that is called alone. For after the token rule's.
@@ -63,20 +65,21 @@ class Freshness:
 
     def remember(self, model: nn.Module) -> None:
         """Take the weights as they are for those that the thresholds are of."""
-        for _, module, stamp in _stamped(model):
-            self._stamps[module] = stamp
+        for weight, stamp in _stamped(model):
+            self._stamps.setdefault(weight.module, {})[weight.held] = stamp
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:
         """Bring up to date what has changed since the last call; everything that is not remembered."""
-        for name, module, stamp in _stamped(model):
-            if self._stamps.get(module) == stamp:
+        for weight, stamp in _stamped(model):
+            known = self._stamps.setdefault(weight.module, {})
+            if known.get(weight.held) == stamp:
                 continue
-            linear = LinearModule(name, module, is_conv1d(module), module.was_is_head)
-            take_norms(linear)
-            make_input_major(linear)
-            self._stamps[module] = _stamp(module, stamp[-1])
+            for linear in weight.linears():
+                take_norms(linear)
+                make_input_major(linear)
+            known[weight.held] = _stamp(weight, stamp[-1])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Freshness":
         return Freshness()  # a copy's weights are other tensors
@@ -85,23 +88,50 @@ class Freshness:
         return Freshness, ()
 
 
-def _stamped(model: nn.Module) -> list[tuple[str, Any, tuple[Any, ...]]]:
-    """(name, module, stamp) of each sparse Linear whose weight is loaded."""
-    modules = {name: module for name, module in sparse_linears(model).items() if not is_offloaded(_held(module))}
-    pieces = _norms_of_pieces([local(_held(module)) for module in modules.values()])
-    return [
-        (name, module, _stamp(module, piece)) for (name, module), piece in zip(modules.items(), pieces, strict=True)
+class _Weight(NamedTuple):
+    """A weight of sparse Linears: one's own, or the one that the experts of a module share."""
+
+    module: Any
+    held: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """The weight, or what of a quantised one can be told from another: its scales."""
+        return self.module.scales if isinstance(self.module, QuantizedLinear) else getattr(self.module, self.held)
+
+    def linears(self) -> list[LinearModule]:
+        """The sparse Linears that lie in it."""
+        module = self.module
+        if isinstance(module, SparseExperts):
+            return [
+                LinearModule("", module, module.is_transposed, False, held, expert)
+                for held, expert in module.was_entries
+                if held == self.held
+            ]
+        return [LinearModule("", module, is_conv1d(module), module.was_is_head)]
+
+
+def _stamped(model: nn.Module) -> list[tuple[_Weight, tuple[Any, ...]]]:
+    """Each weight of sparse Linears that is loaded, with its stamp."""
+    weights = [
+        _Weight(module, held)
+        for module in sparse_modules(model).values()
+        for held in (weight_names(module) if isinstance(module, SparseExperts) else ("weight",))
     ]
+    weights = [weight for weight in weights if not is_offloaded(weight.tensor)]
+    pieces = _norms_of_pieces([local(weight.tensor) for weight in weights])
+    return [(weight, _stamp(weight, piece)) for weight, piece in zip(weights, pieces, strict=True)]
 
 
-def _held(module: Any) -> Tensor:
-    """The weight, or what of a quantised one can be told from another: its scales, a matrix of one row."""
-    return module.scales[None] if isinstance(module, QuantizedLinear) else module.weight
+def _stamp(weight: _Weight, piece: int) -> tuple[Any, ...]:
+    tensor = weight.tensor
+    return id(tensor), local(tensor).data_ptr(), version(tensor), tensor.dtype, piece
 
 
-def _stamp(module: Any, piece: int) -> tuple[Any, ...]:
-    weight = module.scales if isinstance(module, QuantizedLinear) else module.weight
-    return id(weight), local(weight).data_ptr(), version(weight), weight.dtype, piece
+def _piece(weight: Tensor) -> Tensor:
+    """A few numbers of a weight [N], [N, K] or [E, N, K]: of its diagonals."""
+    data = weight.data if weight.dim() > 1 else weight.data[None]
+    return data[..., :_PIECE, :_PIECE].diagonal(dim1=-2, dim2=-1)
 
 
 def _norms_of_pieces(weights: list[Tensor]) -> list[int]:
@@ -111,7 +141,7 @@ def _norms_of_pieces(weights: list[Tensor]) -> list[int]:
         places[weight.device].append(place)
     found = [0] * len(weights)
     for each in places.values():
-        norms = torch._foreach_norm([weights[place].data[:_PIECE, :_PIECE].diagonal() for place in each])
+        norms = torch._foreach_norm([_piece(weights[place]) for place in each])
         bits = torch.stack([norm.float() for norm in norms]).view(torch.int32).tolist()
         for place, piece in zip(each, bits, strict=True):
             found[place] = piece

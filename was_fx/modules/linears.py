@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.kernels.quantized.rows import QuantizedRows
+from was_fx.modules.experts import expert_names, is_experts, running_by_hand
 from was_fx.modules.quantized_linear import QuantizedLinear
 from was_fx.modules.weights import is_sharded
 
@@ -26,12 +27,16 @@ class LinearModule:
         module: `nn.Linear`, a subclass of it, or transformers' `Conv1D`.
         input_major: the parameter is Wᵀ [K, N] (Conv1D), not W [N, K].
         head: it computes the logits (the model's output embedding).
+        held: the attribute of the module that holds the weight.
+        expert: which matrix of a 3-D parameter it is; None where the weight is a parameter of its own.
     """
 
     name: str
     module: nn.Module
     input_major: bool
     head: bool
+    held: str = "weight"
+    expert: int | None = None
 
     @property
     def rows(self) -> QuantizedRows | None:
@@ -40,13 +45,20 @@ class LinearModule:
 
     @property
     def parameter(self) -> Tensor:
-        """The weight as the module holds it: its Parameter, or the codes of a quantised one."""
-        return self.module.codes if isinstance(self.module, QuantizedLinear) else self.module.weight  # type: ignore[return-value]
+        """What the module holds the weight in: its Parameter, or the codes of a quantised one. Experts share it."""
+        return self.module.codes if isinstance(self.module, QuantizedLinear) else getattr(self.module, self.held)  # type: ignore[return-value]
+
+    @property
+    def matrix(self) -> Tensor:
+        """Its own part of the parameter: a view."""
+        return self.parameter if self.expert is None else self.parameter[self.expert]
 
     @property
     def weight(self) -> Tensor:
         """W [N, K]: a view, or the dequantised weight, made anew."""
-        weight: Any = self.module.weight
+        weight = getattr(self.module, self.held)
+        if self.expert is not None:
+            weight = weight[self.expert]
         return weight.t() if self.input_major else weight
 
     @property
@@ -60,7 +72,7 @@ class LinearModule:
     @property
     def nbytes(self) -> int:
         """Bytes of the weight."""
-        return self.parameter.numel() * self.parameter.element_size() if self.rows is None else self.rows.nbytes
+        return self.matrix.numel() * self.matrix.element_size() if self.rows is None else self.rows.nbytes
 
 
 def find_linears(model: nn.Module) -> dict[str, LinearModule]:
@@ -84,6 +96,9 @@ def find_linears(model: nn.Module) -> dict[str, LinearModule]:
         if isinstance(module, QuantizedLinear):
             found[name] = LinearModule(name, module, module.was_input_major, module is head)
             continue
+        if is_experts(module):
+            found |= _experts(name, module)
+            continue
         weight = getattr(module, "weight", None)
         if not (isinstance(module, nn.Linear) or is_conv1d(module)) or not isinstance(weight, Tensor):
             continue
@@ -100,6 +115,13 @@ def find_linears(model: nn.Module) -> dict[str, LinearModule]:
             "expected a causal LM such as AutoModelForCausalLM.from_pretrained(...) returns"
         )
     return found
+
+
+def _experts(path: str, module: Any) -> dict[str, LinearModule]:
+    return {
+        name: LinearModule(name, module, module.is_transposed, False, held, expert)
+        for name, (held, expert) in expert_names(path, module).items()
+    }
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -167,9 +189,16 @@ def body_linears(model: nn.Module) -> dict[str, LinearModule]:
     return found
 
 
+def experts_per_token(model: nn.Module) -> int | None:
+    """How many experts a token is sent to, by the model's configuration; None where it doesn't say."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "num_experts_per_tok", None)
+
+
 def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Matrices that are held together as parameters [E, N, K] or [E, K, N], by qualified name: experts, and gates of
-    some recurrent blocks. They are no Linears, are not scheduled, and stay dense."""
+    some recurrent blocks."""
     return {
         f"{name}.{each}" if name else each: parameter
         for name, module in model.named_modules()
@@ -181,10 +210,24 @@ def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def dense_expert_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Those of `expert_parameters` that no Linear of the model lies in, so that they are not scheduled and stay dense."""
+    read = {id(linear.parameter) for linear in find_linears(model).values()}
+    return {name: each for name, each in expert_parameters(model).items() if id(each) not in read}
+
+
 def dense_expert_share(model: nn.Module) -> float:
-    """Share of the weight bytes of a decode step that lies in `expert_parameters`, and so stays dense."""
-    experts = _expert_bytes(model, {id(parameter) for parameter in expert_parameters(model).values()})
+    """Share of the weight bytes of a decode step that lies in `dense_expert_parameters`."""
+    experts = _expert_bytes(model, {id(parameter) for parameter in dense_expert_parameters(model).values()})
     return experts / weight_bytes_per_token(model) if experts else 0.0
+
+
+def bytes_per_token(model: nn.Module, linear: LinearModule) -> float:
+    """Bytes of a Linear's weight that a token reads: of an expert's, in the mean over the experts."""
+    if linear.expert is None:
+        return linear.nbytes
+    count = linear.parameter.shape[0]
+    return linear.nbytes * min(experts_per_token(model) or count, count) / count
 
 
 def weight_bytes_per_token(model: nn.Module, linears: Iterable[LinearModule] | None = None) -> int:
@@ -200,15 +243,13 @@ def weight_bytes_per_token(model: nn.Module, linears: Iterable[LinearModule] | N
     embeddings = {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, nn.Embedding)} - read
     experts = {id(parameter) for parameter in expert_parameters(model).values()}
     others = [p for p in model.parameters() if id(p) not in embeddings | experts]
-    quantised = sum(linear.nbytes for linear in linears if linear.rows is not None)
-    return sum(p.numel() * p.element_size() for p in others) + quantised + _expert_bytes(model, experts)
+    quantised = sum(bytes_per_token(model, linear) for linear in linears if linear.rows is not None)
+    return round(sum(p.numel() * p.element_size() for p in others) + quantised + _expert_bytes(model, experts))
 
 
 def _expert_bytes(model: nn.Module, experts: Collection[int]) -> int:
     """Bytes that a token reads of the parameters with these ids: those of the experts that it is sent to."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    chosen = getattr(config, "num_experts_per_tok", None)
+    chosen = experts_per_token(model)
     parameters = [parameter for parameter in model.parameters() if id(parameter) in experts]
     return sum(min(chosen or p.shape[0], p.shape[0]) * p[0].numel() * p.element_size() for p in parameters)
 
@@ -219,7 +260,8 @@ def looking_at_inputs(
 ) -> Iterator[None]:
     """Call `look(name, x)` with the input x [..., K] of each Linear before it runs, while the context lasts.
 
-    A tensor that it returns takes the place of x.
+    A tensor that it returns takes the place of x. An expert's x [P, K] holds the tokens that are sent to it, and it is
+    not called for those that get none.
     """
 
     def hook(name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -228,10 +270,33 @@ def looking_at_inputs(
         return None if replaced is None else (replaced, *others)
 
     with ExitStack() as stack:
+        experts: dict[nn.Module, dict[tuple[str, int], str]] = {}
         for name, linear in linears.items():
+            if linear.expert is not None:
+                experts.setdefault(linear.module, {})[linear.held, linear.expert] = name
+                continue
             handle = linear.module.register_forward_pre_hook(partial(hook, name))
             stack.callback(handle.remove)
+        for module, names in experts.items():
+            stack.enter_context(
+                running_by_hand(module, partial(_matrix, module), partial(_look_at_expert, look, names))
+            )
         yield
+
+
+def _matrix(module: Any, held: str, expert: int) -> Tensor:
+    return LinearModule("", module, module.is_transposed, False, held, expert).weight
+
+
+def _look_at_expert(
+    look: Callable[[str, Tensor], Tensor | None],
+    names: Mapping[tuple[str, int], str],
+    held: str,
+    expert: int,
+    x: Tensor,
+) -> Tensor | None:
+    name = names.get((held, expert))
+    return None if name is None else look(name, x)
 
 
 @contextmanager

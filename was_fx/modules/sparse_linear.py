@@ -5,6 +5,7 @@ place in the model; its class becomes a subclass of its own, and its thresholds 
 forward is one op, so it is right in eager mode, under any compiler, copied, pickled and moved.
 """
 
+from types import CodeType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from was_fx.modules.class_swap import Swapped, class_before, swap_class, with_mi
 from was_fx.modules.linears import LinearModule
 from was_fx.modules.placement import own_channels, whole_channel_norms
 from was_fx.modules.quantized_linear import QuantizedLinear, product
+from was_fx.modules.sparse_experts import SparseExperts, begin_sparse, end_sparse
 from was_fx.modules.token_rule import TokenRule, decided
 from was_fx.schedules.files.linear_schedule import LinearSchedule
 
@@ -69,7 +71,7 @@ class SparseLinear(Swapped):
 
 @torch.inference_mode(False)
 def make_sparse(linear: LinearModule, entry: LinearSchedule, norm: int, rule: TokenRule) -> None:
-    """Turn a Linear into a sparse one, in place.
+    """Turn a Linear into a sparse one, in place; of an expert's, the module that holds it.
 
     Args:
         linear: W [N, K], loaded or offloaded, whole or a rank's part.
@@ -79,6 +81,11 @@ def make_sparse(linear: LinearModule, entry: LinearSchedule, norm: int, rule: To
     """
     module: Any = linear.module
     norms = whole_channel_norms(linear, norm)
+    if linear.expert is not None:
+        begin_sparse(module, norm, rule)
+        getattr(module, f"was_norms_{linear.held}")[linear.expert] = norms
+        set_numbers(linear, entry)
+        return
     module.register_buffer("was_norms", norms, persistent=False)
     module.register_buffer("was_threshold", own_channels(entry.channel_thresholds(norms), linear), persistent=False)
     module.register_buffer("was_counts", None, persistent=False)
@@ -87,7 +94,10 @@ def make_sparse(linear: LinearModule, entry: LinearSchedule, norm: int, rule: To
 
 
 def make_dense(module: nn.Module) -> None:
-    """Undo `make_sparse`."""
+    """Undo `make_sparse`, of all experts of a module."""
+    if isinstance(module, SparseExperts):
+        end_sparse(module)
+        return
     for name in ("was_norms", "was_threshold", "was_counts"):
         delattr(module, name)
     for name in ("was_entry", "was_norm", "was_rule", "was_is_head"):
@@ -100,6 +110,11 @@ def make_dense(module: nn.Module) -> None:
 def set_numbers(linear: LinearModule, entry: LinearSchedule) -> None:
     """Give a sparse Linear other numbers; its threshold buffer stays where it is."""
     module: Any = linear.module
+    if linear.expert is not None:
+        norms = getattr(module, f"was_norms_{linear.held}")[linear.expert]
+        module.was_entries[linear.held, linear.expert] = entry
+        getattr(module, f"was_threshold_{linear.held}")[linear.expert] = entry.channel_thresholds(norms)
+        return
     module.was_entry = entry
     module.was_threshold.copy_(own_channels(entry.channel_thresholds(module.was_norms), linear))
 
@@ -109,10 +124,40 @@ def set_numbers(linear: LinearModule, entry: LinearSchedule) -> None:
 def take_norms(linear: LinearModule) -> None:
     """Take a sparse Linear's channel norms from its weight as it is now, and its thresholds from them."""
     module: Any = linear.module
+    if linear.expert is not None:
+        norms = getattr(module, f"was_norms_{linear.held}")
+        norms[linear.expert] = whole_channel_norms(linear, module.was_norm)
+        set_numbers(linear, module.was_entries[linear.held, linear.expert])
+        return
     module.was_norms.copy_(whole_channel_norms(linear, module.was_norm))
     set_numbers(linear, module.was_entry)
 
 
+def eager_code() -> tuple[CodeType, ...]:
+    """The code of sparse modules that runs when nothing is compiled, for `noting_served`."""
+    return SparseLinear.forward.__code__, SparseExperts.forward.__code__
+
+
+def is_sparse(linear: LinearModule) -> bool:
+    """Whether a Linear drops channels by a schedule."""
+    if linear.expert is None:
+        return isinstance(linear.module, SparseLinear)
+    return isinstance(linear.module, SparseExperts) and (linear.held, linear.expert) in linear.module.was_entries
+
+
+def sparse_threshold(linear: LinearModule) -> Tensor:
+    """Channel thresholds [K] of a sparse Linear, as its module holds them; of an expert a view."""
+    module: Any = linear.module
+    found: Tensor = module.was_threshold if linear.expert is None else getattr(module, f"was_threshold_{linear.held}")
+    return found if linear.expert is None else found[linear.expert]
+
+
+def sparse_modules(model: nn.Module) -> dict[str, Any]:
+    """The sparse Linears and experts of a model, by the qualified name that they have now (PEFT adds `base_layer` to
+    it)."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, (SparseLinear, SparseExperts))}
+
+
 def sparse_linears(model: nn.Module) -> dict[str, Any]:
-    """The sparse Linears of a model, by the qualified name that they have now (PEFT adds `base_layer` to it)."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    """Those of `sparse_modules` that are Linears."""
+    return {name: module for name, module in sparse_modules(model).items() if isinstance(module, SparseLinear)}

@@ -17,7 +17,8 @@ from was_fx.modules.freshness import Freshness
 from was_fx.modules.linears import LinearModule, body_linears, find_linears
 from was_fx.modules.placement import make_input_major, rearrange
 from was_fx.modules.quantized_linear import quantized_linears
-from was_fx.modules.sparse_linear import make_dense, make_sparse, set_numbers, sparse_linears
+from was_fx.modules.sparse_experts import register as register_experts_function
+from was_fx.modules.sparse_linear import make_dense, make_sparse, set_numbers, sparse_modules
 from was_fx.modules.token_rule import Prefill, TokenRule
 from was_fx.modules.weights import is_offloaded, local
 from was_fx.schedules.files.schedule import Schedule
@@ -75,6 +76,7 @@ def sparsify(
         UserWarning: the schedule was made with weights in other formats than the model's.
     """
     register()
+    register_experts_function()
     schedule = schedule if isinstance(schedule, Schedule) else Schedule.load(schedule)
     adopt_foreign(model)
     linears = find_linears(model)
@@ -95,7 +97,7 @@ def sparsify(
         state = SparseState(schedule, rule, Freshness())
         _replace(scheduled, state)
         for name in linears.keys() - scheduled.keys():
-            if linears[name].rows is None:
+            if linears[name].rows is None and linears[name].expert is None:
                 make_fast(linears[name].module)
         state.handles = [*rule.watch(model), *state.freshness.watch(model)]
         model._was_state = state  # type: ignore[assignment]
@@ -121,7 +123,7 @@ def densify(model: nn.Module) -> nn.Module:
     for handle in state.handles:
         handle.remove()
     linears = find_linears(model)
-    for module in sparse_linears(model).values():
+    for module in sparse_modules(model).values():
         make_dense(module)
     make_plain(model)
     for name, stride in state.strides.items():
@@ -166,14 +168,16 @@ def _replace(linears: dict[str, LinearModule], state: SparseState) -> None:
     try:
         for name, linear in linears.items():
             parameter = linear.parameter
-            if linear.rows is None and id(parameter) not in seen:  # two Linears may share one
+            first = id(parameter) not in seen  # two Linears may share one, and experts do
+            if linear.rows is None and first:
                 seen.add(id(parameter))
                 state.strides[name] = local(parameter).stride()
             make_sparse(linear, state.schedule.linears[name], state.schedule.norm, state.rule)
-            done.append(linear.module)
+            if first or linear.expert is None:
+                done.append(linear.module)
             make_input_major(linear)
     except BaseException:
-        for module in done:
+        for module in dict.fromkeys(done):
             make_dense(module)
         for name, stride in state.strides.items():
             _give_back_strides(linears[name], stride)
