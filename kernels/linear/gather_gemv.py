@@ -35,7 +35,7 @@ MAX_TOKENS = 8
 
 
 @triton.jit
-def _gather_gemv(
+def gather_kernel(
     x_ptr,  # [M, K]
     index_ptr,  # [G, T, SEGMENT]
     count_ptr,  # [G, T]
@@ -47,7 +47,8 @@ def _gather_gemv(
     t1,
     t2,
     t3,
-    partial_ptr,  # [S, M, ΣN]
+    expert_ptr,  # [P] of P pairs of a row and an expert
+    partial_ptr,  # [S, M, ΣN]; of pairs [S, P, N]
     M,
     K,
     T,
@@ -55,6 +56,7 @@ def _gather_gemv(
     N1,
     N2,
     N3,
+    PER,  # experts of a row
     G: tl.constexpr,
     TOKENS: tl.constexpr,  # 1, or the next power of two from 16
     SEGMENT: tl.constexpr,
@@ -65,6 +67,7 @@ def _gather_gemv(
     WIDE: tl.constexpr,  # an entry's offset needs 64 bits
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
+    EXPERTS: tl.constexpr = False,  # x is [P / PER, K], the list of each pair, and w0 [E, K, N]
 ):
     split, splits = tl.program_id(1), tl.num_programs(1)
     g, tile, start, n = find_sibling(tl.program_id(0), N0, N1, N2, N3, G, COLUMNS)
@@ -76,8 +79,14 @@ def _gather_gemv(
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     in_columns = columns < n
     begin(PDL)
-    counts, ends, first, last = share_of_list(count_ptr + g * T, T, split, splits, SEGMENTS)
-    index_ptr += g * T * SEGMENT
+    pair = tl.program_id(2)
+    if EXPERTS:
+        w_ptr += tl.load(expert_ptr + pair).to(tl.int64) * K * n
+        if ALIGNED:
+            w_ptr = tl.multiple_of(w_ptr, 16)
+        x_ptr += (pair // PER) * K
+    counts, ends, first, last = share_of_list(count_ptr + (g + pair) * T, T, split, splits, SEGMENTS)
+    index_ptr += (g + pair) * T * SEGMENT
     tokens = tl.arange(0, TOKENS)
     sums = tl.zeros([ROWS if TOKENS == 1 else TOKENS, COLUMNS], tl.float32)
     k, x = listed_channels(
@@ -102,7 +111,8 @@ def _gather_gemv(
         k, x = k_next, x_next
     width = N0 + N1 + N2 + N3
     if TOKENS == 1:
-        tl.store(partial_ptr + split * width + start + columns, tl.sum(sums, axis=0), mask=in_columns)
+        place = (split * tl.num_programs(2) + pair) * width + start + columns
+        tl.store(partial_ptr + place, tl.sum(sums, axis=0), mask=in_columns)
     else:
         place = (split * M + tokens[:, None]) * width + start + columns[None, :]
         tl.store(partial_ptr + place, sums, mask=(tokens < M)[:, None] & in_columns[None, :])
@@ -165,18 +175,20 @@ def gather_gemv(
     partial = x.new_empty((splits, rows.shape[0], sum(sizes)), dtype=torch.float32)
     _, segments, segment = index.shape
     one = rows.shape[0] == 1
-    _gather_gemv[(sum(triton.cdiv(n, config.columns) for n in sizes), splits)](
+    gather_kernel[(sum(triton.cdiv(n, config.columns) for n in sizes), splits)](
         rows,
         index,
         count,
         *slots([weight.t() for weight in weights]),
         *slots(thresholds if not one else [None] * len(sizes)),
+        None,
         partial,
         rows.shape[0],
         rows.shape[1],
         segments,
         *sizes,
         *[0] * (MAX_SIBLINGS - len(sizes)),
+        1,
         G=len(sizes),
         TOKENS=1 if one else 16,
         SEGMENT=segment,

@@ -244,9 +244,17 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.save_for_backward(x, weight, threshold, experts, tokens)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Of y = x̃ W[e]ᵀ + b[e], as if the choice of channels and experts were a constant."""
-    x, weight, threshold, experts, tokens = ctx.saved_tensors
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    threshold: Tensor | None,
+    experts: Tensor,
+    tokens: Tensor | None,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Of x [R, K] and W [E, N, K] (empty unless asked for), from that of y [S, N]; the choice of channels and experts
+    counts as a constant."""
     per = len(experts) // len(x)
     rows = x.repeat_interleave(per, dim=0)
     dropped = None
@@ -255,22 +263,48 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         each = None if tokens is None else tokens.repeat_interleave(per)
         dropped = sparse_linear.dropped_channels(rows, threshold[chosen], each)
         rows = rows.masked_fill(dropped, 0)
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_rows = torch.zeros_like(rows)
-    grad_weight = torch.zeros_like(weight) if needs_weight else None
-    grad_bias = grad.new_zeros(weight.shape[:2]) if needs_bias else None
+    grad_weight = weight.new_zeros(weight.shape if of_weight else 0)
     for e in sorted({e for e in experts.tolist() if 0 <= e < weight.shape[0]}):
         pairs = (experts == e).nonzero()[:, 0]
-        own = grad[pairs]
-        if needs_x:
-            grad_rows[pairs] = own @ weight[e]
-        if grad_weight is not None:
-            grad_weight[e] = own.t() @ rows[pairs]
-        if grad_bias is not None:
-            grad_bias[e] = own.sum(0)
+        grad_rows[pairs] = grad[pairs] @ weight[e]
+        if of_weight:
+            grad_weight[e] = grad[pairs].t() @ rows[pairs]
     grad_rows = grad_rows if dropped is None else grad_rows.masked_fill(dropped, 0)
-    grad_x = grad_rows.view(len(x), per, -1).sum(1) if needs_x else None
-    return grad_x, grad_weight, grad_bias, None, None, None
+    return grad_rows.view(len(x), per, -1).sum(1), grad_weight
+
+
+def _gradients_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    threshold: Tensor | None,
+    experts: Tensor,
+    tokens: Tensor | None,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape if of_weight else 0)
+
+
+_gradients_op = register_op(
+    "sparse_experts_backward(Tensor grad, Tensor x, Tensor weight, Tensor? threshold, Tensor experts, Tensor? tokens, "
+    "bool of_weight) -> (Tensor, Tensor)",
+    _gradients,
+    _gradients_fake,
+)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, threshold, experts, tokens = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_x, grad_weight = _gradients_op(grad, x, weight, threshold, experts, tokens, needs_weight)
+    grad_bias = None
+    if needs_bias:
+        count = weight.shape[0]
+        known = (experts >= 0) & (experts < count)
+        zeros = grad.new_zeros(weight.shape[:2])
+        grad_bias = zeros.index_add(0, experts.clamp(0, count - 1), grad * known[:, None])
+    return grad_x if needs_x else None, grad_weight if needs_weight else None, grad_bias, None, None, None
 
 
 sparse_experts = register_op(

@@ -77,6 +77,25 @@ def gemv_config(device: torch.device, format: Format, channels: int, sizes: Sequ
     return found or heuristic(channels, sizes, format)
 
 
+def experts_config(device: torch.device, format: Format, channels: int, outputs: int, pairs: int) -> GemvConfig:
+    """The configuration for chosen experts [N, K], each of which multiplies a row of its own.
+
+    Args:
+        device: of the weights.
+        format: of the weights.
+        channels: K.
+        outputs: N.
+        pairs: of a row and an expert.
+    """
+    found = tuned(device_file(device)).get(experts_key(channels, outputs, pairs, format))
+    return found or heuristic(channels, [outputs] * pairs, format)
+
+
+def experts_key(channels: int, outputs: int, pairs: int, format: Format) -> str:
+    """The key of a shape of experts in a file, such as "2048,8*1536,bfloat16"."""
+    return f"{channels},{pairs}*{outputs},{str(format).removeprefix('torch.')}"
+
+
 @functools.cache
 def tuned(name: str) -> dict[str, GemvConfig]:
     """Configurations of the file `name`: the user's where there are any, else the shipped ones.

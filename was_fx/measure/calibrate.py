@@ -1,11 +1,10 @@
 """`calibrate`: run text through a dense model and keep the distribution of every Linear's scores.
 `recalibrate`: the same for a schedule's thresholds, while the model drops what the schedule says."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-
-import logging
 
 import torch
 from torch import Tensor, nn

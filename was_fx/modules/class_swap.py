@@ -26,7 +26,7 @@ class Swapped:
         """Follow the module to another device, but keep in fp32 what must be, in another dtype too."""
         buffers: Any = self._buffers  # type: ignore[attr-defined]
         names = {name for kind in type(self).__mro__ for name in vars(kind).get("was_fp32", ())}
-        kept = {name: buffers[name] for name in names if buffers[name] is not None}
+        kept = {name: buffers[name] for name in names if buffers.get(name) is not None}
         super()._apply(fn, recurse)  # type: ignore[misc]
         for name, before in kept.items():
             now = buffers[name]

@@ -22,6 +22,7 @@ from was_fx.modules.sparse_experts import SparseExperts
 from was_fx.modules.sparse_linear import sparse_modules, take_norms
 from was_fx.modules.token_rule import body_of, prompt_begins
 from was_fx.modules.weights import is_offloaded, local
+from was_fx.schedules.experts import member
 
 _PIECE = 64
 
@@ -91,6 +92,7 @@ class Freshness:
 class _Weight(NamedTuple):
     """A weight of sparse Linears: one's own, or the one that the experts of a module share."""
 
+    name: str
     module: Any
     held: str
 
@@ -104,18 +106,18 @@ class _Weight(NamedTuple):
         module = self.module
         if isinstance(module, SparseExperts):
             return [
-                LinearModule("", module, module.is_transposed, False, held, expert)
+                LinearModule(member(f"{self.name}.{held}", expert), module, module.is_transposed, False, held, expert)
                 for held, expert in module.was_entries
                 if held == self.held
             ]
-        return [LinearModule("", module, is_conv1d(module), module.was_is_head)]
+        return [LinearModule(self.name, module, is_conv1d(module), module.was_is_head)]
 
 
 def _stamped(model: nn.Module) -> list[tuple[_Weight, tuple[Any, ...]]]:
     """Each weight of sparse Linears that is loaded, with its stamp."""
     weights = [
-        _Weight(module, held)
-        for module in sparse_modules(model).values()
+        _Weight(name, module, held)
+        for name, module in sparse_modules(model).items()
         for held in (weight_names(module) if isinstance(module, SparseExperts) else ("weight",))
     ]
     weights = [weight for weight in weights if not is_offloaded(weight.tensor)]

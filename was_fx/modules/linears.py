@@ -211,7 +211,7 @@ def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def dense_expert_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Those of `expert_parameters` that no Linear of the model lies in, so that they are not scheduled and stay dense."""
+    """Those of `expert_parameters` that no Linear lies in: they are not scheduled, and stay dense."""
     read = {id(linear.parameter) for linear in find_linears(model).values()}
     return {name: each for name, each in expert_parameters(model).items() if id(each) not in read}
 

@@ -24,10 +24,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import utils as generation
+from transformers.integrations import moe as experts_registry
 from transformers.quantizers import auto as quantizers
 from transformers.quantizers.base import HfQuantizer
 
 from was_fx.compat import dynamo, graphs, saving, tensors
+from was_fx.compat import experts as our_experts
 from was_fx.compat import generation as our_generation
 from was_fx.compat import quantizers as our_quantizers
 from was_fx.kernels.parts import private_names
@@ -237,6 +239,23 @@ def keeps_an_erased_node() -> bool:
     return not before and graphs.is_erased(node)
 
 
+def experts_marks() -> bool:
+    """The decorator marks a module, and what lies between the products is the class's own."""
+
+    @experts_registry.use_experts_implementation(is_transposed=True)
+    class Experts(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.act_fn = nn.ReLU()
+
+        def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return x
+
+    module = Experts(SimpleNamespace(_experts_implementation="eager"))
+    y = our_experts.apply_gate(module, torch.tensor([[2.0, -1.0, 3.0, 5.0]]))
+    return our_experts.is_registered(module) and y.tolist() == [[6.0, 0.0]] and bool(module.is_transposed)
+
+
 def source_of(function: Any) -> str:
     import inspect
 
@@ -288,6 +307,16 @@ CHECKS: dict[str, Callable[[Captured], object]] = {
     "_spec": lambda _: "_spec" in dtensor().__slots__,
     "_version": lambda _: counts_versions(),
     # transformers
+    "_apply_gate": lambda _: experts_marks(),
+    "_experts_implementation": lambda _: (
+        our_experts.implementation_of(
+            SimpleNamespace(config=transformers.MixtralConfig(experts_implementation="eager"))
+        )
+        == "eager"
+    ),
+    "_is_expert_parallel": lambda _: (
+        not our_experts.is_expert_parallel(nn.Linear(1, 1)) and "EP sentinel" in source_of(experts_registry)
+    ),
     "_attn_implementation": lambda _: (
         our_generation.attention_of(SimpleNamespace(config=transformers.LlamaConfig(attn_implementation="sdpa")))
         == "sdpa"
@@ -308,6 +337,11 @@ CHECKS: dict[str, Callable[[Captured], object]] = {
 }
 # Names without an underscore that are no part of a documented interface either.
 UNDOCUMENTED: dict[str, Callable[[], object]] = {
+    "transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS": lambda: (
+        callable(our_experts.registered_function("grouped_mm"))
+        and "register" in our_experts.register_function.__code__.co_names
+        and callable(experts_registry.ALL_EXPERTS_FUNCTIONS.register)
+    ),
     "transformers.generation.utils.GENERATION_MODES_MAPPING": lambda: callable(
         our_generation.decoding_method(generation.GenerationMixin, GenerationConfig(), {})
     ),

@@ -32,6 +32,7 @@ def models():
 
 LLAMA_BLOCK = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 GPT2_BLOCK = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+EXPERTS = [f"mlp.experts.{each}_proj[{e}]" for each in ("gate_up", "down") for e in range(4)]
 FALCON_BLOCK = ["self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
 
 
@@ -42,7 +43,7 @@ FALCON_BLOCK = ["self_attention.query_key_value", "self_attention.dense", "mlp.d
         ("tied llama", "model.layers", LLAMA_BLOCK),
         ("gpt2", "transformer.h", GPT2_BLOCK),
         ("falcon", "transformer.h", FALCON_BLOCK),
-        ("mixtral", "model.layers", LLAMA_BLOCK[:4]),
+        ("mixtral", "model.layers", LLAMA_BLOCK[:4] + EXPERTS),
     ],
 )
 def test_body_is_every_linear_but_the_head(models, name, layers, block):
@@ -154,7 +155,28 @@ def test_of_experts_a_token_reads_those_it_is_sent_to(models):
     read = 2 * (2 * 3 * 96 * 64)
     others = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 4 * 64 + 2 * 64) + 64 + 128 * 64
     assert weight_bytes_per_token(models["mixtral"]) == 4 * (read + others)
-    assert dense_expert_share(models["mixtral"]) == pytest.approx(read / (read + others))
+    linears = find_linears(models["mixtral"]).values()
+    assert sum(bytes_per_token(models["mixtral"], each) for each in linears if each.expert is not None) == 4 * read
+
+
+def test_what_the_registry_does_not_compute_stays_dense(models):
+    assert dense_expert_share(models["mixtral"]) == 0
+    model = copy.deepcopy(models["mixtral"])
+    for layer in model.model.layers:
+        del layer.mlp.experts.has_gate
+    assert list(dense_expert_parameters(model)) == list(expert_parameters(model))
+    read, everything = 2 * (2 * 3 * 96 * 64), weight_bytes_per_token(models["mixtral"]) / 4
+    assert dense_expert_share(model) == pytest.approx(read / everything)
+    assert weight_bytes_per_token(model) == 4 * everything
+
+
+def test_an_experts_matrix_is_a_view_of_its_parameter(models):
+    linear = find_linears(models["mixtral"])["model.layers.1.mlp.experts.down_proj[2]"]
+    held = models["mixtral"].model.layers[1].mlp.experts.down_proj
+    assert linear.parameter is held
+    assert (linear.shape, linear.nbytes) == ((64, 96), 4 * 64 * 96)
+    assert torch.equal(linear.weight, held[2])
+    assert linear.matrix.data_ptr() == held[2].data_ptr()
 
 
 def test_a_model_without_experts_has_none(models):
