@@ -89,8 +89,9 @@ _EXPLANATION = """
 Each class is built from its configuration with two layers, or one of each kind it mixes, and random weights, in fp32 on
 a CPU. A prompt and the steps after it are decoded with the model's own cache, every token sparse, without a compiler.
 
-- `Linears` counts all of them, the head among them, and the experts that one parameter holds as one; `sparse` those whose sparse product was made wherever they were
-  called: in the prompt, and in each decode step. The head stays dense by default. Notes name what is declined, and why.
+- `Linears` counts all of them, the head among them, and the experts that one parameter holds as one; `sparse` those
+  whose sparse product was made wherever they were called: in the prompt, and in each decode step. The head stays dense
+  by default. Notes name what is declined, and why.
 - `at 0 %` is the largest difference of logits from the dense model's, relative to the largest logit.
 - `at 50 %` is the same from the dense model with weak channels zeroed by forward hooks.
 - `graphs` are those that `torch.compile(backend="was")` makes of the prompt and of decode steps, `breaks` are breaks in

@@ -18,7 +18,7 @@ def sparse_experts(
     x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, experts: Tensor, tokens: None
 ) -> Tensor:
     """`was::sparse_experts` for few tokens, all of them sparse; see `sparse_experts.reference` for the meaning."""
-    count, outputs, channels = weight.shape
+    _, outputs, channels = weight.shape
     splits = experts_config(x.device, x.dtype, channels, outputs, experts.shape[0]).splits
     listed = compact_experts(x, threshold, experts)
     return finish(gather_experts(x, *listed, weight, experts, splits).sum(0), bias, experts, x.dtype)

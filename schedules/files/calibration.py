@@ -239,7 +239,7 @@ class CalibrationBuilder:
                 for group, names in groups(self._shapes).items()
                 if is_member(names[0])
             },
-            pooled=pooled,
+            pooled=tuple(pooled),
         )
 
     def _pool(self) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from was_fx.schedules.errors import ScheduleError
+from was_fx.schedules.experts import weights_read
 from was_fx.schedules.files.calibration import Calibration
 from was_fx.schedules.files.fisher_scores import FisherScores
 from was_fx.schedules.files.schedule import LinearSchedule, Schedule, ScheduleMetadata
@@ -46,7 +47,8 @@ def fisher(
     """
     scores = fisher_scores_of(calibration)
     shapes = {name: calibration.shapes[name] for name in select(calibration.shapes, include, exclude)}
-    sparsities = allocate(scores, calibration.levels, shapes, channel_costs(shapes, calibration.weights), target)
+    read = weights_read(shapes, calibration.experts_per_token)
+    sparsities = allocate(scores, calibration.levels, read, channel_costs(shapes, calibration.weights), target)
     return fisher_schedule(
         scores,
         calibration.levels,
@@ -60,6 +62,7 @@ def fisher(
             calibration_tokens=calibration.tokens,
             fingerprint=calibration.fingerprint,
             weights=calibration.weights,
+            experts_per_token=calibration.experts_per_token,
         ),
     )
 
@@ -88,17 +91,17 @@ def channel_costs(shapes: Mapping[str, tuple[int, int]], weights: Mapping[str, s
 def allocate(
     scores: FisherScores,
     levels: Tensor,
-    shapes: Mapping[str, tuple[int, int]],
+    read: Mapping[str, float],
     costs: Mapping[str, float],
     target: float,
     multipliers: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Sparsity of each Linear by one λ, so that the mean weighted by N·K is the target.
+    """Sparsity of each Linear by one λ, so that the mean weighted by what a token reads is the target.
 
     Args:
         scores: of at least these Linears.
         levels: sparsities of the scores' thresholds, [L].
-        shapes: (N, K) of the Linears to schedule, by qualified name.
+        read: weights that a token reads of each Linear to schedule (`weights_read`), by qualified name.
         costs: what a dropped channel of each saves.
         target: model sparsity, at least 0 and at most the last level.
         multipliers: of λ, by qualified name; 1 where there is none.
@@ -109,10 +112,10 @@ def allocate(
     last = float(levels[-1])
     if not 0 <= target <= last:
         raise ValueError(f"the target sparsity must be from 0 to {last:.6g}, found {target!r}")
-    sizes = np.array([n * k for n, k in shapes.values()], dtype=np.float64)
+    sizes = np.array(list(read.values()), dtype=np.float64)
     at = levels.double().numpy()
-    curves = [scores.thresholds[name].double().numpy() for name in shapes]
-    scale = np.sqrt([costs[name] * (multipliers or {}).get(name, 1.0) for name in shapes])
+    curves = [scores.thresholds[name].double().numpy() for name in read]
+    scale = np.sqrt([costs[name] * (multipliers or {}).get(name, 1.0) for name in read])
 
     def sparsities(root: float) -> np.ndarray:
         return np.array([np.interp(root * each, curve, at) for each, curve in zip(scale, curves, strict=True)])
@@ -121,7 +124,7 @@ def allocate(
         return float(sizes @ sparsities(root) / sizes.sum())
 
     root = _solve(mean, target, max(curve[-1] / each for each, curve in zip(scale, curves, strict=True)))
-    return dict(zip(shapes, _settled(sparsities(root), sizes, target, last), strict=True))
+    return dict(zip(read, _settled(sparsities(root), sizes, target, last), strict=True))
 
 
 def fisher_schedule(

@@ -85,7 +85,8 @@ def calibrate(
         count = run_text(model, tokens, batch_size, partial(_in_phase, progress, 0, total))
     excluded = [name for name in body if name not in linears]
     fingerprint = model_fingerprint(model, everything)
-    found = builder.build(text=text, fingerprint=fingerprint, excluded=excluded, weights=weight_formats(model), tokens=count)
+    formats = weight_formats(model)
+    found = builder.build(text=text, fingerprint=fingerprint, excluded=excluded, weights=formats, tokens=count)
     if found.pooled:
         log.info(
             "%d matrices of experts, such as %s, saw too few tokens for thresholds of their own and have those of "

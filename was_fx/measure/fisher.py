@@ -121,7 +121,7 @@ def fisher_table(
     model: nn.Module,
     linears: Mapping[str, LinearModule],
     weights: Mapping[str, Tensor],
-    run: Callable[[], None],
+    run: Callable[[], object],
     *,
     schedule: Schedule | None = None,
 ) -> Calibration:

@@ -103,8 +103,8 @@ class _Weight(NamedTuple):
 
     def linears(self) -> list[LinearModule]:
         """The sparse Linears that lie in it."""
-        module = self.module
-        if isinstance(module, SparseExperts):
+        module: Any = self.module
+        if isinstance(self.module, SparseExperts):
             return [
                 LinearModule(member(f"{self.name}.{held}", expert), module, module.is_transposed, False, held, expert)
                 for held, expert in module.was_entries

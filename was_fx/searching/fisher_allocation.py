@@ -5,6 +5,7 @@ from functools import partial
 from was_fx.measure.calibrate import run_text
 from was_fx.measure.fisher import fisher_table
 from was_fx.modules.linears import find_linears
+from was_fx.schedules.experts import weights_read
 from was_fx.schedules.files.fisher_scores import FisherScores
 from was_fx.schedules.files.schedule import Schedule, ScheduleMetadata
 from was_fx.schedules.search.fisher import allocate, channel_costs, fisher_schedule, fisher_scores_of
@@ -23,8 +24,8 @@ def search_fisher(context: SearchContext, metadata: ScheduleMetadata) -> Schedul
     """
     calibration = context.calibration
     scores, levels, shapes = fisher_scores_of(calibration), calibration.levels, calibration.shapes
-    costs = channel_costs(shapes, calibration.weights)
-    sparsities = allocate(scores, levels, shapes, costs, context.target)
+    costs, read = channel_costs(shapes, calibration.weights), weights_read(shapes, calibration.experts_per_token)
+    sparsities = allocate(scores, levels, read, costs, context.target)
     schedule = fisher_schedule(scores, levels, shapes, sparsities, metadata)
     found = find_linears(context.model)
     linears = {name: found[name] for name in shapes}
@@ -35,6 +36,6 @@ def search_fisher(context: SearchContext, metadata: ScheduleMetadata) -> Schedul
         table = fisher_table(context.model, linears, scores.weights, run, schedule=schedule)
         context.spent["thresholds"] += sample.numel()
         scores, levels = FisherScores(scores.weights, table.thresholds), table.levels
-        sparsities = allocate(scores, levels, shapes, costs, context.target)
+        sparsities = allocate(scores, levels, read, costs, context.target)
         schedule = fisher_schedule(scores, levels, shapes, sparsities, metadata)
     return schedule

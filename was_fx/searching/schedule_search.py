@@ -180,6 +180,7 @@ def _metadata(context: SearchContext, settings: Mapping[str, Any], excluded: tup
         calibration_tokens=calibration.tokens,
         fingerprint=calibration.fingerprint,
         weights=calibration.weights,
+        experts_per_token=calibration.experts_per_token,
     )
 
 

@@ -159,9 +159,8 @@ SMALL = GemvConfig(rows=16, columns=32, splits=3, warps=4)
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("case", ["one token", "other ranks' experts", "one row each", "odd sizes"])
 def test_the_kernel_lists_what_each_expert_keeps(case, device, dtype):
-    x, _, _, threshold, experts = (
-        None if each is None else each.to(device) for each in make(dtype=dtype, **CASES[case])
-    )
+    x, _, _, threshold, experts = make(dtype=dtype, **CASES[case])
+    x, threshold, experts = x.to(device), threshold.to(device), experts.to(device)
     index, count = compact_experts.compact_experts(x, threshold, experts)
     expected, counts = compact_experts.reference(x, threshold, experts)
     assert torch.equal(count, counts)

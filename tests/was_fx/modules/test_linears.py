@@ -1,5 +1,7 @@
 """The Linears of a model, its weight bytes, and its channels dropped by hooks."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from was_fx.modules.linears import (
     body_linears,
+    bytes_per_token,
+    dense_expert_parameters,
     dense_expert_share,
     expert_parameters,
     find_linears,
