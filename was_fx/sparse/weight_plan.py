@@ -40,7 +40,7 @@ def planned(model: nn.Module, linears: Mapping[str, LinearModule], weights: Weig
     for name, linear in linears.items():
         others = INT8 if linear.head and rest != NONE else rest
         format = _asked(name, patterns) or others
-        if format == NONE:
+        if format == NONE or linear.expert is not None:  # experts keep plain numbers
             continue
         if linear.rows is None:
             found[name] = format
