@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from was_fx.kernels.linear import cpu_quantized, dense_linear
+from was_fx.kernels.linear.arguments import check_arguments
 from was_fx.kernels.linear.sparse_linear import dropped_channels
 from was_fx.kernels.parts.private_names import calls_plainly
 from was_fx.kernels.parts.registration import register_op
@@ -115,32 +116,8 @@ def _write_out(weight: QuantizedRows, dtype: torch.dtype) -> Tensor:
 def _check(
     x: Tensor, weight: QuantizedRows, bias: Tensor | None, threshold: Tensor | None, tokens: Tensor | None
 ) -> None:
-    """Refuse arguments that don't fit each other.
-
-    Raises:
-        ValueError: says what was found and what was expected.
-    """
-    channels = x.shape[-1] if x.dim() else 0
-    outputs, inputs = weight.shape
-    if inputs != channels or (threshold is not None and threshold.shape != (channels,)):
-        raise ValueError(
-            f"quantized_linear: x is {list(x.shape)}, the weight {[outputs, inputs]} and the threshold "
-            f"{None if threshold is None else list(threshold.shape)}; expected x [..., K], weight [N, K], threshold [K]"
-        )
-    if bias is not None and (bias.shape != (outputs,) or bias.dtype != x.dtype):
-        raise ValueError(
-            f"quantized_linear: the bias is {bias.dtype} {list(bias.shape)}; expected {x.dtype} [{outputs}]"
-        )
-    if not x.device == weight.codes.device == weight.scales.device:
-        raise ValueError(
-            f"quantized_linear: x is on {x.device} and the weight on {weight.codes.device}; expected one device: move "
-            "the whole model by model.to(device)"
-        )
-    if tokens is not None and (tokens.dtype != torch.bool or tokens.numel() * channels != x.numel()):
-        raise ValueError(
-            f"quantized_linear: tokens is {tokens.dtype} {list(tokens.shape)}; expected bool, one for each row of x "
-            f"{list(x.shape)}"
-        )
+    held = (weight.codes, weight.scales) if weight.groups is None else (weight.codes, weight.scales, weight.groups)
+    check_arguments("quantized_linear", x, weight.shape, held, bias, threshold, tokens)
 
 
 def _one(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from was_fx.kernels.linear import cpu_embedding_bag, cpu_gather, dense_linear
+from was_fx.kernels.linear.arguments import check_arguments
 from was_fx.kernels.parts.private_names import calls_plainly
 from was_fx.kernels.parts.served import Choice, note_served
 
@@ -98,7 +99,7 @@ def compute(
 ) -> Tensor:
     """See `reference`; by what `choose` chooses."""
     for weight, bias, threshold in zip(weights, biases, thresholds, strict=True):
-        check_arguments(x, weight, bias, threshold, tokens)
+        _check(x, weight, bias, threshold, tokens)
     if tokens is not None and tokens.device.type == "cpu" and bool(tokens.all()):
         tokens = None
     choice = choose(x, weights, tokens)
@@ -123,35 +124,8 @@ def masked(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
-def check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, tokens: Tensor | None) -> None:
-    """Refuse arguments that don't fit each other.
-
-    Raises:
-        ValueError: says what was found and what was expected.
-    """
-    channels = x.shape[-1] if x.dim() else 0
-    if weight.dim() != 2 or weight.shape[1] != channels or threshold.dim() != 1 or threshold.shape[0] != channels:
-        raise ValueError(
-            f"sparse_linear: x is {list(x.shape)}, the weight {list(weight.shape)} and the threshold "
-            f"{list(threshold.shape)}; expected x [..., K], weight [N, K], threshold [K]"
-        )
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-        raise ValueError(f"sparse_linear: the bias is {list(bias.shape)}; expected [{weight.shape[0]}]")
-    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype) or threshold.dtype != torch.float32:
-        raise ValueError(
-            f"sparse_linear: x is {x.dtype}, the weight {weight.dtype}, the bias {getattr(bias, 'dtype', None)} and "
-            f"the threshold {threshold.dtype}; expected one dtype, and fp32 for the threshold"
-        )
-    if not x.device == weight.device == threshold.device or (bias is not None and bias.device != x.device):
-        raise ValueError(
-            f"sparse_linear: x is on {x.device}, the weight on {weight.device}, the threshold on {threshold.device}; "
-            "expected one device: move the whole model by model.to(device)"
-        )
-    if tokens is not None and (tokens.dtype != torch.bool or tokens.numel() * channels != x.numel()):
-        raise ValueError(
-            f"sparse_linear: tokens is {tokens.dtype} {list(tokens.shape)}; expected bool, one for each row of x "
-            f"{list(x.shape)}"
-        )
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, tokens: Tensor | None) -> None:
+    check_arguments("sparse_linear", x, weight.shape, (weight,), bias, threshold, tokens, weight.dtype)
 
 
 def _one(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, tokens: Tensor | None) -> Tensor:
@@ -159,7 +133,7 @@ def _one(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, toke
 
 
 def _one_fake(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, tokens: Tensor | None) -> Tensor:
-    check_arguments(x, weight, bias, threshold, tokens)
+    _check(x, weight, bias, threshold, tokens)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -171,7 +145,7 @@ def _siblings_fake(
     tokens: Tensor | None,
 ) -> Tensor:
     for weight, bias, threshold in zip(weights, biases, thresholds, strict=True):
-        check_arguments(x, weight, bias, threshold, tokens)
+        _check(x, weight, bias, threshold, tokens)
     return x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from was_fx.kernels.quantized.fit import check_finite, empty_int4, fit_groups, int8_scales, round_int4, round_int8
+from was_fx.kernels.quantized.fit import empty_int4, fit_groups, int8_scales, round_int4, round_int8
 from was_fx.kernels.quantized.rows import FORMATS, INT4, QuantizedRows, check_group, int4_values, pack_int4, pack_int8
 
 DAMPING = 0.01  # of the mean of H's diagonal
@@ -29,14 +29,14 @@ def quantize_with_hessian(
 
     Args:
         name: of the Linear, for errors.
-        weight: of a floating dtype.
+        weight: finite, of a floating dtype.
         hessian: fp32 [K, K], the mean of x xᵀ or a multiple of it, on the weight's device.
         format: "int8" or "int4".
         group: outputs that share a step and a zero point of int4.
         damping: share of the mean of H's diagonal that is added to the diagonal; raised where H is singular.
 
     Raises:
-        ValueError: the weight or H holds NaN or inf, H is not [K, K], the format is unknown, or the group doesn't
+        ValueError: H holds NaN or inf, H is not [K, K], the format is unknown, or the group doesn't
             divide N.
     """
     outputs, channels = weight.shape
@@ -44,7 +44,6 @@ def quantize_with_hessian(
         raise ValueError(f"the format is {format!r}; expected one of {', '.join(FORMATS)}")
     if format == INT4:
         check_group(name, outputs, group)
-    check_finite(name, weight)
     _check_hessian(name, hessian, channels)
     order = hessian.diagonal().argsort(descending=True)
     rows = weight.t()[order].float()

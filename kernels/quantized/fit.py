@@ -17,13 +17,8 @@ _PIECE = 1 << 22  # weights that are fitted at a time
 
 
 @torch.no_grad()
-def quantize_int8(name: str, weight: Tensor) -> QuantizedRows:
-    """Round W [N, K] to the nearest of 255 levels, one scale for each output.
-
-    Raises:
-        ValueError: the weight holds NaN or inf.
-    """
-    check_finite(name, weight)
+def quantize_int8(weight: Tensor) -> QuantizedRows:
+    """Round W [N, K], finite, to the nearest of 255 levels, one scale for each output."""
     scales = int8_scales(weight)
     codes = torch.empty(weight.shape[1], weight.shape[0], dtype=torch.int8, device=weight.device)
     for columns in _pieces(weight.shape[1], weight.shape[0]):
@@ -43,14 +38,13 @@ def round_int8(rows: Tensor, scales: Tensor) -> Tensor:
 
 @torch.no_grad()
 def quantize_int4(name: str, weight: Tensor, group: int = 32) -> QuantizedRows:
-    """Fit W [N, K] by groups of outputs inside one input channel.
+    """Fit W [N, K], finite, by groups of outputs inside one input channel.
 
     Raises:
-        ValueError: the weight holds NaN or inf, or the group does not divide N.
+        ValueError: the group does not divide N.
     """
     outputs, channels = weight.shape
     check_group(name, outputs, group)
-    check_finite(name, weight)
     made = empty_int4(outputs, channels, group, weight.device)
     assert made.groups is not None
     for rows in _pieces(channels, outputs):

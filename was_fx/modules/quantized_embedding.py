@@ -106,7 +106,7 @@ def why_not(module: Any) -> str:
     with torch.no_grad():
         found, expected = type(module).forward(module, ids), weight[ids]
         expected = expected if scale is None else expected * scale.to(expected)
-    return "" if torch.allclose(found, expected, rtol=1e-2, atol=1e-4) else _does_more(type(module))
+    return "" if torch.allclose(found, expected, rtol=1e-2, atol=1e-4, equal_nan=True) else _does_more(type(module))
 
 
 def input_embedding(model: nn.Module) -> tuple[str, Any] | None:

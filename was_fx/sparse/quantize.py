@@ -146,7 +146,7 @@ def _with_moments(
 
 def _fitted(name: str, weight: Tensor, format: str, moments: Tensor | None) -> QuantizedRows:
     if format == INT8:
-        return quantize_int8(name, weight)
+        return quantize_int8(weight)
     group = group_of(format)
     if moments is not None:
         return quantize_with_hessian(name, weight, moments, INT4, group)

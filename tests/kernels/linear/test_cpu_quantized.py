@@ -28,7 +28,7 @@ def kind(request, monkeypatch):
 
 def rows_of(format, outputs, channels, group=32):
     weight = torch.randn(outputs, channels) * 0.1
-    return quantize_int8("w", weight) if format == "int8" else quantize_int4("w", weight, group)
+    return quantize_int8(weight) if format == "int8" else quantize_int4("w", weight, group)
 
 
 def error(y, expected):

@@ -22,7 +22,7 @@ FORMATS = pytest.mark.parametrize("group", [None, 32, 128], ids=["int8", "int4-3
 def quantize(case, group):
     """Rows of each weight of a `Case`; int8 for no group."""
     weights = [weight.float() for weight in case.weights]
-    return [quantize_int4("weight", w, group) if group else quantize_int8("weight", w) for w in weights]
+    return [quantize_int4("weight", w, group) if group else quantize_int8(w) for w in weights]
 
 
 def arguments(x, rows, thresholds, device):

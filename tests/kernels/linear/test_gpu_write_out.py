@@ -11,7 +11,7 @@ from was_fx.kernels.quantized.fit import quantize_int4, quantize_int8
 @pytest.mark.parametrize("channels", [1, 37])
 def test_every_number_is_that_of_the_rows(device, dtype, channels, outputs, group):
     weight = torch.randn(outputs, channels, generator=torch.Generator().manual_seed(0)).to(device)
-    rows = quantize_int4("weight", weight, group) if group else quantize_int8("weight", weight)
+    rows = quantize_int4("weight", weight, group) if group else quantize_int8(weight)
     assert supports(rows, dtype)
     # Products may be rounded once or twice before they are rounded to the dtype.
     torch.testing.assert_close(
@@ -20,6 +20,6 @@ def test_every_number_is_that_of_the_rows(device, dtype, channels, outputs, grou
 
 
 def test_a_strided_weight_is_left_to_plain_pytorch(device):
-    rows = quantize_int8("weight", torch.randn(64, 8, device=device))
+    rows = quantize_int8(torch.randn(64, 8, device=device))
     strided = type(rows)(rows.codes[:, ::2], rows.scales[::2], None)
     assert not supports(strided, torch.float32)

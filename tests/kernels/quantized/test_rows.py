@@ -11,7 +11,7 @@ from was_fx.kernels.quantized.rows import QuantizedRows, check_group, check_rows
 
 @pytest.fixture
 def int8() -> QuantizedRows:
-    return quantize_int8("w", torch.randn(40, 6, generator=torch.Generator().manual_seed(0)))
+    return quantize_int8(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture

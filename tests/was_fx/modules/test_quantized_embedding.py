@@ -47,7 +47,7 @@ BOTH = pytest.mark.parametrize("tied", [False, True], ids=["own", "tied"])
 def test_it_looks_up_rows_of_the_dequantised_weight(group, dtype):
     torch.manual_seed(0)
     module = nn.Embedding(128, 24, padding_idx=3, dtype=dtype)
-    rows = quantize_int4("e", module.weight, group) if group else quantize_int8("e", module.weight)
+    rows = quantize_int4("e", module.weight, group) if group else quantize_int8(module.weight)
     expected = rows.dequantize(dtype).t()
     make_quantized_embedding(module, rows)
     assert torch.equal(module(IDS), expected[IDS])
@@ -284,7 +284,7 @@ def test_a_vocabulary_that_groups_don_t_divide_is_int8_unless_its_name_was_given
 def test_settling_finds_the_scale_of_what_was_made_on_the_meta_device():
     embeddings = gemma().model.embed_tokens
     scale = embeddings.embed_scale.clone()
-    rows = quantize_int8("e", embeddings.weight)
+    rows = quantize_int8(embeddings.weight)
     embeddings.to("meta")
     make_quantized_embedding(embeddings, rows)
     embeddings.embed_scale = scale

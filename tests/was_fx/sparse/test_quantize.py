@@ -135,13 +135,17 @@ def test_what_can_not_be_is_refused_and_the_model_untouched(weights, words, ids)
     assert torch.equal(model(ids).logits, before)
 
 
-def test_a_weight_with_nan_is_refused(ids):
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj", "model.embed_tokens"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_weight_that_is_not_finite_is_refused_and_the_model_untouched(name, value, weights, ids):
     model = small()
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj.*NaN or inf"):
-        was_fx.quantize(model)
+        model.get_submodule(name).weight[0, 0] = value
+    with pytest.raises(ValueError, match=rf"{name}: the weight holds NaN or inf"):
+        was_fx.quantize(model, weights, tokens=ids)
     assert not quantized_linears(model)
+    assert not embedding_formats(model)
 
 
 def test_a_sparsified_model_is_refused():
