@@ -98,7 +98,10 @@ WEIGHT_FORMATS = (
 )
 Weights = Annotated[
     list[str] | None,
-    typer.Option(metavar=WEIGHTS_METAVAR, help=f"Quantise the model when it is loaded. {WEIGHT_FORMATS}"),
+    typer.Option(
+        metavar=WEIGHTS_METAVAR,
+        help=f"Quantise the model when it is loaded; only was quantize fits int4 to a text. {WEIGHT_FORMATS}",
+    ),
 ]
 DtypeOption = Annotated[
     Dtype,
