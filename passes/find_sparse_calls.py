@@ -8,6 +8,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from was_fx.kernels.linear.quantized_linear import quantized_linear
+from was_fx.kernels.linear.sparse_experts import sparse_experts
 from was_fx.kernels.linear.sparse_linear import sparse_linear
 from was_fx.passes.graph.context import Context, SparseCall, module_path, value
 
@@ -21,6 +22,7 @@ _OPS = {
     torch.ops.was.quantized_linear: _QUANTIZED,
     quantized_linear: _QUANTIZED,
 }
+_EXPERTS = (torch.ops.was.sparse_experts, sparse_experts)
 
 
 def find_sparse_calls(context: Context) -> None:
@@ -35,7 +37,11 @@ def find_sparse_calls(context: Context) -> None:
             continue
         name = node.meta.get("was_linear") or module_path(node) or str(given["weight"])
         context.calls.append(SparseCall(node, name=name, **{each: given[each] for each in names}))
+    experts = [node for node in context.module.graph.nodes if node.op == "call_function" and node.target in _EXPERTS]
     lengths = [value(call.x).shape[-2] if value(call.x).dim() > 1 else 1 for call in context.calls]
     # Of most: a head may see only the last token of a prompt, and a Linear may read all cached tokens in each step.
     context.decode = 2 * sum(statically_known_true(length == 1) for length in lengths) > len(lengths)
-    context.counts["sparse"] = len(context.calls)
+    if not lengths:  # experts see the tokens of all sequences in one row
+        lengths = [value(node.args[0]).shape[0] for node in experts]
+        context.decode = any(statically_known_true(length == 1) for length in lengths)
+    context.counts["sparse"] = len(context.calls) + len(experts)

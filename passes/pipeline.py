@@ -26,8 +26,9 @@ def _gpu_passes() -> tuple[Pass, ...]:
     from was_fx.passes.fuse_gated_products import fuse_gated_products
     from was_fx.passes.fuse_rms_norms import fuse_rms_norms
     from was_fx.passes.list_channels import list_channels
+    from was_fx.passes.list_expert_channels import list_expert_channels
 
-    return list_channels, fuse_attention, fuse_rms_norms, fuse_gated_products, batch_counters
+    return list_channels, list_expert_channels, fuse_attention, fuse_rms_norms, fuse_gated_products, batch_counters
 
 
 # What gives a graph its sparse Linears, and what only makes them fast: any of these may be left out.

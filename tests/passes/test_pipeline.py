@@ -13,7 +13,15 @@ from was_fx.kernels.linear.sparse_linear import sparse_linear, sparse_siblings
 from was_fx.passes import pipeline
 from was_fx.passes.pipeline import OPTIONAL, REQUIRED, check_disabled
 
-NAMES = ["merge_siblings", "list_channels", "fuse_attention", "fuse_rms_norms", "fuse_gated_products", "batch_counters"]
+NAMES = [
+    "merge_siblings",
+    "list_channels",
+    "list_expert_channels",
+    "fuse_attention",
+    "fuse_rms_norms",
+    "fuse_gated_products",
+    "batch_counters",
+]
 
 
 class Net(nn.Module):

@@ -4,15 +4,19 @@
 what the Linears before it have left. Works on the module's own hooks: nothing is compiled, one forward is enough.
 """
 
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from was_fx.modules.linears import LinearModule, body_linears, dropping, weight_bytes_per_token
+from was_fx.modules.linears import LinearModule, body_linears, dropping, experts_per_token, weight_bytes_per_token
 from was_fx.modules.tokens import check_tokens
+from was_fx.schedules.experts import groups, is_member
 from was_fx.schedules.files.linear_schedule import LinearSchedule
-from was_fx.schedules.files.schedule import Schedule
+from was_fx.schedules.files.schedule import Schedule, ScheduleMetadata
 from was_fx.schedules.score import Score, channel_norms, channel_scale
 
 
@@ -44,8 +48,26 @@ def uniform_while_dropping(model: nn.Module, tokens: Tensor, target: float, scor
 
     with dropping(linears, thresholds, look=read):
         model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
+    _fill(found, linears)
     ordered = {name: found[name] for name in linears if name in found}
-    return Schedule(ordered, {name: linears[name].shape for name in ordered}, score.norm)
+    per_token = experts_per_token(model)
+    metadata = ScheduleMetadata(
+        experts_per_token={
+            group: min(per_token, len(names))
+            for group, names in groups(ordered).items()
+            if per_token and is_member(names[0])
+        }
+    )
+    return Schedule(ordered, {name: linears[name].shape for name in ordered}, score.norm, metadata)
+
+
+def _fill(found: dict[str, LinearSchedule], names: Iterable[str]) -> None:
+    """Give experts that no token was sent to the median threshold of the others of their group."""
+    for members in groups(names).values():
+        known = [found[name] for name in members if name in found]
+        if known and is_member(members[0]):
+            median = replace(known[0], threshold=statistics.median(each.threshold for each in known))
+            found |= {name: median for name in members if name not in found}
 
 
 def thresholds_of(schedule: Schedule, linears: Mapping[str, LinearModule]) -> dict[str, Tensor | None]:
@@ -64,14 +86,17 @@ def realised_sparsity(model: nn.Module, schedule: Schedule, tokens: Tensor) -> t
         tokens: LongTensor [n, seq].
     """
     linears = {name: linear for name, linear in body_linears(model).items() if name in schedule.linears}
-    shares: dict[str, float] = {}
+    shares: dict[str, Tensor] = {}
+    seen: dict[str, float] = {}  # share of the tokens that a Linear or an expert got
 
     def note(name: str, weak: Tensor) -> None:
-        shares[name] = float(weak.mean(dtype=torch.float32))
+        shares[name] = weak.mean(dtype=torch.float32)
+        seen[name] = weak.shape[:-1].numel() / tokens.numel() if linears[name].expert is not None else 1.0
 
     with dropping(linears, thresholds_of(schedule, linears), dropped=note):
         model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
-    sizes = {name: linears[name].shape[0] * linears[name].shape[1] for name in shares}
-    skipped = sum(share * sizes[name] for name, share in shares.items())
-    saved = sum(share * linears[name].nbytes for name, share in shares.items())
+    sizes = {name: seen[name] * math.prod(linears[name].shape) for name in shares}
+    dropped = {name: float(share) for name, share in shares.items()}
+    skipped = sum(share * sizes[name] for name, share in dropped.items())
+    saved = sum(share * seen[name] * linears[name].nbytes for name, share in dropped.items())
     return skipped / sum(sizes.values()), round(weight_bytes_per_token(model) - saved)
