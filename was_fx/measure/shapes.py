@@ -30,6 +30,19 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
          "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768},
     ),
+    "mixtral-8x7b": (
+        "mixtral",
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000,
+         "rope_theta": 1e6, "rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 32768},
+    ),
+    "qwen3-30b-a3b": (
+        "qwen3_moe",
+        {"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+         "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+         "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "vocab_size": 151936,
+         "rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768},
+    ),
 }  # fmt: skip
 
 

@@ -93,6 +93,7 @@ def decode_speed(
     cache: str | None = None,
     score: Score | None = None,
     with_dense: bool = True,
+    dense_mode: str = "reduce-overhead",
     weights: Weights | None = None,
     seed: int = 0,
     lowering: Lowering | None = None,
@@ -102,7 +103,7 @@ def decode_speed(
 
     The sparse model is a copy of the dense one that shares no storage, and runs as `sparsify` leaves it: on a CPU
     eager, on a GPU with compiled decode steps. The dense one is compiled as its users would: on a CPU the whole model
-    (dynamic shapes), on a GPU its decode steps with CUDA graphs (mode "reduce-overhead", fixed shapes), and
+    (dynamic shapes), on a GPU its decode steps with CUDA graphs (fixed shapes), and
     `generate()` as transformers does for a static cache. They take turns in the same process, so a slow moment of the
     machine hits all of them. Compilation is not part of any time. Thresholds are read off the model's own activations
     on random tokens, while it drops channels: this is about speed, not quality.
@@ -118,6 +119,7 @@ def decode_speed(
         cache: "static" or "dynamic", the KV cache; by default static on a GPU, dynamic on a CPU.
         score: of the thresholds; WAS's by default.
         with_dense: time the dense model too; without it, `ratio` is None.
+        dense_mode: the mode of torch.compile for the dense model's decode steps on a GPU.
         weights: formats of the sparse model's weights, as for `quantize`; the dense one keeps its own.
         seed: of the random weights and tokens.
         lowering: of the sparse model, as for `sparsify`; "eager" compiles the dense one neither.
@@ -145,7 +147,7 @@ def decode_speed(
         quantize(sparse, weights)
     schedules = [uniform_while_dropping(sparse, ids, target, score) for target in targets]
     subjects: list[Schedule | None] = [*([None] if with_dense else []), *schedules]
-    with _compiled_dense(model, load, lowering) as dense_step:
+    with _compiled_dense(model, load, lowering, dense_mode) as dense_step:
         sparse_step = sparse if lowering == "eager" else CompiledStep(sparse, {})
         runs = _Runs(
             TimedModel(model, load, dense_step), TimedModel(sparse, load, sparse_step), subjects, repetitions, lowering
@@ -171,13 +173,13 @@ def _load(
 
 
 @contextlib.contextmanager
-def _compiled_dense(model: Any, load: Load, lowering: Lowering | None) -> Iterator[Any]:
+def _compiled_dense(model: Any, load: Load, lowering: Lowering | None, mode: str) -> Iterator[Any]:
     """Compile the dense model as its users would while the context lasts; gives what makes its decode steps."""
     if lowering == "eager":
         yield model
         return
     if load.prompt.is_cuda:
-        yield torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        yield torch.compile(model.forward, mode=mode, fullgraph=True, dynamic=False)
         return
     before = compiled_call(model)
     try:
