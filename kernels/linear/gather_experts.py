@@ -12,10 +12,12 @@ import triton
 from torch import Tensor
 
 from was_fx.kernels.linear.gather_gemv import gather_kernel
+from was_fx.kernels.linear.gather_quantized_gemv import launch_one
 from was_fx.kernels.parts.gemv_config import GemvConfig, experts_config
 from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.served import note_served
 from was_fx.kernels.parts.triton_parts import MAX_SIBLINGS, interpreted, launch_options, serves, slots
+from was_fx.kernels.quantized.rows import INT4, INT8, QuantizedRows
 
 # Most pairs of a call: eight tokens of sixteen experts.
 MAX_PAIRS = 128
@@ -110,4 +112,88 @@ gather_experts_op = register_op(
     "gather_experts(Tensor x, Tensor index, Tensor count, Tensor weight, Tensor experts, int splits) -> Tensor",
     lambda x, index, count, weight, experts, splits: gather_experts(x, index, count, weight, experts, splits),
     fake,
+)
+
+
+def quantized_config(x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor | None, experts: Tensor) -> GemvConfig:
+    """The tile sizes of a product with quantised experts."""
+    format = INT8 if groups is None else INT4
+    return experts_config(x.device, format, x.shape[1], _outputs(codes, scales, groups), experts.shape[0])
+
+
+def _outputs(codes: Tensor, scales: Tensor, groups: Tensor | None) -> int:
+    return scales.shape[1] if groups is None else 2 * codes.shape[2]
+
+
+def quantized_reference(
+    x: Tensor,
+    index: Tensor,
+    count: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    groups: Tensor | None,
+    experts: Tensor,
+    splits: int,
+) -> Tensor:
+    """`reference` with the weights of E experts stacked, each as `QuantizedRows`."""
+    rows = [
+        QuantizedRows(codes[e], scales[e], None if groups is None else groups[e]).dequantize(torch.float32)
+        for e in range(len(codes))
+    ]
+    return reference(x.float(), index, count, torch.stack(rows).mT, experts, splits)
+
+
+def gather_quantized_experts(
+    x: Tensor,
+    index: Tensor,
+    count: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    groups: Tensor | None,
+    experts: Tensor,
+    splits: int,
+    config: GemvConfig | None = None,
+) -> Tensor:
+    """See `quantized_reference`; by Triton where it serves. `config` overrides the tuned one."""
+    if not serves(x):
+        note_served((codes,), "gather_quantized_experts_reference", "a GPU's kernels don't run here")
+        return quantized_reference(x, index, count, codes, scales, groups, experts, splits)
+    note_served((codes,), "gather_quantized_experts", "few tokens on a GPU, channels listed by the kernel before")
+    outputs = _outputs(codes, scales, groups)
+    partial = x.new_empty((splits, experts.shape[0], outputs), dtype=torch.float32)
+    launch_one(
+        x.contiguous(),
+        index,
+        count,
+        [codes],
+        [scales],
+        [] if groups is None else [groups],
+        [outputs],
+        partial,
+        config or quantized_config(x, codes, scales, groups, experts),
+        experts.contiguous(),
+    )
+    return partial
+
+
+def _quantized_fake(
+    x: Tensor,
+    index: Tensor,
+    count: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    groups: Tensor | None,
+    experts: Tensor,
+    splits: int,
+) -> Tensor:
+    return x.new_empty((splits, experts.shape[0], _outputs(codes, scales, groups)), dtype=torch.float32)
+
+
+gather_quantized_experts_op = register_op(
+    "gather_quantized_experts(Tensor x, Tensor index, Tensor count, Tensor codes, Tensor scales, Tensor? groups, "
+    "Tensor experts, int splits) -> Tensor",
+    lambda x, index, count, codes, scales, groups, experts, splits: gather_quantized_experts(
+        x, index, count, codes, scales, groups, experts, splits
+    ),
+    _quantized_fake,
 )

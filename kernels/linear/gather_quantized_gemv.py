@@ -14,6 +14,7 @@ two codes and adds. With several tokens codes are converted, for the matrix unit
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -204,13 +205,15 @@ def _gather_int8(
     s1,
     s2,
     s3,
-    partial_ptr,  # [S, ΣN]
+    expert_ptr,  # [P] of P pairs of a row and an expert
+    partial_ptr,  # [S, ΣN]; of pairs [S, P, N]
     K,
     T,
     N0,
     N1,
     N2,
     N3,
+    PER,  # experts of a row
     G: tl.constexpr,
     SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr,  # T, as a power of two
@@ -221,6 +224,7 @@ def _gather_int8(
     WIDE: tl.constexpr,  # a code's offset needs 64 bits
     ASSEMBLY: tl.constexpr,
     PDL: tl.constexpr,
+    EXPERTS: tl.constexpr = False,  # as for `gather_kernel`: each weight is one of E
 ):
     STEPS: tl.constexpr = ROWS // FOLDED
     WORDS: tl.constexpr = COLUMNS // 4
@@ -232,8 +236,18 @@ def _gather_int8(
     width = tl.multiple_of(tl.cdiv(n, 32) * 8, 8)
     words = tile * WORDS + tl.arange(0, WORDS)
     begin(PDL)
-    counts, ends, first, last = share_of_list(count_ptr + g * T, T, split, splits, SEGMENTS)
-    index_ptr += g * T * SEGMENT
+    s_ptr = of_sibling(g, s0, s1, s2, s3)
+    chosen = tl.program_id(2)
+    if EXPERTS:
+        # One of another rank has an empty list, so nothing of it is read.
+        expert = tl.load(expert_ptr + chosen).to(tl.int64)
+        c_ptr += expert * K * width
+        if ALIGNED:
+            c_ptr = tl.multiple_of(c_ptr, 16)
+        s_ptr += expert * n
+        x_ptr += (chosen // PER) * K
+    counts, ends, first, last = share_of_list(count_ptr + (g + chosen) * T, T, split, splits, SEGMENTS)
+    index_ptr += (g + chosen) * T * SEGMENT
     a = tl.zeros([FOLDED, WORDS], tl.float32)
     b, c, d = tl.zeros_like(a), tl.zeros_like(a), tl.zeros_like(a)
     k, x = listed_channels(x_ptr, index_ptr, x_ptr, counts, ends, first, last, 0, 1, K, 1, SEGMENT, SEGMENTS, ROWS)
@@ -253,8 +267,9 @@ def _gather_int8(
         k, x = k_next, x_next
     sums = _four_wide(tl.sum(a, axis=0), tl.sum(b, axis=0), tl.sum(c, axis=0), tl.sum(d, axis=0))
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    scales = tl.load(of_sibling(g, s0, s1, s2, s3) + columns, mask=columns < n, other=0.0)
-    tl.store(partial_ptr + split * (N0 + N1 + N2 + N3) + start + columns, sums * scales, mask=columns < n)
+    scales = tl.load(s_ptr + columns, mask=columns < tl.where(last > first, n, 0), other=0.0)
+    place = (split * tl.num_programs(2) + chosen) * (N0 + N1 + N2 + N3) + start + columns
+    tl.store(partial_ptr + place, sums * scales, mask=columns < n)
 
 
 @triton.jit
@@ -274,13 +289,15 @@ def _gather_int4(
     p1,
     p2,
     p3,
-    partial_ptr,  # [S, ΣN]
+    expert_ptr,  # [P] of P pairs of a row and an expert
+    partial_ptr,  # [S, ΣN]; of pairs [S, P, N]
     K,
     T,
     N0,
     N1,
     N2,
     N3,
+    PER,  # experts of a row
     G: tl.constexpr,
     GROUP: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -292,6 +309,7 @@ def _gather_int4(
     WIDE: tl.constexpr,  # a code's offset needs 64 bits
     ASSEMBLY: tl.constexpr,
     PDL: tl.constexpr,
+    EXPERTS: tl.constexpr = False,  # as for `gather_kernel`: each weight is one of E
 ):
     BLOCKS: tl.constexpr = COLUMNS // 32  # a block is 32 outputs in four words, which lie in one group
     STEPS: tl.constexpr = ROWS // FOLDED
@@ -308,8 +326,18 @@ def _gather_int4(
     blocks = tile * BLOCKS + tl.arange(0, BLOCKS)
     pairs = blocks // (GROUP // 32)
     begin(PDL)
-    counts, ends, first, last = share_of_list(count_ptr + g * T, T, split, splits, SEGMENTS)
-    index_ptr += g * T * SEGMENT
+    chosen = tl.program_id(2)
+    if EXPERTS:
+        # One of another rank has an empty list, so nothing of it is read.
+        expert = tl.load(expert_ptr + chosen).to(tl.int64)
+        c_ptr += expert * K * width
+        if ALIGNED:
+            c_ptr = tl.multiple_of(c_ptr, 16)
+        s_ptr += expert * K
+        p_ptr += expert * K * (n // GROUP)
+        x_ptr += (chosen // PER) * K
+    counts, ends, first, last = share_of_list(count_ptr + (g + chosen) * T, T, split, splits, SEGMENTS)
+    index_ptr += (g + chosen) * T * SEGMENT
     zeros = tl.zeros([FOLDED, BLOCKS], tl.float32)
     low_a = tl.zeros([FOLDED, BLOCKS, 4], tl.float32)
     low_b, low_c, low_d = tl.zeros_like(low_a), tl.zeros_like(low_a), tl.zeros_like(low_a)
@@ -343,7 +371,7 @@ def _gather_int4(
         high_d += tl.reshape(h3.to(tl.float32), [FOLDED, BLOCKS, 4]) * unit
         k, x = k_next, x_next
     zeros = tl.sum(zeros, axis=0)
-    place = partial_ptr + split * (N0 + N1 + N2 + N3) + start
+    place = partial_ptr + (split * tl.num_programs(2) + chosen) * (N0 + N1 + N2 + N3) + start
     _store_int4(
         place, tile, n, _block_sums(low_a), _block_sums(low_b), _block_sums(low_c), _block_sums(low_d), zeros, 1.0
     )
@@ -549,44 +577,93 @@ def gather_quantized_gemv(
     sizes = output_sizes(codes, scales, groups)
     config = config or gemv_config(x.device, weight_format(groups), x.shape[-1], sizes)
     partial = x.new_empty((splits, rows.shape[0], sum(sizes)), dtype=torch.float32)
-    _, segments, segment = index.shape
-    one = rows.shape[0] == 1
+    if rows.shape[0] == 1:
+        launch_one(rows, index, count, codes, scales, groups, sizes, partial, config)
+        return partial
     columns = max(config.columns, 32) if groups else config.columns
-    row_bytes = columns // 2 if groups else columns
-    tile_rows = max(4, config.rows) if one else max(16, min(config.rows, 32))
+    _gather_many[(sum(triton.cdiv(n, columns) for n in sizes), splits)](
+        rows,
+        index,
+        count,
+        *slots(codes),
+        *slots(scales),
+        *slots([p.view(torch.int16) for p in groups] or [None]),
+        *slots(thresholds),
+        partial,
+        rows.shape[0],
+        rows.shape[1],
+        index.shape[1],
+        *sizes,
+        *[0] * (MAX_SIBLINGS - len(sizes)),
+        GROUP=sizes[0] // groups[0].shape[1] if groups else 0,
+        TOKENS=16,
+        ROWS=max(16, min(config.rows, 32)),
+        UPCAST=interpreted(),
+        **_meta(x, index, codes, sizes, columns, config),
+    )
+    return partial
+
+
+def launch_one(
+    rows: Tensor,
+    index: Tensor,
+    count: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    groups: Sequence[Tensor],
+    sizes: Sequence[int],
+    partial: Tensor,
+    config: GemvConfig,
+    experts: Tensor | None = None,
+) -> None:
+    """Multiply one token, or one row for each pair of a row and an expert, and write `partial` [S, P, ΣN].
+
+    Args:
+        rows: [1, K]; with experts [R, K].
+        index, count: the lists of G siblings, or of P pairs.
+        codes, scales, groups: as for `reference`; with experts one of each, of E matrices.
+        sizes: N of each sibling.
+        partial: fp32.
+        config: tile sizes.
+        experts: [P], P a multiple of R.
+    """
+    pairs, segments, _ = index.shape
+    columns = max(config.columns, 32) if groups else config.columns
+    tile_rows, row_bytes = max(4, config.rows), columns // 2 if groups else columns
     meta = {
-        "G": len(sizes),
-        "SEGMENT": segment,
-        "SEGMENTS": triton.next_power_of_2(segments),
+        **_meta(rows, index, codes, sizes, columns, config),
         "ROWS": tile_rows,
+        # The rows that all threads read at once, 16 bytes each; each thread multiplies by four at once.
+        "FOLDED": min(tile_rows // 4, max(1, 512 * config.warps // row_bytes)),
+        "ASSEMBLY": rows.is_cuda and not torch.version.hip,
+        "EXPERTS": experts is not None,
+    }
+    tiles, per = sum(triton.cdiv(n, columns) for n in sizes), pairs // len(rows)
+    grid = (tiles, partial.shape[0], 1 if experts is None else pairs)
+    words = slots([c.view(torch.int32) for c in codes])
+    last = (experts, partial, rows.shape[1], segments, *sizes, *[0] * (MAX_SIBLINGS - len(sizes)), per)
+    if groups:
+        words_of_groups = slots([p.view(torch.int16) for p in groups])
+        group = sizes[0] // groups[0].shape[-2]
+        _gather_int4[grid](rows, index, count, *words, *slots(scales), *words_of_groups, *last, GROUP=group, **meta)
+    else:
+        _gather_int8[grid](rows, index, count, *words, *slots(scales), *last, **meta)
+
+
+def _meta(
+    x: Tensor, index: Tensor, codes: Sequence[Tensor], sizes: Sequence[int], columns: int, config: GemvConfig
+) -> dict[str, Any]:
+    """What all kernels are specialised by."""
+    return {
+        "G": len(sizes),
+        "SEGMENT": index.shape[2],
+        "SEGMENTS": triton.next_power_of_2(index.shape[1]),
         "COLUMNS": columns,
         "ALIGNED": all(c.data_ptr() % 16 == 0 for c in codes),
-        "WIDE": max(c.numel() for c in codes) >= 2**31,
+        "WIDE": max(c.shape[-2] * c.shape[-1] for c in codes) >= 2**31,
         "num_warps": config.warps,
         **launch_options(x),
     }
-    grid = (sum(triton.cdiv(n, columns) for n in sizes), splits)
-    group = sizes[0] // groups[0].shape[1] if groups else 0
-    outputs = (*sizes, *[0] * (MAX_SIBLINGS - len(sizes)))
-    pairs = slots([p.view(torch.int16) for p in groups] or [None])
-    lists = (rows, index, count)
-    if not one:
-        weights = (*slots(codes), *slots(scales), *pairs, *slots(thresholds))
-        last = (partial, rows.shape[0], rows.shape[1], segments, *outputs)
-        _gather_many[grid](*lists, *weights, *last, GROUP=group, TOKENS=16, UPCAST=interpreted(), **meta)
-        return partial
-    words = [c.view(torch.int32) for c in codes]
-    meta |= {
-        # The rows that all threads read at once, 16 bytes each; each thread multiplies by four at once.
-        "FOLDED": min(tile_rows // 4, max(1, 512 * config.warps // row_bytes)),
-        "ASSEMBLY": x.is_cuda and not torch.version.hip,
-    }
-    last = (partial, rows.shape[1], segments, *outputs)
-    if groups:
-        _gather_int4[grid](*lists, *slots(words), *slots(scales), *pairs, *last, GROUP=group, **meta)
-    else:
-        _gather_int8[grid](*lists, *slots(words), *slots(scales), *last, **meta)
-    return partial
 
 
 def fake(

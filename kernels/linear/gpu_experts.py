@@ -7,7 +7,14 @@ launch (`gather_experts`), and the parts are added.
 import torch
 from torch import Tensor
 
-from was_fx.kernels.linear.gather_experts import gather_experts, supports
+from was_fx.kernels.linear import gather_quantized_gemv
+from was_fx.kernels.linear.gather_experts import (
+    MAX_PAIRS,
+    gather_experts,
+    gather_quantized_experts,
+    quantized_config,
+    supports,
+)
 from was_fx.kernels.ops.compact_experts import compact_experts
 from was_fx.kernels.parts.gemv_config import experts_config
 
@@ -22,6 +29,29 @@ def sparse_experts(
     splits = experts_config(x.device, x.dtype, channels, outputs, experts.shape[0]).splits
     listed = compact_experts(x, threshold, experts)
     return finish(gather_experts(x, *listed, weight, experts, splits).sum(0), bias, experts, x.dtype)
+
+
+def supports_quantized(x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor | None, experts: Tensor) -> bool:
+    """Whether `quantized_experts` serves x [R, K] and such weights of E experts."""
+    if experts.shape[0] > MAX_PAIRS or not codes.is_contiguous():
+        return False
+    return gather_quantized_gemv.supports(x[:1], [codes[0]], [scales[0]], [] if groups is None else [groups[0]])
+
+
+def quantized_experts(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    groups: Tensor | None,
+    bias: Tensor | None,
+    threshold: Tensor,
+    experts: Tensor,
+) -> Tensor:
+    """`was::quantized_experts` for few tokens, all of them sparse."""
+    listed = compact_experts(x, threshold, experts)
+    splits = quantized_config(x, codes, scales, groups, experts).splits
+    partial = gather_quantized_experts(x, *listed, codes, scales, groups, experts, splits)
+    return finish(partial.sum(0), bias, experts, x.dtype)
 
 
 def finish(total: Tensor, bias: Tensor | None, experts: Tensor, dtype: torch.dtype) -> Tensor:

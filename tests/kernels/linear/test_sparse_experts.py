@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from was_fx.kernels.linear import gather_experts, gpu_experts
+from was_fx.kernels.linear.quantized_experts import quantized_experts
 from was_fx.kernels.linear.sparse_experts import by_expert, by_groups, call, choose, reference, sparse_experts
 from was_fx.kernels.ops import compact_experts
 from was_fx.kernels.parts.gemv_config import GemvConfig
+from was_fx.kernels.quantized.fit import quantize_int4, quantize_int8
 
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -240,3 +242,58 @@ def test_a_cuda_graph_follows_other_experts(rows):
         graph.replay()
         expected = reference(x, weight, None, threshold, experts)
         torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+
+
+# Quantised rows.
+
+
+def quantised(weight, format):
+    """(codes, scales, groups) of E experts, and their weights as they then are, [E, N, K]."""
+    rows = [quantize_int8(each) if format == "int8" else quantize_int4("w", each, 32) for each in weight]
+    stacked = [torch.stack([getattr(each, name) for each in rows]) for name in ("codes", "scales")]
+    groups = None if format == "int8" else torch.stack([each.groups for each in rows])
+    return (*stacked, groups), torch.stack([each.dequantize(torch.float32).t() for each in rows])
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("case", ["one token", "other ranks' experts", "many tokens"])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_quantised_experts_compute_the_meaning(case, format, sparse, error):
+    x, weight, bias, threshold, experts = make(**CASES[case] | {"n": 32})
+    rows, held = quantised(weight, format)
+    threshold = threshold if sparse else None
+    exact = slow(x, held, bias, threshold, experts)
+    tolerance = 1e-2 if format == "int4" else 1e-4  # x has eight bits beside int4
+    assert error(quantized_experts(x, *rows, bias, threshold, experts, None), exact) < tolerance
+    if sparse:
+        some = torch.arange(len(x)) % 2 == 1
+        y = quantized_experts(x, *rows, bias, threshold, experts, some)
+        assert error(y, slow(x, held, bias, threshold, experts, some)) < tolerance
+
+
+def test_the_op_of_quantised_experts_is_well_behaved():
+    x, weight, bias, threshold, experts = make(bias=True)
+    rows, _ = quantised(weight, "int8")
+    torch.library.opcheck(quantized_experts, (x, *rows, bias, threshold, experts, None))
+    with pytest.raises(ValueError, match="expected x"):
+        quantized_experts(x[:, 1:], *rows, bias, threshold, experts, None)
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("case", [{"rows": 1, "per": 3}, {"rows": 3, "strange": True, "bias": True}])
+def test_the_kernel_reads_listed_codes(case, format, device, dtype, error):
+    x, weight, bias, threshold, experts = make(k=72, n=64, dtype=dtype, **case)
+    rows, held = quantised(weight.float(), format)
+    exact = slow(x, held, bias, threshold, experts)
+    rows = [None if each is None else each.to(device) for each in rows]
+    bias = None if bias is None else bias.to(device)
+    x, threshold, experts = x.to(device), threshold.to(device), experts.to(device)
+    config = GemvConfig(rows=16, columns=32, splits=2, warps=2)
+    listed = compact_experts.compact_experts(x, threshold, experts)
+    partial = gather_experts.gather_quantized_experts(x, *listed, *rows, experts, 2, config)
+    total = gpu_experts.finish(partial.sum(0), bias, experts, torch.float32)
+    assert error(total.cpu(), exact) < 2e-4
+    assert gpu_experts.supports_quantized(x, *rows, experts)
+    y = gpu_experts.quantized_experts(x, *rows, bias, threshold, experts)
+    assert error(y.cpu(), exact) < 2e-3
