@@ -7,6 +7,7 @@ y = was.quantized_linear(x, codes, scales, groups, b, t, tokens)           W as 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from was_fx.kernels.linear.quantized_experts import quantized_experts
 from was_fx.kernels.linear.quantized_linear import quantized_linear
 from was_fx.kernels.linear.sparse_experts import sparse_experts
 from was_fx.kernels.linear.sparse_linear import sparse_linear
@@ -22,7 +23,12 @@ _OPS = {
     torch.ops.was.quantized_linear: _QUANTIZED,
     quantized_linear: _QUANTIZED,
 }
-_EXPERTS = (torch.ops.was.sparse_experts, sparse_experts)
+_EXPERTS = (
+    torch.ops.was.sparse_experts,
+    sparse_experts,
+    torch.ops.was.quantized_experts,
+    quantized_experts,
+)
 
 
 def find_sparse_calls(context: Context) -> None:

@@ -3,6 +3,7 @@
     before   y = was.sparse_experts(x, W, b, t, experts, None)           x [R, K], W [E, N, K], experts [S] -> y [S, N]
     after    index, count = was.compact_experts(x, t, experts)           [S, T, SEGMENT] and [S, T] int32
              partial = was.gather_experts(x, index, count, W, experts, I)                 [I, S, N] fp32
+                                                                      of quantised ones was.gather_quantized_experts
              y = (partial.sum(0) + b[experts]).to(dtype)
 
 Inductor fuses the sum with what lies between the products, and that after the second with the weights of the experts.
@@ -13,23 +14,36 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from was_fx.kernels.linear.gather_experts import MAX_PAIRS, gather_experts_op
+from was_fx.kernels.linear.gather_experts import (
+    MAX_PAIRS,
+    gather_experts_op,
+    gather_quantized_experts_op,
+    quantized_config,
+)
 from was_fx.kernels.linear.gpu_experts import finish
+from was_fx.kernels.linear.quantized_experts import quantized_experts
 from was_fx.kernels.linear.sparse_experts import sparse_experts
 from was_fx.kernels.ops.compact_experts import compact_experts_op, empty_expert_list
 from was_fx.kernels.parts.gemv_config import experts_config
 from was_fx.kernels.parts.triton_parts import DTYPES
 from was_fx.passes.graph.context import Context, value
 
-# Dynamo writes the packet; a graph that was traced further, the overload.
-_OPS = (torch.ops.was.sparse_experts, sparse_experts)
 _NAMES = ("x", "weight", "bias", "threshold", "experts", "tokens")
+_QUANTIZED = ("x", "weight", "scales", "groups", "bias", "threshold", "experts", "tokens")
+
+# Dynamo writes the packet; a graph that was traced further, the overload.
+_OPS = {
+    torch.ops.was.sparse_experts: _NAMES,
+    sparse_experts: _NAMES,
+    torch.ops.was.quantized_experts: _QUANTIZED,
+    quantized_experts: _QUANTIZED,
+}
 
 
 def expert_calls(context: Context) -> list[tuple[Node, dict[str, Any]]]:
     """The sparse products with experts of a graph, and the arguments of each by name."""
     nodes = [node for node in context.module.graph.nodes if node.op == "call_function" and node.target in _OPS]
-    found = [(node, dict(zip(_NAMES, node.args, strict=False)) | node.kwargs) for node in nodes]
+    found = [(node, dict(zip(_OPS[node.target], node.args, strict=False)) | node.kwargs) for node in nodes]
     return [(node, given) for node, given in found if given["threshold"] is not None]
 
 
@@ -64,14 +78,21 @@ def list_expert_channels(context: Context) -> None:
 def _rewrite(context: Context, node: Node, given: dict[str, Any]) -> None:
     x, weight, threshold, experts = (given[name] for name in ("x", "weight", "threshold", "experts"))
     like, pairs = value(x), int(value(experts).shape[0])
-    _, outputs, channels = value(weight).shape
-    splits = experts_config(like.device, like.dtype, int(channels), int(outputs), pairs).splits
+    outputs = value(node).shape[1]
+    op, stored = gather_experts_op, [weight]
+    if "scales" in given:
+        op, stored = gather_quantized_experts_op, [weight, given["scales"], given["groups"]]
+        splits = quantized_config(
+            like, *(each if each is None else value(each) for each in stored), value(experts)
+        ).splits
+    else:
+        splits = experts_config(like.device, like.dtype, int(like.shape[1]), int(outputs), pairs).splits
     with context.module.graph.inserting_before(node):
         index, count = context.fused(
             compact_experts_op, lambda x, _, experts: empty_expert_list(x, experts), (x, threshold, experts)
         )
         parts = like.new_empty((splits, pairs, outputs), dtype=torch.float32)
-        partial = context.call(gather_experts_op, (x, index, count, weight, experts, splits), parts)
+        partial = context.call(op, (x, index, count, *stored, experts, splits), parts)
         total = context.call("sum", (partial, 0), parts.sum(0))
         example = like.new_empty((pairs, outputs))
         final = context.call(finish, (total, given.get("bias"), experts, like.dtype), example)

@@ -5,11 +5,28 @@ import torch
 from torch import nn
 
 from was_fx.compile.backend import was
-from was_fx.kernels.linear.gather_experts import gather_experts_op
+from was_fx.kernels.linear.gather_experts import gather_experts_op, gather_quantized_experts_op
+from was_fx.kernels.linear.quantized_experts import quantized_experts
 from was_fx.kernels.linear.sparse_experts import reference, sparse_experts
 from was_fx.kernels.ops.compact_experts import compact_experts_op
+from was_fx.kernels.quantized.fit import quantize_int8
 from was_fx.passes import list_expert_channels
 from was_fx.passes.pipeline import observers
+
+
+class QuantisedExperts(nn.Module):
+    """The same with rows of int8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rows = [quantize_int8(torch.randn(32, 16, generator=torch.Generator().manual_seed(e))) for e in range(4)]
+        self.register_buffer("codes", torch.stack([each.codes for each in rows]))
+        self.register_buffer("scales", torch.stack([each.scales for each in rows]))
+        self.register_buffer("threshold", torch.rand(4, 16, generator=torch.Generator().manual_seed(4)))
+
+    def forward(self, x):
+        experts = (x[:, :2] > 0).long() + torch.tensor([0, 2])
+        return quantized_experts(x * 2, self.codes, self.scales, None, None, self.threshold, experts.flatten(), None)
 
 
 class Experts(nn.Module):
@@ -75,6 +92,13 @@ def test_what_is_left_whole_is_right(options, tokens, words, contexts):
     assert not context.counts["listed"]
     assert compact_experts_op not in targets(context)
     assert [reason.rpartition(": ")[2] for _, reason in context.declined] == ([words] if words else [])
+
+
+def test_a_quantised_product_is_split(contexts):
+    module, x = QuantisedExperts(), torch.randn(1, 16, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(compiled(module)(x), module(x), rtol=1e-4, atol=1e-4)
+    (context,) = contexts
+    assert context.counts["listed"] == targets(context).count(gather_quantized_experts_op) == 1
 
 
 def test_a_dense_product_is_none(contexts):

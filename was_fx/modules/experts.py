@@ -60,7 +60,7 @@ def expert_names(path: str, module: Any) -> dict[str, tuple[str, int]]:
     return {
         member(f"{path}.{name}" if path else name, expert): (name, expert)
         for name in weight_names(module)
-        for expert in range(getattr(module, name).shape[0])
+        for expert in range(module.num_experts)
     }
 
 

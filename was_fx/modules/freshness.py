@@ -17,6 +17,7 @@ from was_fx.compat.tensors import version
 from was_fx.modules.experts import weight_names
 from was_fx.modules.linears import LinearModule, is_conv1d
 from was_fx.modules.placement import make_input_major
+from was_fx.modules.quantized_experts import is_quantized
 from was_fx.modules.quantized_linear import QuantizedLinear
 from was_fx.modules.sparse_experts import SparseExperts
 from was_fx.modules.sparse_linear import sparse_modules, take_norms
@@ -99,6 +100,8 @@ class _Weight(NamedTuple):
     @property
     def tensor(self) -> Tensor:
         """The weight, or what of a quantised one can be told from another: its scales."""
+        if isinstance(self.module, SparseExperts) and is_quantized(self.module, self.held):
+            return getattr(self.module, f"{self.held}_scales")
         return self.module.scales if isinstance(self.module, QuantizedLinear) else getattr(self.module, self.held)
 
     def linears(self) -> list[LinearModule]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from was_fx.kernels.quantized.rows import QuantizedRows
 from was_fx.modules.experts import expert_names, is_experts, running_by_hand
+from was_fx.modules.quantized_experts import QuantizedExperts, is_quantized, rows_of
 from was_fx.modules.quantized_linear import QuantizedLinear
 from was_fx.modules.weights import is_sharded
 
@@ -41,12 +42,18 @@ class LinearModule:
     @property
     def rows(self) -> QuantizedRows | None:
         """The weight, if it is quantised."""
+        if self.expert is not None:
+            quantised = is_quantized(self.module, self.held)
+            return rows_of(self.module, self.held, self.expert) if quantised else None
         return self.module.was_rows if isinstance(self.module, QuantizedLinear) else None
 
     @property
     def parameter(self) -> Tensor:
         """What the module holds the weight in: its Parameter, or the codes of a quantised one. Experts share it."""
-        return self.module.codes if isinstance(self.module, QuantizedLinear) else getattr(self.module, self.held)  # type: ignore[return-value]
+        module: Any = self.module
+        if self.expert is not None and is_quantized(module, self.held):
+            return getattr(module, f"{self.held}_codes")
+        return module.codes if isinstance(module, QuantizedLinear) else getattr(module, self.held)
 
     @property
     def matrix(self) -> Tensor:
@@ -56,6 +63,8 @@ class LinearModule:
     @property
     def weight(self) -> Tensor:
         """W [N, K]: a view, or the dequantised weight, made anew."""
+        if self.expert is not None and self.rows is not None:
+            return self.rows.dequantize(self.module.was_like.dtype).t()  # type: ignore[union-attr,arg-type]
         weight = getattr(self.module, self.held)
         if self.expert is not None:
             weight = weight[self.expert]
@@ -96,7 +105,7 @@ def find_linears(model: nn.Module) -> dict[str, LinearModule]:
         if isinstance(module, QuantizedLinear):
             found[name] = LinearModule(name, module, module.was_input_major, module is head)
             continue
-        if is_experts(module):
+        if isinstance(module, QuantizedExperts) or is_experts(module):
             found |= _experts(name, module)
             continue
         weight = getattr(module, "weight", None)

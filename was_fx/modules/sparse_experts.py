@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from was_fx.compat.experts import apply_gate, implementation_of, register_function, registered_function
 from was_fx.kernels.linear import sparse_experts
 from was_fx.kernels.ops.count_dropped import count_dropped_by_expert_op
+from was_fx.modules import quantized_experts
 from was_fx.modules.class_swap import Swapped, class_before, swap_class, with_mixin
 from was_fx.modules.experts import bias_of, weight_names, weight_of, weighted
+from was_fx.modules.quantized_experts import is_quantized
 from was_fx.modules.token_rule import TokenRule, decided
 from was_fx.schedules.files.linear_schedule import LinearSchedule
 
@@ -70,6 +72,8 @@ def _product(module: Any, name: str, x: Tensor, experts: Tensor, dense: bool, to
     threshold, counts = getattr(module, f"was_threshold_{name}"), getattr(module, f"was_counts_{name}")
     if counts is not None and not dense:
         count_dropped_by_expert_op(x, threshold, counts, experts, tokens)
+    if is_quantized(module, name):
+        return quantized_experts.product(module, name, x, experts, None if dense else threshold, tokens)
     weight, bias = weight_of(module, name), bias_of(module, name)
     if weight.dtype != x.dtype:  # autocast
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -104,8 +108,12 @@ def begin_sparse(module: Any, norm: int, rule: TokenRule) -> None:
     if isinstance(module, SparseExperts):
         return
     for name in weight_names(module):
-        weight = weight_of(module, name)
-        size = weight.shape[0], weight.shape[2]
+        if is_quantized(module, name):
+            weight = getattr(module, f"{name}_codes")
+            size = weight.shape[:2]
+        else:
+            weight = weight_of(module, name)
+            size = weight.shape[0], weight.shape[2]
         device = weight.device if not weight.is_meta else torch.device("cpu")
         module.register_buffer(
             f"was_norms_{name}", torch.zeros(size, dtype=torch.float32, device=device), persistent=False

@@ -23,6 +23,7 @@ from was_fx.modules.foreign_weights import drop_quantizer_marks, foreign_linears
 from was_fx.modules.linears import LinearModule, find_linears, quantised_by
 from was_fx.modules.placement import loaded
 from was_fx.modules.quantized_embedding import TIED, make_quantized_embedding
+from was_fx.modules.quantized_experts import make_quantized_expert
 from was_fx.modules.quantized_linear import format_name, group_of, make_quantized, quantized_linears
 from was_fx.modules.weights import is_offloaded, is_sharded
 from was_fx.schedules.progress import Progress, report
@@ -110,7 +111,10 @@ def quantize(
             rows, dtype = _fitted(name, weight, plan[name], moments), weight.dtype
             if told is not None:
                 told(_measured(name, weight, rows, moments))
-        make_quantized(linear.module, rows, dtype)
+        if linear.expert is not None:
+            make_quantized_expert(linear.module, linear.held, linear.expert, rows, dtype)
+        else:
+            make_quantized(linear.module, rows, dtype)
         if linear.head:
             for each in (name for name, format in everything.items() if format == TIED):
                 make_quantized_embedding(model.get_submodule(each), None, linear.module)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from was_fx.compat.saving import UPLOAD, saves_adapters_only, upload
 from was_fx.modules.linears import find_linears
 from was_fx.modules.quantized_embedding import embedding_formats
+from was_fx.modules.quantized_experts import QuantizedExperts
 from was_fx.modules.quantized_linear import weight_formats
 from was_fx.schedules.files.fingerprint import differences
 from was_fx.schedules.files.schedule import Schedule
@@ -79,6 +80,11 @@ def _save_pretrained(
         is_main_process, state_dict, arguments: as for `PreTrainedModel.save_pretrained`.
     """
     adapters_only = saves_adapters_only(self)
+    if not adapters_only and any(isinstance(module, QuantizedExperts) for module in self.modules()):
+        raise ValueError(
+            "the model holds quantised experts, which can't be saved yet; save it before they are quantised, or "
+            'quantise all but them, such as by weights={"*experts*": "none", "*": "int8"}'
+        )
     schedule = None if adapters_only else _schedule_of(self)
     if state_dict is None:
         state_dict = plain_state_dict(self)

@@ -10,6 +10,8 @@ from was_fx.kernels.quantized.rows import GROUPS, INT4, INT8
 from was_fx.modules.linears import LinearModule
 from was_fx.modules.quantized_embedding import TIED, QuantizedEmbedding, input_embedding, is_tied, why_not
 from was_fx.modules.quantized_linear import format_name, group_of
+from was_fx.schedules.experts import group_of as group_of_name
+from was_fx.schedules.experts import groups, is_member
 
 Weights = str | Mapping[str, str]
 
@@ -32,7 +34,7 @@ def planned(model: nn.Module, linears: Mapping[str, LinearModule], weights: Weig
     embedding = input_embedding(model)
     names = [*linears, *([] if embedding is None else [embedding[0]])]
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(_fits(name, pattern) for name in names):
             raise ValueError(
                 f"weights names {pattern!r}, which fits no Linear; there is {', '.join(list(linears)[:4])}, …"
             )
@@ -40,12 +42,15 @@ def planned(model: nn.Module, linears: Mapping[str, LinearModule], weights: Weig
     for name, linear in linears.items():
         others = INT8 if linear.head and rest != NONE else rest
         format = _asked(name, patterns) or others
-        if format == NONE or linear.expert is not None:  # experts keep plain numbers
+        if format == NONE:
             continue
         if linear.rows is None:
             found[name] = format
         elif format_name(linear.rows) != format:
             raise ValueError(_another(name, format_name(linear.rows), format))
+    for group, members in groups(linears).items():
+        if is_member(members[0]) and len({found.get(name) for name in members}) > 1:
+            raise ValueError(f"weights names some experts of {group}; all that one parameter holds need one format")
     if embedding is not None:
         name, module = embedding
         head = next((linear for linear in linears.values() if linear.head), None)
@@ -57,7 +62,12 @@ def planned(model: nn.Module, linears: Mapping[str, LinearModule], weights: Weig
 
 def _asked(name: str, patterns: Mapping[str, str]) -> str | None:
     """The format by the first pattern that fits a name."""
-    return next((format for pattern, format in patterns.items() if fnmatchcase(name, pattern)), None)
+    return next((format for pattern, format in patterns.items() if _fits(name, pattern)), None)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a pattern fits a name, or the parameter that holds an expert."""
+    return name == pattern or fnmatchcase(name, pattern) or fnmatchcase(group_of_name(name), pattern)
 
 
 def _embedding_format(

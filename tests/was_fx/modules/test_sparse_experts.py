@@ -330,3 +330,49 @@ def test_a_module_of_other_weights_is_no_experts_module():
     module.gate_up_proj = nn.Parameter(module.gate_up_proj.to(torch.float8_e4m3fn), requires_grad=False)
     assert not is_experts(module)
     assert not is_experts(SimpleNamespace())
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_quantised_experts_are_the_oracle_of_their_weights(model_type, format, made):
+    model, _, tokens = made(model_type)
+    was_fx.quantize(model, {"*experts*": format})
+    plain, held = made(model_type)[0], find_linears(model)
+    for name, linear in find_linears(plain).items():
+        if linear.expert is not None:
+            assert held[name].rows is not None
+            linear.matrix.data.copy_(held[name].weight.t() if linear.input_major else held[name].weight)
+    tolerance = {
+        "rtol": 1e-4,
+        "atol": (0.05 if format == "int4" else 1e-4) * float(logits(plain, tokens[:1]).abs().max()),
+    }
+    torch.testing.assert_close(logits(model, tokens[:1]), logits(plain, tokens[:1]), **tolerance)
+    calibration = was_fx.calibrate(model, tokens)
+    schedule = was_fx.uniform(calibration, 0.5)
+    module = experts_of(model)["model.layers.0.mlp.experts"]
+    before = module.down_proj_codes.clone()
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    index, weights = torch.tensor([[0, 1], [3, 2]]), torch.full((2, 2), 0.5)
+    was_fx.sparsify(model, schedule, prefill="all")
+    expected = experts_of(oracle(plain, schedule))["model.layers.0.mlp.experts"].forward(x, index, weights)
+    found = module(x, index, weights)
+    assert (found - expected).abs().max() < (0.02 if format == "int4" else 1e-4) * expected.abs().max()
+    assert was_fx.check(model).ok
+    was_fx.densify(model)
+    assert torch.equal(module.down_proj_codes, before)
+    assert "down_proj" not in dict(module.named_parameters())
+
+
+def test_experts_of_one_parameter_need_one_format(made):
+    model, _, _ = made()
+    with pytest.raises(ValueError, match="need one format"):
+        was_fx.quantize(model, {"model.layers.0.mlp.experts.down_proj[[]1]": "int8"})
+    assert not any(hasattr(module, "down_proj_codes") for module in model.modules())
+
+
+def test_quantised_experts_are_not_saved_yet(made, tmp_path):
+    model, _, _ = made()
+    was_fx.quantize(model, "int8")
+    with pytest.raises(ValueError, match="experts"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
