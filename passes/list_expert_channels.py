@@ -82,9 +82,8 @@ def _rewrite(context: Context, node: Node, given: dict[str, Any]) -> None:
     op, stored = gather_experts_op, [weight]
     if "scales" in given:
         op, stored = gather_quantized_experts_op, [weight, given["scales"], given["groups"]]
-        splits = quantized_config(
-            like, *(each if each is None else value(each) for each in stored), value(experts)
-        ).splits
+        codes, scales, groups = (None if each is None else value(each) for each in stored)
+        splits = quantized_config(like, codes, scales, groups, value(experts)).splits
     else:
         splits = experts_config(like.device, like.dtype, int(like.shape[1]), int(outputs), pairs).splits
     with context.module.graph.inserting_before(node):

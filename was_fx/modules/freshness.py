@@ -100,8 +100,9 @@ class _Weight(NamedTuple):
     @property
     def tensor(self) -> Tensor:
         """The weight, or what of a quantised one can be told from another: its scales."""
-        if isinstance(self.module, SparseExperts) and is_quantized(self.module, self.held):
-            return getattr(self.module, f"{self.held}_scales")
+        if is_quantized(self.module, self.held):
+            scales: Tensor = getattr(self.module, f"{self.held}_scales")
+            return scales
         return self.module.scales if isinstance(self.module, QuantizedLinear) else getattr(self.module, self.held)
 
     def linears(self) -> list[LinearModule]:

@@ -62,7 +62,8 @@ def is_quantized(module: nn.Module, held: str) -> bool:
 
 def rows_of(module: Any, held: str, expert: int) -> QuantizedRows:
     """The weight [N, K] of an expert: views."""
-    return quantized_experts.expert_rows(*(getattr(module, f"{held}_{name}") for name in NAMES), expert)
+    codes, scales, groups = (getattr(module, f"{held}_{name}") for name in NAMES)
+    return quantized_experts.expert_rows(codes, scales, groups, expert)
 
 
 def product(
