@@ -82,7 +82,8 @@ def _rewrite(context: Context, node: Node, given: dict[str, Any]) -> None:
     op, stored = gather_experts_op, [weight]
     if "scales" in given:
         op, stored = gather_quantized_experts_op, [weight, given["scales"], given["groups"]]
-        codes, scales, groups = (None if each is None else value(each) for each in stored)
+        held: list[Any] = [None if each is None else value(each) for each in stored]
+        codes, scales, groups = held
         splits = quantized_config(like, codes, scales, groups, value(experts)).splits
     else:
         splits = experts_config(like.device, like.dtype, int(like.shape[1]), int(outputs), pairs).splits

@@ -6,9 +6,12 @@ are a group: a search gives them one sparsity, each with a threshold of its own,
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 # What an expert that has seen fewer tokens is measured to be says more about these tokens than about it.
 FEW_TOKENS = 32
+
+Value = TypeVar("Value")
 
 _MEMBER = re.compile(r"(.+)\[(\d+)\]")
 
@@ -34,6 +37,28 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(group_of(name), []).append(name)
+    return found
+
+
+def group_shapes(
+    shapes: Mapping[str, tuple[int, int]], experts_per_token: Mapping[str, float]
+) -> dict[str, tuple[int, int]]:
+    """(N, K) by group, for a search that gives all experts of a group one sparsity: N counts the outputs of as many
+    experts as a token is sent to."""
+    found = {}
+    for group, names in groups(shapes).items():
+        outputs, inputs = shapes[names[0]]
+        found[group] = max(1, round(outputs * experts_per_token.get(group, 1.0))), inputs
+    return found
+
+
+def spread(values: Mapping[str, Value], names: Iterable[str]) -> dict[str, Value]:
+    """The value of each name: its own, or that of its group; names without either are left out."""
+    found = {}
+    for name in names:
+        key = name if name in values else group_of(name)
+        if key in values:
+            found[name] = values[key]
     return found
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from was_fx.schedules.experts import spread
 from was_fx.schedules.files.calibration import Calibration
 from was_fx.schedules.files.linear_schedule import LinearSchedule
 from was_fx.schedules.files.schedule import Schedule, ScheduleMetadata
@@ -40,12 +41,12 @@ class ThresholdTable:
         return LinearSchedule(sparsity, self.scores.threshold(name, level), self.exponents[name])
 
     def schedule(self, sparsities: Mapping[str, float], metadata: ScheduleMetadata) -> Schedule:
-        """The schedule with these sparsities, from 0 to below 1, of all Linears by qualified name.
+        """The schedule with these sparsities, from 0 to below 1, of all Linears by qualified name, or by their group.
 
         Raises:
             ValueError: a sparsity is out of the table's range.
         """
-        linears = {name: self.linear(name, sparsities[name]) for name in self.shapes}
+        linears = {name: self.linear(name, each) for name, each in spread(sparsities, self.shapes).items()}
         return Schedule(linears, self.shapes, self.norm, metadata)
 
 

@@ -1,6 +1,7 @@
 """How far a block's output is off when its Linears drop channels: what the greedy allocation and the search for
 exponents compare."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from was_fx.modules.linears import dropping, find_linears, looking_at_inputs
 from was_fx.schedules.blocks import Block
+from was_fx.schedules.experts import group_of, spread
 from was_fx.schedules.score import channel_norms, channel_scale
 from was_fx.schedules.search.threshold_table import ThresholdTable
 
@@ -67,7 +69,7 @@ class BlockError:
     ) -> None:
         linears = find_linears(model)
         self._inputs, self._block, self._table = inputs, block, table
-        self._linears = {name: linears[name] for name in block.shapes}
+        self._linears = {name: each for name, each in linears.items() if group_of(name) in block.shapes}
         self._norms = {name: channel_norms(linear.weight, table.norm) for name, linear in self._linears.items()}
         self._dense = inputs.output(block)
         self._first = self._dense.shape[1] - max(1, round(scored * self._dense.shape[1]))
@@ -77,7 +79,7 @@ class BlockError:
         """The error with these sparsities of the block's Linears."""
         thresholds = {
             name: self._table.linear(name, sparsity).channel_thresholds(self._norms[name])
-            for name, sparsity in sparsities.items()
+            for name, sparsity in spread(sparsities, self._linears).items()
             if sparsity > 0
         }
         self.calls += 1
@@ -106,10 +108,10 @@ def linear_errors(
         sparsity: share of channels to drop; thresholds are exact quantiles of these inputs.
 
     Returns:
-        By qualified name and exponent.
+        By qualified name, or group of experts, and exponent.
     """
-    linears = {name: linear for name, linear in find_linears(model).items() if name in block.shapes}
-    errors: dict[str, dict[float, float]] = {name: {} for name in linears}
+    linears = {name: linear for name, linear in find_linears(model).items() if group_of(name) in block.shapes}
+    errors: dict[str, dict[float, float]] = {name: {} for name in block.shapes}
 
     def measure(name: str, x: Tensor) -> None:
         weight = linears[name].weight
@@ -118,7 +120,9 @@ def linear_errors(
         for exponent in exponents:
             scores = x.abs().float() * channel_scale(norms, exponent)
             cut = scores.flatten().kthvalue(max(1, round(sparsity * scores.numel()))).values
-            errors[name][exponent] = float((x.masked_fill(scores > cut, 0) @ weight.t()).float().norm())
+            off = float((x.masked_fill(scores > cut, 0) @ weight.t()).float().norm())
+            own = errors[group_of(name)]
+            own[exponent] = math.hypot(own.get(exponent, 0.0), off)
 
     with looking_at_inputs(linears, measure):
         inputs.output(block)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from was_fx.schedules.blocks import block_levels
+from was_fx.schedules.experts import groups
 from was_fx.schedules.projection import Vector
 from was_fx.schedules.search.block_search import BlockResult, search_levels
 from was_fx.schedules.search.block_space import BlockSpace, block_space
@@ -49,7 +50,9 @@ def search_blocks(
     name: Any = "bayesian" if recipe.over == "exact" else recipe.over
     first = starts(space)
     if context.start is not None:
-        first.insert(0, block_levels(blocks, {n: entry.sparsity for n, entry in context.start.linears.items()}))
+        given = {name: entry.sparsity for name, entry in context.start.linears.items()}
+        mean = {group: sum(given[name] for name in names) / len(names) for group, names in groups(given).items()}
+        first.insert(0, block_levels(blocks, mean))
     return search_levels(
         space,
         Optimizer(name, space.dimension, context.trials, context.seed),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.modules.linears import find_linears, looking_at_inputs
+from was_fx.schedules.experts import group_of, groups
 from was_fx.schedules.projection import Vector
 from was_fx.schedules.score import channel_norms, channel_scale
 
@@ -31,10 +32,11 @@ def dropped_energy(
         levels: sparsities, [G], from 0 to 1.
 
     Returns:
-        [Linears, G] in the order of `exponents`, nondecreasing from 0 to 1.
+        [Linears, G] in the order of `exponents`, nondecreasing from 0 to 1; the experts of a parameter are one Linear.
     """
     linears = {name: linear for name, linear in find_linears(model).items() if name in exponents}
     curves: dict[str, Vector] = {}
+    totals: dict[str, float] = {}
 
     def measure(name: str, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1]).float()
@@ -45,8 +47,11 @@ def dropped_energy(
         order = drawn[scores[drawn].argsort()]
         total = energies[order].double().cumsum(0).cpu().numpy()
         ranks = np.linspace(0, 1, len(total) + 1)
-        curves[name] = np.interp(levels, ranks, np.concatenate([[0.0], total]) / max(total[-1], 1e-300))
+        group, whole = group_of(name), float(energies.double().sum())
+        curve = whole * np.interp(levels, ranks, np.concatenate([[0.0], total]) / max(total[-1], 1e-300))
+        curves[group] = curves[group] + curve if group in curves else curve
+        totals[group] = totals.get(group, 0.0) + whole
 
     with looking_at_inputs(linears, measure):
         model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
-    return np.stack([curves[name] for name in exponents])
+    return np.stack([curves[group] / max(totals[group], 1e-300) for group in groups(exponents)])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from was_fx.modules.linears import find_linears
 from was_fx.modules.tokens import check_tokens
 from was_fx.schedules.errors import ScheduleError
+from was_fx.schedules.experts import spread
 from was_fx.schedules.files.calibration import Calibration
 from was_fx.schedules.files.fingerprint import differences
 from was_fx.schedules.files.schedule import Schedule, ScheduleMetadata
@@ -163,7 +164,7 @@ def _run(context: SearchContext, settings: Mapping[str, Any]) -> Schedule:
         sparsities, found = dict(expand(result.levels)), history(result)
     else:
         sparsities = dict(inside.expansion(table)(uniform))
-    excluded = tuple(name for name in context.calibration.shapes if name not in sparsities)
+    excluded = tuple(name for name in context.calibration.shapes if not spread(sparsities, [name]))
     schedule = context.final(table.schedule(sparsities, _metadata(context, settings, excluded)))
     return schedule.replace({}, history={**found, "tokens": dict(context.spent)})
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from was_fx.measure.calibrate import measure_thresholds, recalibrate
 from was_fx.modules.linears import find_linears
 from was_fx.schedules.blocks import Block, find_blocks
+from was_fx.schedules.experts import group_shapes, groups, spread
 from was_fx.schedules.files.calibration import Calibration
 from was_fx.schedules.files.schedule import Schedule, ScheduleMetadata
 from was_fx.schedules.search.block_search import SearchProgress, SearchState
@@ -56,8 +57,8 @@ class SearchContext:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of the Linears to schedule."""
-        shapes = dict(self.calibration.shapes)
+        """(N, K) of the Linears to schedule; the experts of a parameter are one of them (`schedules/experts.py`)."""
+        shapes = group_shapes(self.calibration.shapes, self.calibration.experts_per_token)
         if self.head:
             shapes |= {name: linear.shape for name, linear in find_linears(self.model).items() if linear.head}
         return shapes
@@ -74,6 +75,11 @@ class SearchContext:
         score = self.calibration.score
         norm = score.norm if exponents is None else 2
         exponents = dict.fromkeys(self.shapes, score.exponent) if exponents is None else exponents
+        names = [
+            *self.calibration.shapes,
+            *(name for name in self.shapes if name not in groups(self.calibration.shapes)),
+        ]
+        exponents = spread(exponents, names)
         sample = first_tokens(self.samples, self.recipe.calibration_tokens)
         self.spent["thresholds"] += sample.numel()
         return measure_thresholds(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from was_fx.schedules.experts import spread
 from was_fx.schedules.files.schedule import ScheduleMetadata
 from was_fx.schedules.search.exact import Divergences
 from was_fx.schedules.search.threshold_table import ThresholdTable
@@ -65,6 +66,6 @@ def divergences(
 
 
 def entries(table: ThresholdTable, sparsities: Mapping[str, float]) -> dict[str, list[float]]:
-    """[sparsity, τ, α] by qualified name."""
-    found = {name: table.linear(name, sparsity) for name, sparsity in sparsities.items()}
+    """[sparsity, τ, α] by qualified name, of sparsities by name or group."""
+    found = {name: table.linear(name, sparsity) for name, sparsity in spread(sparsities, table.shapes).items()}
     return {name: [entry.sparsity, entry.threshold, entry.exponent] for name, entry in found.items()}
