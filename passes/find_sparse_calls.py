@@ -23,12 +23,14 @@ _OPS = {
     torch.ops.was.quantized_linear: _QUANTIZED,
     quantized_linear: _QUANTIZED,
 }
-_EXPERTS = (
-    torch.ops.was.sparse_experts,
-    sparse_experts,
-    torch.ops.was.quantized_experts,
-    quantized_experts,
-)
+_OF_EXPERTS = ("x", "weight", "bias", "threshold", "experts", "tokens")
+_OF_QUANTIZED_EXPERTS = ("x", "weight", "scales", "groups", "bias", "threshold", "experts", "tokens")
+EXPERTS = {
+    torch.ops.was.sparse_experts: _OF_EXPERTS,
+    sparse_experts: _OF_EXPERTS,
+    torch.ops.was.quantized_experts: _OF_QUANTIZED_EXPERTS,
+    quantized_experts: _OF_QUANTIZED_EXPERTS,
+}
 
 
 def find_sparse_calls(context: Context) -> None:
@@ -43,7 +45,7 @@ def find_sparse_calls(context: Context) -> None:
             continue
         name = node.meta.get("was_linear") or module_path(node) or str(given["weight"])
         context.calls.append(SparseCall(node, name=name, **{each: given[each] for each in names}))
-    experts = [node for node in context.module.graph.nodes if node.op == "call_function" and node.target in _EXPERTS]
+    experts = [node for node in context.module.graph.nodes if node.op == "call_function" and node.target in EXPERTS]
     lengths = [value(call.x).shape[-2] if value(call.x).dim() > 1 else 1 for call in context.calls]
     # Of most: a head may see only the last token of a prompt, and a Linear may read all cached tokens in each step.
     context.decode = 2 * sum(statically_known_true(length == 1) for length in lengths) > len(lengths)

@@ -21,29 +21,18 @@ from was_fx.kernels.linear.gather_experts import (
     quantized_config,
 )
 from was_fx.kernels.linear.gpu_experts import finish
-from was_fx.kernels.linear.quantized_experts import quantized_experts
-from was_fx.kernels.linear.sparse_experts import sparse_experts
-from was_fx.kernels.ops.compact_experts import compact_experts_op, empty_expert_list
+from was_fx.kernels.ops.compact import empty_list
+from was_fx.kernels.ops.compact_experts import compact_experts_op
 from was_fx.kernels.parts.gemv_config import experts_config
 from was_fx.kernels.parts.triton_parts import DTYPES
+from was_fx.passes.find_sparse_calls import EXPERTS
 from was_fx.passes.graph.context import Context, value
-
-_NAMES = ("x", "weight", "bias", "threshold", "experts", "tokens")
-_QUANTIZED = ("x", "weight", "scales", "groups", "bias", "threshold", "experts", "tokens")
-
-# Dynamo writes the packet; a graph that was traced further, the overload.
-_OPS = {
-    torch.ops.was.sparse_experts: _NAMES,
-    sparse_experts: _NAMES,
-    torch.ops.was.quantized_experts: _QUANTIZED,
-    quantized_experts: _QUANTIZED,
-}
 
 
 def expert_calls(context: Context) -> list[tuple[Node, dict[str, Any]]]:
     """The sparse products with experts of a graph, and the arguments of each by name."""
-    nodes = [node for node in context.module.graph.nodes if node.op == "call_function" and node.target in _OPS]
-    found = [(node, dict(zip(_OPS[node.target], node.args, strict=False)) | node.kwargs) for node in nodes]
+    nodes = [node for node in context.module.graph.nodes if node.op == "call_function" and node.target in EXPERTS]
+    found = [(node, dict(zip(EXPERTS[node.target], node.args, strict=False)) | node.kwargs) for node in nodes]
     return [(node, given) for node, given in found if given["threshold"] is not None]
 
 
@@ -89,7 +78,7 @@ def _rewrite(context: Context, node: Node, given: dict[str, Any]) -> None:
         splits = experts_config(like.device, like.dtype, int(like.shape[1]), int(outputs), pairs).splits
     with context.module.graph.inserting_before(node):
         index, count = context.fused(
-            compact_experts_op, lambda x, _, experts: empty_expert_list(x, experts), (x, threshold, experts)
+            compact_experts_op, lambda x, _, experts: empty_list(x, experts.shape[0]), (x, threshold, experts)
         )
         parts = like.new_empty((splits, pairs, outputs), dtype=torch.float32)
         partial = context.call(op, (x, index, count, *stored, experts, splits), parts)

@@ -17,7 +17,7 @@ from was_fx.kernels.parts.gemv_config import GemvConfig, experts_config
 from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.served import note_served
 from was_fx.kernels.parts.triton_parts import MAX_SIBLINGS, interpreted, launch_options, serves, slots
-from was_fx.kernels.quantized.rows import INT4, INT8, QuantizedRows
+from was_fx.kernels.quantized.rows import INT4, INT8, expert_rows, outputs_of
 
 # Most pairs of a call: eight tokens of sixteen experts.
 MAX_PAIRS = 128
@@ -118,11 +118,7 @@ gather_experts_op = register_op(
 def quantized_config(x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor | None, experts: Tensor) -> GemvConfig:
     """The tile sizes of a product with quantised experts."""
     format = INT8 if groups is None else INT4
-    return experts_config(x.device, format, x.shape[1], _outputs(codes, scales, groups), experts.shape[0])
-
-
-def _outputs(codes: Tensor, scales: Tensor, groups: Tensor | None) -> int:
-    return scales.shape[1] if groups is None else 2 * codes.shape[2]
+    return experts_config(x.device, format, x.shape[1], outputs_of(codes, scales, groups), experts.shape[0])
 
 
 def quantized_reference(
@@ -136,10 +132,7 @@ def quantized_reference(
     splits: int,
 ) -> Tensor:
     """`reference` with the weights of E experts stacked, each as `QuantizedRows`."""
-    rows = [
-        QuantizedRows(codes[e], scales[e], None if groups is None else groups[e]).dequantize(torch.float32)
-        for e in range(len(codes))
-    ]
+    rows = [expert_rows(codes, scales, groups, e).dequantize(torch.float32) for e in range(len(codes))]
     return reference(x.float(), index, count, torch.stack(rows).mT, experts, splits)
 
 
@@ -159,7 +152,7 @@ def gather_quantized_experts(
         note_served((codes,), "gather_quantized_experts_reference", "a GPU's kernels don't run here")
         return quantized_reference(x, index, count, codes, scales, groups, experts, splits)
     note_served((codes,), "gather_quantized_experts", "few tokens on a GPU, channels listed by the kernel before")
-    outputs = _outputs(codes, scales, groups)
+    outputs = outputs_of(codes, scales, groups)
     partial = x.new_empty((splits, experts.shape[0], outputs), dtype=torch.float32)
     launch_one(
         x.contiguous(),
@@ -186,7 +179,7 @@ def _quantized_fake(
     experts: Tensor,
     splits: int,
 ) -> Tensor:
-    return x.new_empty((splits, experts.shape[0], _outputs(codes, scales, groups)), dtype=torch.float32)
+    return x.new_empty((splits, experts.shape[0], outputs_of(codes, scales, groups)), dtype=torch.float32)
 
 
 gather_quantized_experts_op = register_op(

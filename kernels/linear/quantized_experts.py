@@ -4,27 +4,18 @@ As `sparse_experts`, with the weights of E experts stacked: codes [E, K, …], s
 [E, K, N / group, 2], each expert's as `QuantizedRows`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from was_fx.kernels.linear import quantized_linear
-from was_fx.kernels.linear.sparse_experts import check_pairs, products_by_expert
+from was_fx.kernels.linear.sparse_experts import biases_of, check_pairs, products_by_expert
 from was_fx.kernels.parts.private_names import calls_plainly
 from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.served import note_served
-from was_fx.kernels.quantized.rows import QuantizedRows
-
-
-def expert_rows(codes: Tensor, scales: Tensor, groups: Tensor | None, expert: int) -> QuantizedRows:
-    """The weight [N, K] of one expert: views."""
-    return QuantizedRows(codes[expert], scales[expert], None if groups is None else groups[expert])
-
-
-def outputs_of(codes: Tensor, scales: Tensor, groups: Tensor | None) -> int:
-    """N."""
-    return scales.shape[1] if groups is None else 2 * codes.shape[2]
+from was_fx.kernels.quantized.rows import expert_rows, outputs_of
 
 
 def compute(
@@ -50,19 +41,13 @@ def compute(
             # |x| is never below -1.
             limits = x.new_full((len(codes), x.shape[1]), -1, dtype=torch.float32) if threshold is None else threshold
             return gpu_experts.quantized_experts(x, codes, scales, groups, bias, limits, experts)
-    chosen = experts.tolist()
-    if len(x) == 1 and tokens is None and all(0 <= e < shape[0] for e in chosen):
-        rows = [expert_rows(codes, scales, groups, e) for e in chosen]
-        biases = [None if bias is None else bias[e] for e in chosen]
-        each = [None if threshold is None else threshold[e] for e in chosen]
-        return quantized_linear.compute(x, rows, biases, each).view(len(chosen), -1)
 
-    def product(rows: Tensor, e: int, each: Tensor | None) -> Tensor:
-        weight = expert_rows(codes, scales, groups, e)
-        own, limit = None if bias is None else bias[e], None if threshold is None else threshold[e]
-        return quantized_linear.compute(rows, (weight,), (own,), (limit,), each)
+    def product(rows: Tensor, chosen: Sequence[int], each: Tensor | None) -> Tensor:
+        weights = [expert_rows(codes, scales, groups, e) for e in chosen]
+        limits = [None if threshold is None else threshold[e] for e in chosen]
+        return quantized_linear.compute(rows, weights, biases_of(bias, chosen), limits, each)
 
-    return products_by_expert(product, x, shape, experts, chosen, tokens)
+    return products_by_expert(product, x, shape, experts, tokens)
 
 
 def _check(

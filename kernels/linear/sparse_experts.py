@@ -12,7 +12,7 @@ serves those of Linears; on a GPU one launch reads the kept rows of all pairs, a
 torch's grouped product. Nothing there waits for the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,7 +88,8 @@ def compute(
     return y
 
 
-Product = Callable[[Tensor, int, Tensor | None], Tensor]
+# y [P, ΣN] of rows [P, K] that share some experts, and of their tokens.
+Product = Callable[[Tensor, Sequence[int], Tensor | None], Tensor]
 
 
 def by_expert(
@@ -100,42 +101,45 @@ def by_expert(
     tokens: Tensor | None,
 ) -> Tensor:
     """One product for each expert that is called; waits for a device that is no CPU."""
-    chosen = experts.tolist()
-    if len(x) == 1 and threshold is not None and tokens is None and all(0 <= e < len(weight) for e in chosen):
-        # One token: its experts share an input, as siblings do.
-        biases = [None if bias is None else bias[e] for e in chosen]
-        y = sparse_linear.compute(x, [weight[e] for e in chosen], biases, [threshold[e] for e in chosen])
-        return y.view(len(chosen), -1)
 
-    def product(rows: Tensor, e: int, each: Tensor | None) -> Tensor:
-        own = None if bias is None else bias[e]
-        if threshold is None:
-            return dense_linear.compute(rows, weight[e], own)
-        return sparse_linear.compute(rows, (weight[e],), (own,), (threshold[e],), each)
+    def product(rows: Tensor, chosen: Sequence[int], each: Tensor | None) -> Tensor:
+        weights, biases = [weight[e] for e in chosen], biases_of(bias, chosen)
+        if threshold is not None:
+            return sparse_linear.compute(rows, weights, biases, [threshold[e] for e in chosen], each)
+        parts = [dense_linear.compute(rows, w, b) for w, b in zip(weights, biases, strict=True)]
+        return torch.cat(parts, dim=-1)
 
-    return products_by_expert(product, x, weight.shape[:2], experts, chosen, tokens)
+    return products_by_expert(product, x, weight.shape[:2], experts, tokens)
+
+
+def biases_of(bias: Tensor | None, chosen: Sequence[int]) -> list[Tensor | None]:
+    """The biases [N] of some experts, of those [E, N] of all."""
+    return [None if bias is None else bias[e] for e in chosen]
 
 
 def products_by_expert(
-    product: Product, x: Tensor, shape: tuple[int, ...], experts: Tensor, chosen: list[int], tokens: Tensor | None
+    product: Product, x: Tensor, shape: tuple[int, ...], experts: Tensor, tokens: Tensor | None
 ) -> Tensor:
-    """`product(rows, e, tokens)` of each expert's rows of x, put where they belong.
+    """The products of each expert's rows of x, put where they belong.
 
     Args:
-        product: y [P, N] of an expert's rows [P, K] and their tokens.
+        product: of rows and the experts that they share.
         x: [R, K].
         shape: (E, N).
         experts: [R · c].
-        chosen: the same, as numbers.
         tokens: bool [R] or None.
     """
     count, outputs = shape
+    chosen = experts.tolist()
+    if len(x) == 1 and tokens is None and all(0 <= e < count for e in chosen):
+        # One token: its experts share an input, as siblings do.
+        return product(x, chosen, None).view(len(chosen), outputs)
     y = x.new_zeros(len(chosen), outputs)
     rows = torch.arange(len(chosen), device=x.device).div(len(chosen) // len(x), rounding_mode="floor")
     for e in sorted({e for e in chosen if 0 <= e < count}):
         pairs = (experts == e).nonzero()[:, 0]
         own = rows[pairs]
-        y[pairs] = product(x[own], e, None if tokens is None else tokens[own])
+        y[pairs] = product(x[own], [e], None if tokens is None else tokens[own])
     return y
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from was_fx.kernels.ops.compact import segment_size
+from was_fx.kernels.ops.compact import empty_list
 from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.triton_parts import begin, launch_options, list_kept, serves
 
@@ -42,14 +42,6 @@ def _compact_experts(
     list_kept(keep, channels, segments, index_ptr + pair * T * SEGMENT, count_ptr + pair * T, T, SEGMENT)
 
 
-def empty_expert_list(x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """index [S, T, SEGMENT] and count [S, T], both int32 and uninitialised, for x [R, K] and experts [S]."""
-    segment = segment_size(x.shape[-1])
-    segments = -(-x.shape[-1] // segment)
-    index = x.new_empty((experts.shape[0], segments, segment), dtype=torch.int32)
-    return index, x.new_empty((experts.shape[0], segments), dtype=torch.int32)
-
-
 def reference(x: Tensor, threshold: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
     """The op's meaning in plain PyTorch; what lies behind the kept channels is the dropped ones.
 
@@ -61,7 +53,7 @@ def reference(x: Tensor, threshold: Tensor, experts: Tensor) -> tuple[Tensor, Te
     Returns:
         index [S, T, SEGMENT] int32, count [S, T] int32.
     """
-    index, count = empty_expert_list(x, experts)
+    index, count = empty_list(x, experts.shape[0])
     known = (experts >= 0) & (experts < len(threshold))
     rows = x.repeat_interleave(len(experts) // len(x), dim=0)
     keep = ~(rows.abs() <= threshold[experts.clamp(0, len(threshold) - 1)]) & known[:, None]
@@ -76,7 +68,7 @@ def compact_experts(x: Tensor, threshold: Tensor, experts: Tensor) -> tuple[Tens
     """See `reference`; by Triton where it serves."""
     if not serves(x):
         return reference(x, threshold, experts)
-    index, count = empty_expert_list(x, experts)
+    index, count = empty_list(x, experts.shape[0])
     pairs, segments, segment = index.shape
     _compact_experts[(segments, pairs)](
         x.contiguous(),
@@ -98,5 +90,5 @@ def compact_experts(x: Tensor, threshold: Tensor, experts: Tensor) -> tuple[Tens
 compact_experts_op = register_op(
     "compact_experts(Tensor x, Tensor threshold, Tensor experts) -> (Tensor, Tensor)",
     compact_experts,
-    lambda x, threshold, experts: empty_expert_list(x, experts),
+    lambda x, threshold, experts: empty_list(x, experts.shape[0]),
 )

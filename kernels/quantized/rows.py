@@ -44,8 +44,7 @@ class QuantizedRows:
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
-        outputs = self.scales.shape[0] if self.groups is None else 2 * self.codes.shape[1]
-        return outputs, self.codes.shape[0]
+        return outputs_of(self.codes, self.scales, self.groups), self.codes.shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +69,16 @@ class QuantizedRows:
         groups = self.groups.index_select(1, outputs // (self.shape[0] // self.groups.shape[1]))
         step = self.scales[:, None] * groups[..., 0]
         return (step * (q - groups[..., 1].float() / 16)).t().to(dtype)
+
+
+def outputs_of(codes: Tensor, scales: Tensor, groups: Tensor | None) -> int:
+    """N of a weight, or of those of experts that are stacked."""
+    return scales.shape[-1] if groups is None else 2 * codes.shape[-1]
+
+
+def expert_rows(codes: Tensor, scales: Tensor, groups: Tensor | None, expert: int) -> QuantizedRows:
+    """The weight [N, K] of one of the experts that are stacked: views."""
+    return QuantizedRows(codes[expert], scales[expert], None if groups is None else groups[expert])
 
 
 def pack_int8(codes: Tensor) -> Tensor:

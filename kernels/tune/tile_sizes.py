@@ -80,8 +80,11 @@ def random_weights(shape: Shape, generator: torch.Generator) -> tuple[list[Tenso
     return codes, [torch.full((n,), 1e-3, device="cuda") for n in sizes], []
 
 
-def _product(format: Format) -> Callable[..., Tensor]:
-    return gather_gemv.gather_gemv if isinstance(format, torch.dtype) else gather_quantized_gemv.gather_quantized_gemv
+def _product(format: Format) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """What multiplies by weights of a format, and its meaning in plain PyTorch."""
+    if isinstance(format, torch.dtype):
+        return gather_gemv.gather_gemv, gather_gemv.reference
+    return gather_quantized_gemv.gather_quantized_gemv, gather_quantized_gemv.reference
 
 
 def _cases(shape: Shape, sparsity: float, most: int) -> list[tuple[Any, ...]]:
@@ -106,11 +109,11 @@ def _cases(shape: Shape, sparsity: float, most: int) -> list[tuple[Any, ...]]:
 def correct(shape: Shape, configs: Sequence[GemvConfig]) -> list[GemvConfig]:
     """Those of which the product is right: Triton 3.6 was seen to miscompile one of two hundred."""
     (case,) = _cases(shape, 0.5, 1)
-    module = gather_gemv if isinstance(shape[2], torch.dtype) else gather_quantized_gemv
-    expected = module.reference(*case, 1).sum(0)
+    product, reference = _product(shape[2])
+    expected = reference(*case, 1).sum(0)
     found = []
     for config in configs:
-        y = _product(shape[2])(*case, config.splits, config).sum(0)
+        y = product(*case, config.splits, config).sum(0)
         if (y - expected).norm() <= 1e-3 * expected.norm():
             found.append(config)
     return found
@@ -119,7 +122,7 @@ def correct(shape: Shape, configs: Sequence[GemvConfig]) -> list[GemvConfig]:
 @torch.no_grad()
 def measure(shape: Shape, configs: Sequence[GemvConfig], sparsity: float, repetitions: int) -> list[float]:
     """Microseconds of each configuration at one sparsity, median of so many graph replays."""
-    product = _product(shape[2])
+    product, _ = _product(shape[2])
     cases = _cases(shape, sparsity, MOST_COPIES)
     times: list[float] = []
     for first in range(0, len(configs), BATCH):

@@ -1,7 +1,7 @@
 """Calibration: the threshold of each Linear at each sparsity, measured on a text."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from was_fx.schedules.files import storage
 from was_fx.schedules.files.calibration_file import calibration_problems, pack, unpack, unpack_settings
 from was_fx.schedules.files.fisher_scores import FisherScores, fisher_problems
 from was_fx.schedules.files.metadata import MetadataReader, plain, to_json
+from was_fx.schedules.files.schedule_metadata import ScheduleMetadata
 from was_fx.schedules.histogram import ScoreHistogram
 from was_fx.schedules.names import suggestion
 from was_fx.schedules.score import Score, channel_scale
@@ -113,6 +114,28 @@ class Calibration:
         if name not in self.thresholds:
             raise ValueError(f"{name} was not calibrated{suggestion(name, self.thresholds)}")
         return float(np.interp(sparsity, self.levels.numpy(), self.thresholds[name].numpy()))
+
+    def metadata(self, recipe: str, target: float, scheduled: Container[str], **more: Any) -> ScheduleMetadata:
+        """What a schedule made from this calibration says of itself.
+
+        Args:
+            recipe: its name.
+            target: the model sparsity that was asked for.
+            scheduled: qualified names of the Linears that it schedules; all other calibrated ones are excluded.
+            more: further fields of `ScheduleMetadata`, or others for these.
+        """
+        left_out = (name for name in self.shapes if name not in scheduled)
+        fields: dict[str, Any] = {
+            "recipe": recipe,
+            "target": target,
+            "excluded": (*self.excluded, *left_out),
+            "calibration_text": self.text,
+            "calibration_tokens": self.tokens,
+            "fingerprint": self.fingerprint,
+            "weights": self.weights,
+            "experts_per_token": self.experts_per_token,
+        }
+        return ScheduleMetadata(**(fields | more))
 
     def save(self, path: str | Path) -> None:
         """Write the calibration as a safetensors file, atomically. Equal ones give the same bytes.

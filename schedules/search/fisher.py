@@ -54,16 +54,7 @@ def fisher(
         calibration.levels,
         shapes,
         sparsities,
-        ScheduleMetadata(
-            recipe="fisher",
-            target=target,
-            excluded=(*calibration.excluded, *(name for name in calibration.shapes if name not in shapes)),
-            calibration_text=calibration.text,
-            calibration_tokens=calibration.tokens,
-            fingerprint=calibration.fingerprint,
-            weights=calibration.weights,
-            experts_per_token=calibration.experts_per_token,
-        ),
+        calibration.metadata("fisher", target, shapes),
     )
 
 

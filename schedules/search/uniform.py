@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from was_fx.schedules.files.calibration import Calibration
-from was_fx.schedules.files.schedule import LinearSchedule, Schedule, ScheduleMetadata
+from was_fx.schedules.files.schedule import LinearSchedule, Schedule
 from was_fx.schedules.selection import select
 
 
@@ -39,14 +39,5 @@ def uniform(
         linears,
         shapes,
         norm=calibration.score.norm,
-        metadata=ScheduleMetadata(
-            recipe="uniform",
-            target=target,
-            excluded=(*calibration.excluded, *(name for name in calibration.shapes if name not in shapes)),
-            calibration_text=calibration.text,
-            calibration_tokens=calibration.tokens,
-            fingerprint=calibration.fingerprint,
-            experts_per_token=calibration.experts_per_token,
-            weights=calibration.weights,
-        ),
+        metadata=calibration.metadata("uniform", target, shapes),
     )

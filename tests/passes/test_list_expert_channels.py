@@ -10,7 +10,7 @@ from was_fx.kernels.linear.quantized_experts import quantized_experts
 from was_fx.kernels.linear.sparse_experts import reference, sparse_experts
 from was_fx.kernels.ops.compact_experts import compact_experts_op
 from was_fx.kernels.quantized.fit import quantize_int8
-from was_fx.passes import list_expert_channels
+from was_fx.passes.find_sparse_calls import EXPERTS
 from was_fx.passes.pipeline import observers
 
 
@@ -74,7 +74,7 @@ def test_a_product_is_split(bias, rows, contexts):
     assert context.counts["sparse"] == context.counts["listed"] == 1
     assert context.decode == (rows == 1)
     assert targets(context).count(compact_experts_op) == targets(context).count(gather_experts_op) == 1
-    assert not any(target in list_expert_channels._OPS for target in targets(context))
+    assert not any(target in EXPERTS for target in targets(context))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,6 @@ def fisher_weights(
     linears: Mapping[str, LinearModule],
     tokens: Tokens,
     *,
-    schedule: Schedule | None = None,
     seed: int = 0,
     batch_size: int = 1,
     progress: Progress | None = None,
@@ -49,7 +48,6 @@ def fisher_weights(
         model: a dense causal LM, in any floating dtype; its weights may be quantised. Not changed.
         linears: of the model.
         tokens: as for `calibrate`.
-        schedule: what the model drops meanwhile, with thresholds of its own for each channel; by default nothing.
         seed: of the labels that are drawn.
         batch_size: sequences per pass.
         progress: called with (sequences done, n).
@@ -71,7 +69,6 @@ def fisher_weights(
         x.register_hook(partial(add, name))
         return x
 
-    thresholds = {name: schedule.linears[name].channel_threshold for name in linears} if schedule else {}
     device = input_device(model)
     generator = torch.Generator(device).manual_seed(seed)
     training = model.training
@@ -82,9 +79,6 @@ def fisher_weights(
         stack.enter_context(prompts_treated(model, "dense"))
         stack.enter_context(_without_weight_gradients(model))
         stack.enter_context(_blocks_run_again(model, {name: linear.shape for name, linear in linears.items()}))
-        if thresholds:
-            on_device = {name: None if t is None else t.to(device) for name, t in thresholds.items()}
-            stack.enter_context(dropping(linears, on_device))
         stack.enter_context(looking_at_inputs(linears, watch))
         for batch, done, total in batches(model, tokens, batch_size):
             logits = model(input_ids=batch.to(device), use_cache=False).logits
@@ -135,13 +129,9 @@ def fisher_table(
     """
     builder = CalibrationBuilder(Score(1.0, 1), {name: linear.shape for name, linear in linears.items()}, weights)
     device = input_device(model)
-    thresholds: dict[str, Tensor | None] = dict.fromkeys(linears)
+    thresholds = dict.fromkeys(linears)
     if schedule is not None:
-        thresholds |= {
-            name: None if t is None else t.to(device)
-            for name in linears
-            for t in (schedule.linears[name].channel_threshold,)
-        }
+        thresholds = {name: schedule.linears[name].channel_thresholds(weights[name].to(device)) for name in linears}
     with dropping(linears, thresholds, look=builder.add):
         run()
     return builder.build(text="", fingerprint={})

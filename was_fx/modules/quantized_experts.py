@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from was_fx.compat.experts import apply_gate
 from was_fx.kernels.linear import quantized_experts
-from was_fx.kernels.quantized.rows import QuantizedRows
+from was_fx.kernels.quantized.rows import QuantizedRows, expert_rows
 from was_fx.modules.class_swap import Swapped, swap_class, with_mixin
 from was_fx.modules.experts import bias_of, weight_names, weighted
 
@@ -63,7 +63,7 @@ def is_quantized(module: nn.Module, held: str) -> bool:
 def rows_of(module: Any, held: str, expert: int) -> QuantizedRows:
     """The weight [N, K] of an expert: views."""
     codes, scales, groups = (getattr(module, f"{held}_{name}") for name in NAMES)
-    return quantized_experts.expert_rows(codes, scales, groups, expert)
+    return expert_rows(codes, scales, groups, expert)
 
 
 def product(

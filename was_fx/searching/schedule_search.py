@@ -170,18 +170,13 @@ def _run(context: SearchContext, settings: Mapping[str, Any]) -> Schedule:
 
 
 def _metadata(context: SearchContext, settings: Mapping[str, Any], excluded: tuple[str, ...]) -> ScheduleMetadata:
-    calibration = context.calibration
-    return ScheduleMetadata(
-        recipe=context.recipe.name,
-        target=context.target,
+    return context.calibration.metadata(
+        context.recipe.name,
+        context.target,
+        context.calibration.shapes,
+        excluded=excluded,
         seed=context.seed,
         search=dict(settings),
-        excluded=excluded,
-        calibration_text=calibration.text,
-        calibration_tokens=calibration.tokens,
-        fingerprint=calibration.fingerprint,
-        weights=calibration.weights,
-        experts_per_token=calibration.experts_per_token,
     )
 
 
