@@ -50,7 +50,7 @@ class Experts(nn.Module):
 
 
 @pytest.fixture
-def contexts():
+def contexts(meanings):
     found = []
     observers.append(found.append)
     yield found
