@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from was_fx.cli.input import options
+from was_fx.cli.input.files import load_schedule
 from was_fx.cli.input.models import load_model
 from was_fx.cli.render.console import print_json, progress, say, stdout
 from was_fx.cli.render.tables import new_table, percent
@@ -37,11 +38,12 @@ def check(
     """
     if weights and schedule is None:
         raise typer.BadParameter("give the schedule too, with --schedule", param_hint="'--weights'")
+    found = load_schedule(schedule) if schedule else None
     loaded = load_model(model, dtype, device, weights=weights, tokenizer=False, keep_schedule=schedule is None).model
     import was_fx
 
-    if schedule is not None:
-        was_fx.sparsify(loaded, was_fx.Schedule.load(schedule), lowering=lowering.value if lowering else None)
+    if found is not None:
+        was_fx.sparsify(loaded, found, lowering=lowering.value if lowering else None)
     with progress("Generating"):
         report = was_fx.check(loaded, new_tokens=new_tokens)
     if json:

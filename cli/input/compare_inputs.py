@@ -117,10 +117,7 @@ def read_schedule(name: str, results: Results | None) -> Compared:
     Raises:
         ValueError, OSError: there is neither, or the row is that of another schedule.
     """
-    from was_fx.schedules.released.published import load_published, published_names
-
-    published = not Path(name).exists() and name in published_names()
-    schedule = load_published(name) if published else load_schedule(Path(name))
+    schedule = load_schedule(Path(name))
     blocks: dict[str, dict[str, float]] = defaultdict(dict)
     projections: dict[str, dict[str, float]] = defaultdict(dict)
     for linear, entry in schedule.linears.items():

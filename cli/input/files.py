@@ -1,5 +1,6 @@
 """Reading schedules and calibrations by what they are, and checking an output path before the work starts."""
 
+import contextlib
 import errno
 import json
 import os
@@ -7,28 +8,60 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from was_fx.schedules.names import suggestion
+
 if TYPE_CHECKING:
     from was_fx import Calibration, Schedule
 
 
 def load_any(path: Path) -> "Schedule | Calibration":
-    """The schedule or calibration in a file."""
-    from was_fx import Calibration, Schedule
+    """The schedule or calibration in a file, or the published schedule of that name."""
+    from was_fx import Calibration
     from was_fx.schedules.files.storage import CALIBRATION
 
-    return Calibration.load(path) if _kind(path) == CALIBRATION else Schedule.load(path)
+    return Calibration.load(path) if _kind(path) == CALIBRATION else load_schedule(path)
 
 
 def load_schedule(path: Path) -> "Schedule":
-    """The schedule in a file; a calibration is refused with the command that makes a schedule of it."""
+    """The schedule in a file, or else the published one of that name.
+
+    Every command's schedules come through here. A calibration is refused with the command that makes a schedule of it.
+
+    Raises:
+        ValueError, OSError: there is neither; says the nearest name.
+    """
     from was_fx import Schedule
     from was_fx.schedules.files.storage import CALIBRATION
 
+    if not path.exists():
+        return _published(path)
     if _kind(path) == CALIBRATION:
         raise ValueError(
             f"{path} is a calibration, not a schedule; make one of it: was make {shlex.quote(str(path))} --target 0.5"
         )
     return Schedule.load(path)
+
+
+def _published(path: Path) -> "Schedule":
+    from was_fx.schedules.released.published import load_published, published_names
+
+    name = str(path)
+    if name in published_names():
+        return load_published(name)
+    near = suggestion(name, published_names()) or suggestion(path.name, _schedules_beside(path))
+    raise FileNotFoundError(
+        errno.ENOENT,
+        f"there is no was-fx schedule here, nor is one published under that name{near}; give a file, or a name of "
+        "was published list",
+        name,
+    )
+
+
+def _schedules_beside(path: Path) -> list[str]:
+    """Names of files in the same folder that may be schedules."""
+    with contextlib.suppress(OSError):
+        return sorted(each.name for each in path.parent.iterdir() if each.suffix == ".safetensors")
+    return []
 
 
 def load_calibration(path: Path) -> "Calibration":
