@@ -24,6 +24,7 @@ from was_fx.cli.commands import (
     published,
     quantize,
     recalibrate,
+    recommend,
     search,
     tune,
 )
@@ -65,6 +66,7 @@ def _version(wanted: bool) -> None:
         "was calibrate MODEL --text book.txt  [dim]measure a model on a text, once[/]",
         "was make calibration.safetensors --target 50%  [dim]make a schedule of it[/]",
         "was search MODEL --target 50% --text valid.txt  [dim]or find a better one[/]",
+        "was recommend MODEL --text book.txt --loss 1%  [dim]or ask how much it takes[/]",
         "was ppl MODEL --schedule FILE --text other.txt  [dim]see what it costs[/]",
         "was generate MODEL --schedule FILE --prompt Hello  [dim]decode with it[/]",
     ),
@@ -89,6 +91,7 @@ _add("demo", demo.demo, demo.EXAMPLES)
 _add("calibrate", calibrate.calibrate, calibrate.EXAMPLES)
 _add("make", make.make, make.EXAMPLES)
 _add("search", search.search, search.EXAMPLES)
+_add("recommend", recommend.recommend, recommend.EXAMPLES)
 _add("quantize", quantize.quantize, quantize.EXAMPLES)
 _add("recalibrate", recalibrate.recalibrate, recalibrate.EXAMPLES)
 _add("inspect", inspect_file.inspect_file, inspect_file.EXAMPLES)

@@ -38,6 +38,7 @@ _HOMES = {
     "perplexity": "was_fx.measure.evaluate",
     "quantize": "was_fx.sparse.quantize",
     "recalibrate": "was_fx.measure.calibrate",
+    "recommend": "was_fx.searching.recommendation",
     "search": "was_fx.searching.schedule_search",
     "sparsify": "was_fx.sparse.sparsify",
     "uniform": "was_fx.schedules.search.uniform",
@@ -65,6 +66,7 @@ __all__ = [
     "perplexity",
     "quantize",
     "recalibrate",
+    "recommend",
     "search",
     "sparsify",
     "uniform",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from was_fx.schedules.score import Score
     from was_fx.schedules.search.fisher import fisher
     from was_fx.schedules.search.uniform import uniform
+    from was_fx.searching.recommendation import recommend
     from was_fx.searching.schedule_search import search
     from was_fx.sparse.drafting import draft
     from was_fx.sparse.quantize import quantize

@@ -81,3 +81,14 @@ def windows(
         count = min(count, tokens // length)
     count = count if limit is None else min(count, limit)
     return torch.tensor(ids[: count * length], dtype=torch.long).reshape(count, length)
+
+
+def spread_windows(loaded: Loaded, text: Text, *, length: int | None, tokens: int) -> "Tensor":
+    """As `windows`, about so many tokens in windows that are spread over the whole text."""
+    import torch
+
+    every = windows(loaded, text, length=length)
+    if tokens < every.shape[1]:
+        raise ValueError(f"--tokens is {tokens}, too few for windows of {every.shape[1]}; give a smaller --length")
+    count = min(len(every), tokens // every.shape[1])
+    return every[torch.arange(count) * len(every) // count]

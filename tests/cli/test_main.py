@@ -14,7 +14,7 @@ from was_fx.cli.render import console
 
 COMMAND = [sys.executable, "-m", "was_fx.cli.main"]
 COMMANDS = [
-    *("calibrate", "make", "search", "recalibrate", "inspect", "compare", "import", "ppl", "eval"),
+    *("calibrate", "make", "search", "recommend", "recalibrate", "inspect", "compare", "import", "ppl", "eval"),
     *("generate", "bench", "tune", "demo"),
 ]
 
@@ -34,6 +34,7 @@ def test_help_is_quick_and_names_every_command():
         "calibrate",
         "make",
         "search",
+        "recommend",
         "inspect",
         "compare",
         "import",

@@ -17,7 +17,7 @@ from was_fx.measure.sequential import realised_sparsity, uniform_while_dropping
 from was_fx.measure.timed_model import WARM_UP, Load, TimedModel, Turn
 from was_fx.modules.linears import weight_bytes_per_token
 from was_fx.modules.placement import input_device
-from was_fx.modules.tokens import vocabulary
+from was_fx.modules.tokens import check_tokens, vocabulary
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.progress import Progress, report
 from was_fx.schedules.score import Score
@@ -84,8 +84,9 @@ def random_model(config: Any, *, dtype: torch.dtype = torch.bfloat16, device: st
 @torch.no_grad()
 def decode_speed(
     model_or_config: Any,
-    targets: Sequence[float],
+    targets: Sequence[float | Schedule],
     *,
+    text: Tensor | None = None,
     prompt: int | None = None,
     tokens: int | None = None,
     long_prompt: int | None = None,
@@ -99,19 +100,21 @@ def decode_speed(
     lowering: Lowering | None = None,
     progress: Progress | None = None,
 ) -> list[SpeedRow]:
-    """Time greedy decoding of one sequence, dense and at uniform sparsities.
+    """Time greedy decoding of one sequence, dense and at uniform sparsities or by schedules.
 
     The sparse model is a copy of the dense one that shares no storage, and runs as `sparsify` leaves it: on a CPU
     eager, on a GPU with compiled decode steps. The dense one is compiled as its users would: on a CPU the whole model
     (dynamic shapes), on a GPU its decode steps with CUDA graphs (fixed shapes), and
     `generate()` as transformers does for a static cache. They take turns in the same process, so a slow moment of the
-    machine hits all of them. Compilation is not part of any time. Thresholds are read off the model's own activations
-    on random tokens, while it drops channels: this is about speed, not quality.
+    machine hits all of them. Compilation is not part of any time. Thresholds of a uniform sparsity are read off the
+    model's own activations, while it drops channels: this is about speed, not quality.
 
     Args:
         model_or_config: a dense causal LM, or a configuration for one with random bf16 weights on the CPU.
-        targets: model sparsities, each at least 0 and below 1.
-        prompt: random tokens before those that are decoded; by default 128 on a GPU, 16 on a CPU.
+        targets: model sparsities, each at least 0 and below 1; or schedules of the model, which then need a `text`
+            to drop what they would.
+        text: LongTensor [n, seq] to take prompts from, which are no longer than it; by default random tokens.
+        prompt: tokens before those that are decoded; by default 128 on a GPU, 16 on a CPU.
         tokens: new tokens per repetition; at least 2, on a GPU 25; by default 64 on a GPU, 32 on a CPU.
         long_prompt: tokens of the prompt whose forward is timed alone; by default 2048 on a GPU, 128 on a CPU, and no
             more than the model has positions.
@@ -141,11 +144,13 @@ def decode_speed(
         raise ValueError(
             f"tokens is {tokens}, prompt {prompt} and repetitions {repetitions}; expected at least {least}, 1 and 1"
         )
-    ids, load = _load(model, prompt, tokens, long_prompt, cache, seed)
+    ids, load = _load(model, text, prompt, tokens, long_prompt, cache, seed)
     sparse = copy.deepcopy(model)
     if weights is not None:
         quantize(sparse, weights)
-    schedules = [uniform_while_dropping(sparse, ids, target, score) for target in targets]
+    schedules = [
+        each if isinstance(each, Schedule) else uniform_while_dropping(sparse, ids, each, score) for each in targets
+    ]
     subjects: list[Schedule | None] = [*([None] if with_dense else []), *schedules]
     with _compiled_dense(model, load, lowering, dense_mode) as dense_step:
         sparse_step = sparse if lowering == "eager" else CompiledStep(sparse, {})
@@ -158,15 +163,27 @@ def decode_speed(
 
 
 def _load(
-    model: nn.Module, prompt: int, tokens: int, long_prompt: int | None, cache: str | None, seed: int
+    model: nn.Module,
+    text: Tensor | None,
+    prompt: int,
+    tokens: int,
+    long_prompt: int | None,
+    cache: str | None,
+    seed: int,
 ) -> tuple[Tensor, Load]:
-    """Random tokens [4, seq] to take thresholds from, and what is timed."""
+    """Tokens [n, seq] to take thresholds from, and what is timed."""
     device = input_device(model)
     on_gpu = device.type == "cuda"
     longest = getattr(model.config, "max_position_embeddings", None) or 2048  # type: ignore[union-attr]
     length = min(long_prompt or (2048 if on_gpu else 128), longest)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary(model) or 2, (4, max(prompt, length, 128)), generator=generator)
+    width = max(prompt, length, 128)
+    if text is None:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(vocabulary(model) or 2, (4, width), generator=generator)
+    else:
+        check_tokens(model, text)
+        width = min(width, text.numel())
+        ids = text.flatten()[: text.numel() // width * width].view(-1, width)[:4]
     row = ids[:1].to(device)
     load = Load(row[:, :prompt], row[:, :length], tokens, cache or ("static" if on_gpu else "dynamic"))
     return ids[:, : min(128, longest)], load

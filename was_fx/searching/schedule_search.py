@@ -129,8 +129,8 @@ def search(
         "score": str(calibration.score),
         "head": include_head,
         "cost": "bytes" if latency is None else "latency",
-        "tokens": [*tokens.shape, _digest(tokens)],
-        "calibration_tokens": [*samples.shape, _digest(samples)],
+        "tokens": [*tokens.shape, tokens_digest(tokens)],
+        "calibration_tokens": [*samples.shape, tokens_digest(samples)],
         "start": None if start is None else {name: entry.sparsity for name, entry in start.linears.items()},
         "model": calibration.fingerprint,
         "was_fx": __version__,
@@ -205,6 +205,7 @@ def _check(context: SearchContext) -> None:
     check_tokens(model, context.samples)
 
 
-def _digest(tokens: Tensor) -> str:
+def tokens_digest(tokens: Tensor) -> str:
+    """A short hash of token ids, for a log."""
     data: Any = tokens.to("cpu", torch.int64).contiguous().numpy()
     return hashlib.sha256(data.tobytes()).hexdigest()[:16]
