@@ -157,7 +157,7 @@ def _as_json(found: "Recommendation", model: str, out: Path, plot: Path | None) 
 
 
 def _show(found: "Recommendation") -> None:
-    say("On held-out text, with MB of weights and ms of each token; ✓ within the budget, → recommended", style="bold")
+    say("✓ highest within the budget, → recommended; MB of weights and ms of a token", style="bold")
     table = new_table("weights", "sparsity", "realised", "PPL", "above dense", "MB", "ms")
     for point in found.points:
         mark = "→ " if point == found.best else "✓ " if point in found.choices else "  "
