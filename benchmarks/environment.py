@@ -1,30 +1,20 @@
 """What every benchmark row carries: device, versions, commit, and the machine's own bandwidth."""
 
-import platform
 import statistics
 import subprocess
 import time
 from pathlib import Path
 
 import torch
-import transformers
 
-import was_fx
+from was_fx.measure.machine import environment
 
 
 def describe(device: str = "cpu") -> dict[str, str | int]:
-    """Device and versions."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    """Device, versions and commit."""
     root = Path(__file__).resolve().parent.parent
     commit = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "was_fx": was_fx.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-    }
+    return {**environment(device), "commit": commit.stdout.strip() or "unknown"}
 
 
 def bandwidth(device: str = "cpu", size: int = 512 << 20) -> dict[str, float]:
@@ -48,11 +38,3 @@ def median_seconds(function, device: str = "cpu", repetitions: int = 7) -> float
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

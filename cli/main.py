@@ -25,6 +25,7 @@ from was_fx.cli.commands import (
     quantize,
     recalibrate,
     recommend,
+    report,
     search,
     tune,
 )
@@ -99,6 +100,7 @@ _add("compare", compare.compare, compare.EXAMPLES)
 _add("import", import_artifacts.import_artifacts, import_artifacts.EXAMPLES)
 _add("ppl", ppl.ppl, ppl.EXAMPLES)
 _add("eval", evaluate.evaluate, evaluate.EXAMPLES)
+_add("report", report.report, report.EXAMPLES)
 _add("coverage", coverage.coverage, coverage.EXAMPLES)
 _add("generate", generate.generate, generate.EXAMPLES)
 _add("check", check.check, check.EXAMPLES)

@@ -74,6 +74,11 @@ def load_calibration(path: Path) -> "Calibration":
     return Calibration.load(path)
 
 
+def short_name(schedule: str | Path) -> str:
+    """What a schedule is called in few letters: its file's name without the endings."""
+    return Path(schedule).name.removesuffix(".safetensors").removesuffix(".was")
+
+
 def read_levels(path: Path) -> list[float]:
     """Shares from 0 to below 1 in a JSON list.
 

@@ -11,6 +11,9 @@ from was_fx.cli.input.options import EMBEDDED, Dtype
 from was_fx.cli.input.weights import parse_weights, quantise
 from was_fx.cli.render.console import note, progress
 
+# What options call the dtypes of torch.
+DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
 
 @dataclass(frozen=True, eq=False)
 class Loaded:

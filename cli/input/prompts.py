@@ -1,5 +1,6 @@
 """Prompts, and how a model goes on from them."""
 
+import re
 import statistics
 from typing import Any
 
@@ -22,6 +23,13 @@ def prompt_tokens(loaded: Loaded, prompt: str, max_new_tokens: int) -> Any:
             f"{loaded.positions} that {loaded.name} takes; give a shorter prompt or fewer new tokens"
         )
     return inputs
+
+
+def beginnings(text: str, count: int = 3, words: int = 16) -> list[str]:
+    """The first words of so many paragraphs, spread over a text; of the text itself if it has none so long."""
+    long = [each for each in re.split(r"\n\s*\n", text) if len(each.split()) > 2 * words] or [text]
+    chosen = [long[(2 * at + 1) * len(long) // (2 * count)] for at in range(count)]
+    return list(dict.fromkeys(" ".join(each.split()[:words]) for each in chosen))
 
 
 def continuation(

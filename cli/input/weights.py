@@ -41,6 +41,22 @@ def parse_weights(given: Sequence[str] | None) -> "Weights | None":
     return found
 
 
+def parse_formats(given: Sequence[str] | None) -> "dict[str, Weights]":
+    """Several formats of the whole model by what was given: each one, `int4,*.down_proj=int8`, as `parse_weights`.
+
+    Raises:
+        typer.BadParameter: one is not valid, or is given twice.
+    """
+    found: dict[str, Weights] = {}
+    for each in given or []:
+        if each in found:
+            raise typer.BadParameter(f"{each} is given twice", param_hint=_HINT)
+        plan = parse_weights([part.strip() for part in each.split(",")])
+        assert plan is not None
+        found[each] = plan
+    return found
+
+
 def quantise(model: Any, name: str, weights: "Weights", **arguments: Any) -> None:
     """Quantise a model in place, and say so meanwhile; arguments as for `was_fx.quantize`.
 

@@ -137,6 +137,7 @@ def test_compare_its_picture_and_its_inputs(name, schedule_file, tmp_path):
         (["ppl", "{}"], 2),
         (["generate", "embedded", "--schedule", "{}", "--prompt", "x"], 1),
         (["eval", "embedded", "--schedule", "{}"], 1),
+        (["report", "embedded", "--schedule", "{}"], 1),
         (["search", "embedded", "--target", "0.5", "--start", "{}", "--out", "unwritten"], 1),
         (["search", "embedded", "--target", "0.5", "--cost", "latency", "--latency", "{}", "--out", "unwritten"], 1),
         (["import", "{}", "--model", "embedded", "--level", "0.5", "--out", "unwritten"], 1),

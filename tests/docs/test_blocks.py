@@ -22,7 +22,7 @@ from was_fx.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEACHING = ("quickstart.md", "how-it-works.md", "choosing-a-level.md", "file-format.md")
+TEACHING = ("quickstart.md", "how-it-works.md", "choosing-a-level.md", "file-format.md", "report.md")
 # `was demo` takes two minutes; its own tests run it.
 ELSEWHERE = ("was demo",)
 _BLOCK = re.compile(r"(?P<note><!-- not run: .+ -->\n)?^ *```(?P<kind>python|sh)\n(?P<code>.*?)^ *```$", re.M | re.S)

@@ -98,6 +98,7 @@ def decode_speed(
     weights: Weights | None = None,
     seed: int = 0,
     lowering: Lowering | None = None,
+    allow_other_model: bool = False,
     progress: Progress | None = None,
 ) -> list[SpeedRow]:
     """Time greedy decoding of one sequence, dense and at uniform sparsities or by schedules.
@@ -126,6 +127,7 @@ def decode_speed(
         weights: formats of the sparse model's weights, as for `quantize`; the dense one keeps its own.
         seed: of the random weights and tokens.
         lowering: of the sparse model, as for `sparsify`; "eager" compiles the dense one neither.
+        allow_other_model: as for `sparsify`.
         progress: called with (runs done, all runs).
 
     Returns:
@@ -133,6 +135,7 @@ def decode_speed(
 
     Raises:
         ValueError: an argument is out of range, or the model is sparsified.
+        ScheduleError: a schedule does not fit the model.
     """
     model = model_or_config if isinstance(model_or_config, nn.Module) else random_model(model_or_config, seed=seed)
     if sparse_state(model) is not None:
@@ -155,7 +158,11 @@ def decode_speed(
     with _compiled_dense(model, load, lowering, dense_mode) as dense_step:
         sparse_step = sparse if lowering == "eager" else CompiledStep(sparse, {})
         runs = _Runs(
-            TimedModel(model, load, dense_step), TimedModel(sparse, load, sparse_step), subjects, repetitions, lowering
+            TimedModel(model, load, dense_step),
+            TimedModel(sparse, load, sparse_step),
+            subjects,
+            repetitions,
+            {"lowering": lowering, "allow_other_model": allow_other_model},
         )
         details = runs.warm_up(progress)
         turns = runs.turns(progress)
@@ -215,9 +222,9 @@ class _Runs:
         sparse: TimedModel,
         subjects: Sequence[Schedule | None],
         repetitions: int,
-        lowering: Lowering | None,
+        how: dict[str, Any],
     ) -> None:
-        self._dense, self._sparse, self._lowering = dense, sparse, lowering
+        self._dense, self._sparse, self._how = dense, sparse, how
         self._subjects, self._repetitions = subjects, repetitions
         self._done = 0
 
@@ -248,7 +255,7 @@ class _Runs:
             with settings_for_models(late_hooks=False):
                 yield self._dense
             return
-        sparsify(self._sparse.model, schedule, lowering=self._lowering)
+        sparsify(self._sparse.model, schedule, **self._how)
         yield self._sparse
 
     def _note(self, progress: Progress | None) -> None:

@@ -46,6 +46,20 @@ def test_the_dense_row_and_one_per_target(tiny):
     assert runs[-1] == (9, 9)
 
 
+def test_schedules_take_the_place_of_targets_and_a_text_that_of_random_tokens(tiny):
+    model = random_model(tiny, dtype=torch.float32)
+    text = torch.randint(64, (2, 48), generator=torch.Generator().manual_seed(1))
+    schedule = was_fx.uniform(was_fx.calibrate(model, text), 0.6)
+    settings = {"text": text, "tokens": 2, "prompt": 4, "repetitions": 1, "lowering": "eager"}
+    rows = decode_speed(model, [schedule, 0.3], **settings)
+    assert [row.target for row in rows] == pytest.approx([0.0, 0.6, 0.3])
+    assert {row.prompt_tokens for row in rows} == {96}, "no more than the text has"
+    other = schedule.replace({}, fingerprint={**schedule.metadata.fingerprint, "weights": "other"})
+    with pytest.raises(was_fx.ScheduleError, match="another model"):
+        decode_speed(model, [other], **settings)
+    assert len(decode_speed(model, [other], allow_other_model=True, **settings)) == 2
+
+
 def test_without_the_dense_model_there_is_no_ratio(tiny):
     (row,) = decode_speed(tiny, [0.5], tokens=2, prompt=4, repetitions=1, with_dense=False)
     assert row.target == 0.5
