@@ -87,8 +87,8 @@ def search(
     cost: Annotated[
         Cost,
         typer.Option(
-            help="What exact saves for the least loss: bytes read, or time by --latency: as much of it as the same "
-            "sparsity everywhere would save."
+            help="What exact and fisher save for the least loss: bytes read, or time by --latency: as much of it as "
+            "the same sparsity everywhere would save."
         ),
     ] = Cost.bytes,
     latency: Annotated[

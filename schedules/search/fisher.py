@@ -16,6 +16,7 @@ from was_fx.schedules.experts import weights_read
 from was_fx.schedules.files.calibration import Calibration
 from was_fx.schedules.files.fisher_scores import FisherScores
 from was_fx.schedules.files.schedule import LinearSchedule, Schedule, ScheduleMetadata
+from was_fx.schedules.search.latency import LatencyTable
 from was_fx.schedules.selection import select
 
 # Bytes of a weight, relative to each other; another format counts as 16 bits.
@@ -28,6 +29,7 @@ def fisher(
     *,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
+    latency: LatencyTable | None = None,
 ) -> Schedule:
     """Schedule calibrated Linears so that the loss, as Fisher weights see it, is lowest at the target.
 
@@ -37,18 +39,24 @@ def fisher(
         include: qualified names of the Linears to schedule, or patterns of them (see `was_fx.schedules.selection`);
             by default all that were calibrated.
         exclude: those to leave dense; they do not count in the model sparsity.
+        latency: save what the same sparsity everywhere would save in time, by these measured curves, instead of in
+            bytes. The model sparsity is then another one than the target.
 
     Returns:
         A `Schedule` with thresholds of its own for each channel, t_j = τ / g_j.
 
     Raises:
         ValueError: for a target out of range.
-        ScheduleError: the calibration has no Fisher weights; a name or pattern that matches no calibrated Linear.
+        ScheduleError: the calibration has no Fisher weights; a name or pattern that matches no calibrated Linear; a
+            shape that is not in the latency table.
     """
     scores = fisher_scores_of(calibration)
     shapes = {name: calibration.shapes[name] for name in select(calibration.shapes, include, exclude)}
     read = weights_read(shapes, calibration.experts_per_token)
-    sparsities = allocate(scores, calibration.levels, read, channel_costs(shapes, calibration.weights), target)
+    if latency is None:
+        sparsities = allocate(scores, calibration.levels, read, channel_costs(shapes, calibration.weights), target)
+    else:
+        sparsities = allocate_time(scores, calibration.levels, shapes, read, latency, target)
     return fisher_schedule(
         scores,
         calibration.levels,
@@ -116,6 +124,52 @@ def allocate(
 
     root = _solve(mean, target, max(curve[-1] / each for each, curve in zip(scale, curves, strict=True)))
     return dict(zip(read, _settled(sparsities(root), sizes, target, last), strict=True))
+
+
+def allocate_time(
+    scores: FisherScores,
+    levels: Tensor,
+    shapes: Mapping[str, tuple[int, int]],
+    read: Mapping[str, float],
+    latency: LatencyTable,
+    target: float,
+) -> dict[str, float]:
+    """Sparsity of each Linear by one λ, so that all together save the time that the target everywhere would save.
+
+    What a dropped channel of a Linear saves is its curve's mean slope up to the target.
+
+    Args:
+        scores, levels, read: as for `allocate`.
+        shapes: (N, K) by qualified name.
+        latency: curves of these shapes.
+        target: as for `allocate`.
+
+    Raises:
+        ValueError: for a target out of range.
+        ScheduleError: a shape is not in the table.
+    """
+    at = levels.double().numpy()
+    if not 0 <= target <= at[-1]:
+        raise ValueError(f"the target sparsity must be from 0 to {at[-1]:.6g}, found {target!r}")
+    # An expert's time counts for the share of tokens that it gets.
+    share = np.array([read[name] / math.prod(shapes[name]) for name in read])
+    saved = share[:, None] * latency.savings({name: shapes[name] for name in read}, at)
+    wanted = np.array([np.interp(target, at, curve) for curve in saved])
+    if wanted.sum() <= 0:
+        return dict.fromkeys(read, target)
+    inputs = np.array([shapes[name][1] for name in read])
+    scale = np.sqrt(np.maximum(wanted / share / inputs, 1e-12))
+    curves = [scores.thresholds[name].double().numpy() for name in read]
+
+    def sparsities(root: float) -> np.ndarray:
+        return np.array([np.interp(root * each, curve, at) for each, curve in zip(scale, curves, strict=True)])
+
+    def time(root: float) -> float:
+        each = zip(sparsities(root), saved, strict=True)
+        return float(sum(np.interp(sparsity, at, curve) for sparsity, curve in each))
+
+    most = max(curve[-1] / each for each, curve in zip(scale, curves, strict=True))
+    return dict(zip(read, map(float, sparsities(_solve(time, float(wanted.sum()), most))), strict=True))
 
 
 def fisher_schedule(

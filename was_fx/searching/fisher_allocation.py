@@ -8,7 +8,7 @@ from was_fx.modules.linears import find_linears
 from was_fx.schedules.experts import weights_read
 from was_fx.schedules.files.fisher_scores import FisherScores
 from was_fx.schedules.files.schedule import Schedule, ScheduleMetadata
-from was_fx.schedules.search.fisher import allocate, channel_costs, fisher_schedule, fisher_scores_of
+from was_fx.schedules.search.fisher import allocate, allocate_time, channel_costs, fisher_schedule, fisher_scores_of
 from was_fx.searching.search_context import SearchContext, first_tokens
 
 # At high sparsity the first round still drifts, the third changes little.
@@ -25,8 +25,15 @@ def search_fisher(context: SearchContext, metadata: ScheduleMetadata) -> Schedul
     calibration = context.calibration
     scores, levels, shapes = fisher_scores_of(calibration), calibration.levels, calibration.shapes
     costs, read = channel_costs(shapes, calibration.weights), weights_read(shapes, calibration.experts_per_token)
-    sparsities = allocate(scores, levels, read, costs, context.target)
-    schedule = fisher_schedule(scores, levels, shapes, sparsities, metadata)
+
+    def allocated() -> Schedule:
+        if context.latency is None:
+            sparsities = allocate(scores, levels, read, costs, context.target)
+        else:
+            sparsities = allocate_time(scores, levels, shapes, read, context.latency, context.target)
+        return fisher_schedule(scores, levels, shapes, sparsities, metadata)
+
+    schedule = allocated()
     found = find_linears(context.model)
     linears = {name: found[name] for name in shapes}
     sample = first_tokens(context.samples, _TOKENS)
@@ -36,6 +43,5 @@ def search_fisher(context: SearchContext, metadata: ScheduleMetadata) -> Schedul
         table = fisher_table(context.model, linears, scores.weights, run, schedule=schedule)
         context.spent["thresholds"] += sample.numel()
         scores, levels = FisherScores(scores.weights, table.thresholds), table.levels
-        sparsities = allocate(scores, levels, read, costs, context.target)
-        schedule = fisher_schedule(scores, levels, shapes, sparsities, metadata)
+        schedule = allocated()
     return schedule

@@ -75,7 +75,7 @@ def search(
         calibration_tokens: LongTensor [n, seq] to measure thresholds and block errors on; by default `tokens`.
         include_head: schedule the head too; only for "exact" and "uniform".
         latency: save what the uniform schedule at the target would save in time, by these measured curves, instead of
-            in bytes; only for "exact". The nominal sparsity is then another one than the target.
+            in bytes; only for "exact" and "fisher". The nominal sparsity is then another one than the target.
         start: a schedule whose block levels are tried first.
         level_tables: greedy tables by block, of an earlier search with this calibration and these greedy settings at
             whatever target; those that are missing are made in full and added.
@@ -195,8 +195,10 @@ def _check(context: SearchContext) -> None:
             f"the recipe {recipe.name!r} scores by {recipe.score}, but the calibration measured {calibration.score}",
             remedy=f"Calibrate with the score {recipe.score}, or choose the recipe of this calibration.",
         )
-    if (context.head or context.latency is not None) and recipe.over not in ("exact", "uniform"):
-        raise ValueError(f"the head and measured latencies are for the recipe 'exact', not {recipe.name!r}")
+    if context.head and recipe.over not in ("exact", "uniform"):
+        raise ValueError(f"the head is for the recipes 'exact' and 'uniform', not {recipe.name!r}")
+    if context.latency is not None and recipe.over not in ("exact", "fisher", "uniform"):
+        raise ValueError(f"measured latencies are for the recipes 'exact' and 'fisher', not {recipe.name!r}")
     found = model_fingerprint(model, find_linears(model))
     other = differences(calibration.fingerprint, found) if calibration.fingerprint else []
     if other:

@@ -54,6 +54,8 @@ def test_an_existing_file_is_replaced_with_force_only(was, tmp_path, calibration
         (["{calibration}", "--target", "nan"], 2, "outside"),
         (["{calibration}", "--target", "abc"], 2, "not a number"),
         (["{calibration}"], 2, "--target"),
+        (["{calibration}", "--target", "0.5", "--latency", "{tmp}/text"], 2, "--latency is for --fisher"),
+        (["{calibration}", "--target", "0.5", "--fisher", "--latency", "{tmp}/text"], 1, "not a latency table"),
         (["{calibration}", "--target", "0.9999"], 1, "0.999"),
         (["{tmp}/none", "--target", "0.5"], 1, "there is no was-fx calibration here"),
         (["{tmp}/text", "--target", "0.5"], 1, "not a safetensors file"),

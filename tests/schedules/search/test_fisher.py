@@ -12,6 +12,7 @@ from was_fx.schedules.files.calibration import Calibration
 from was_fx.schedules.files.fisher_scores import FisherScores
 from was_fx.schedules.score import Score
 from was_fx.schedules.search.fisher import allocate, channel_costs
+from was_fx.schedules.search.latency import LatencyTable
 
 LEVELS = torch.arange(1000) / 1000
 
@@ -101,3 +102,42 @@ def test_scores_that_do_not_fit_are_refused(weights, thresholds, message):
     given = calibration({"a": 1.0}, {"a": (8, 16)})
     with pytest.raises(ScheduleError, match=message):
         dataclasses.replace(given, fisher=FisherScores(weights, thresholds))
+
+
+SHAPES = {"a": (8, 16), "b": (8, 32), "c": (32, 16)}
+
+
+def table(slopes, shapes=SHAPES):
+    """Microseconds that fall with sparsity as steeply as each Linear's slope says."""
+    return LatencyTable(
+        [
+            {"n": n, "k": k, "sparsity": at, "us": 1000 - slopes[name] * at}
+            for name, (n, k) in shapes.items()
+            for at in (0.0, 1.0)
+        ]
+    )
+
+
+@pytest.mark.parametrize("target", [0.25, 0.5, 0.8])
+def test_time_that_goes_with_bytes_gives_what_bytes_give(target):
+    given = calibration({"a": 1.0, "b": 3.0, "c": 0.5}, SHAPES)
+    by_time = was_fx.fisher(given, target, latency=table({name: n * k for name, (n, k) in SHAPES.items()}))
+    by_bytes = was_fx.fisher(given, target)
+    for name, entry in by_bytes.linears.items():
+        assert by_time.linears[name].sparsity == pytest.approx(entry.sparsity, abs=1e-3)
+
+
+def test_as_much_time_is_saved_as_by_the_same_sparsity_and_where_it_saves_most():
+    slopes = {"a": 100.0, "b": 1.0, "c": 10.0}
+    made = was_fx.fisher(calibration(dict.fromkeys(SHAPES, 1.0), SHAPES), 0.4, latency=table(slopes))
+    saved = sum(slopes[name] * entry.sparsity for name, entry in made.linears.items())
+    assert saved == pytest.approx(0.4 * sum(slopes.values()), rel=1e-3)
+    assert made.linears["a"].sparsity > made.linears["c"].sparsity > made.linears["b"].sparsity
+
+
+def test_latency_is_refused_without_the_shapes_and_out_of_range():
+    given = calibration(dict.fromkeys(SHAPES, 1.0), SHAPES)
+    with pytest.raises(ScheduleError, match="lacks shapes of the model"):
+        was_fx.fisher(given, 0.5, latency=table({"a": 1.0}, {"a": (8, 16)}))
+    with pytest.raises(ValueError, match="target sparsity must be from 0"):
+        was_fx.fisher(given, 1.0, latency=table(dict.fromkeys(SHAPES, 1.0)))

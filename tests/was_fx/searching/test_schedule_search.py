@@ -136,6 +136,24 @@ def test_measured_latency_takes_the_place_of_bytes(llama, tokens):
     assert by_time.linears[name].sparsity < by_bytes.linears[name].sparsity  # where it saves no time
 
 
+def test_fisher_saves_measured_time_too(llama, tokens):
+    calibration = was_fx.calibrate(llama, tokens, fisher=True)
+    shapes = set(calibration.shapes.values())
+    down = calibration.shapes["model.layers.0.mlp.down_proj"]
+    rows = [
+        {"n": n, "k": k, "sparsity": s, "us": 1 + n * k * (1 - (s if (n, k) != down else 0.01 * s))}
+        for n, k in shapes
+        for s in (0.0, 0.5, 1.0)
+    ]
+    by_bytes, by_time = (
+        was_fx.search(llama, calibration, tokens=tokens, target=TARGET, recipe="fisher", latency=latency)
+        for latency in (None, LatencyTable(rows))
+    )
+    name = "model.layers.0.mlp.down_proj"
+    assert by_time.linears[name].sparsity < by_bytes.linears[name].sparsity - 0.1
+    assert by_time.metadata.search["cost"] == "latency"
+
+
 def test_paper_exact_meets_the_budget_only_nearly(llama, tokens):
     schedule = find(llama, tokens, "teal", recipe=dataclasses.replace(quick("teal"), signed=True, nearest=True))
     assert 1e-6 < abs(schedule.sparsity - TARGET) < 0.1
@@ -170,7 +188,7 @@ def test_a_calibration_of_another_score_or_model_is_refused(llama, tokens, calib
         ({"target": 0.97}, "the bounds allow 0.92 to 0.95"),
         ({"trials": 0}, "at least one trial"),
         ({"recipe": "wsa"}, "unknown recipe"),
-        ({"include_head": True}, "for the recipe 'exact'"),
+        ({"include_head": True}, "for the recipes 'exact'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(llama, tokens, calibration, arguments, message):
