@@ -1,5 +1,6 @@
 """The one place where errors become messages and exit codes: 1 failed, 2 usage, 130 interrupted."""
 
+import logging
 import os
 import re
 import shlex
@@ -15,7 +16,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from was_fx.cli.render.console import stderr
-from was_fx.schedules.names import visible
+from was_fx.schedules.names import suggestion, visible
 
 INTERRUPTED = 130
 _USAGE_ERROR: Any = typer.BadParameter.__base__  # which Typer doesn't name
@@ -37,12 +38,13 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Read the sub-command's own arguments, and run it."""
         shown = warnings.showwarning
+        _hush_libraries()
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         try:
             with _usage_as_text():
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
-            report_interrupt()
+        except KeyboardInterrupt as error:
+            report_interrupt(error)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             known = expected(error)
@@ -60,8 +62,22 @@ def _usage_as_text() -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, _USAGE_ERROR):
-            error.message = visible(error.message)  # type: ignore[attr-defined]
+            error.message = visible(_with_suggestion(error))  # type: ignore[attr-defined]
         raise
+
+
+def _with_suggestion(error: Any) -> str:
+    """What is wrong, with the nearest option or choice; Typer itself suggests commands."""
+    message = error.message.removeprefix("Value error, ")
+    possible = getattr(error, "possibilities", None)
+    if possible:
+        error.possibilities = []
+        return f"{message}{suggestion(error.option_name, possible)}"
+    choice = re.fullmatch(r"('.*') is not one of ((?:'[^']*'(?:, )?)+)\.?", message, re.DOTALL)
+    if choice:
+        choices = re.findall(r"'([^']*)'", choice[2])
+        return f"{choice[1]} is not one of {', '.join(choices)}{suggestion(choice[1][1:-1], choices)}"
+    return message
 
 
 def expected(error: BaseException) -> BaseException | None:
@@ -97,10 +113,18 @@ def _weights_options(found: re.Match[str]) -> str:
     )
 
 
-def report_interrupt() -> None:
-    """Say that Ctrl-C was heard."""
+def report_interrupt(interrupt: BaseException | None = None) -> None:
+    """Say that Ctrl-C was heard, that files are whole, and how to go on: the notes that the interrupt carries."""
     stderr().print()
-    _print_labelled("Interrupted.", "bold yellow", "Nothing was left half-written.")
+    notes = " ".join(getattr(interrupt, "__notes__", []))
+    _print_labelled("Interrupted.", "bold yellow", visible(f"Nothing was left half-written. {notes}".rstrip()))
+
+
+def _hush_libraries() -> None:
+    """Keep away what libraries log while they are imported: binaries of torchao for other versions, and the like."""
+    if not os.environ.get("WAS_DEBUG"):
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _show_warning(message: Any, category: type[Warning], filename: str, *rest: Any) -> None:

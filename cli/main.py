@@ -31,6 +31,7 @@ from was_fx.cli.commands import (
 )
 from was_fx.cli.errors import INTERRUPTED, Commands, report_interrupt
 from was_fx.cli.input.options import examples
+from was_fx.cli.input.shared_options import with_shared_options
 from was_fx.cli.render.console import interrupt
 from was_fx.version import __version__
 
@@ -40,12 +41,19 @@ A [bold]calibration[/] is what the activations of a model look like on a text. A
 which threshold each Linear skips an input channel. It lies beside the checkpoint, which stays as it is.
 """
 
+EXITS = """
+
+[bold]Exit codes[/]
+
+0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to stdout, progress and errors to stderr.
+
+Shell completion: was --install-completion. Documentation: docs/quickstart.md."""
+
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -70,7 +78,8 @@ def _version(wanted: bool) -> None:
         "was recommend MODEL --text book.txt --loss 1%  [dim]or ask how much it takes[/]",
         "was ppl MODEL --schedule FILE --text other.txt  [dim]see what it costs[/]",
         "was generate MODEL --schedule FILE --prompt Hello  [dim]decode with it[/]",
-    ),
+    )
+    + EXITS,
 )
 def was(
     version: Annotated[
@@ -85,7 +94,7 @@ def was(
 
 def _add(name: str, command: Callable[..., None], epilog: str, group: typer.Typer = app) -> None:
     """Register a sub-command; the lines of a paragraph of its docstring are joined, for Typer keeps line breaks."""
-    group.command(name, epilog=epilog, help=_joined(command.__doc__ or ""))(command)
+    group.command(name, epilog=epilog, help=_joined(command.__doc__ or ""))(with_shared_options(command))
 
 
 _add("demo", demo.demo, demo.EXAMPLES)

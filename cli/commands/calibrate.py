@@ -35,7 +35,7 @@ ScoreName = StrEnum("ScoreName", ["was", "teal", "wina"])
 def calibrate(
     model: options.Model,
     text: options.Text = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the calibration.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to write the calibration.")] = Path(
         "calibration.safetensors"
     ),
     score: Annotated[

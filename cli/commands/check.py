@@ -24,7 +24,10 @@ EXAMPLES = options.examples(
 
 def check(
     model: options.Model,
-    schedule: Annotated[Path | None, typer.Option(help="A schedule; none for a checkpoint that has its own.")] = None,
+    schedule: Annotated[
+        Path | None,
+        typer.Option("--schedule", "-s", metavar="FILE", help="A schedule; none for a checkpoint that has its own."),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to generate.")] = 8,
     lowering: options.LoweringOption = None,
     weights: options.Weights = None,

@@ -23,7 +23,8 @@ def generate(
     model: options.Model,
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     schedule: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A schedule; without one, the model is dense.")
+        Path | None,
+        typer.Option("--schedule", "-s", metavar="FILE", help="A schedule; without one, the model is dense."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Stop after so many tokens.")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Draw each token instead of taking the likeliest.")] = False,

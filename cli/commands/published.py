@@ -27,7 +27,7 @@ SHOW_EXAMPLES = options.examples(
 EXPORT_EXAMPLES = options.examples(
     "was published export was-llama-2-7b-60",
     "was published export was-mistral-7b-75 --out mistral.was.safetensors",
-    "was generate meta-llama/Llama-2-7b-hf --schedule was-llama-2-7b-60  [dim]use it[/]",
+    "was generate meta-llama/Llama-2-7b-hf --schedule was-llama-2-7b-60 --prompt Hello  [dim]use it[/]",
 )
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A name of `was published list`.")]
 
@@ -67,7 +67,8 @@ def show_published(
 def export_published(
     name: Name,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write it.", show_default="NAME.safetensors")
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Where to write it.", show_default="NAME.safetensors"),
     ] = None,
     force: options.Force = False,
     json: options.Json = False,

@@ -30,7 +30,10 @@ EXAMPLES = options.examples(
 def quantize(
     model: options.Model,
     weights: Annotated[list[str], typer.Option(metavar=options.WEIGHTS_METAVAR, help=options.WEIGHT_FORMATS)],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write: model, tokenizer and configuration.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", help="The folder to write: model, tokenizer and configuration."),
+    ],
     text: Annotated[
         str | None,
         typer.Option(

@@ -22,7 +22,7 @@ EXAMPLES = options.examples(
 def recalibrate(
     model: options.Model,
     schedule: Annotated[Path, typer.Argument(metavar="SCHEDULE", help="The schedule whose sparsities are kept.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the new schedule.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to write the new schedule.")],
     text: options.Text = None,
     tokens: Annotated[
         int, typer.Option(min=2, metavar="N", help="Measure at most about so many tokens (whole windows) a round.")

@@ -126,9 +126,6 @@ def search(
     Candidates are judged by their loss on a validation text; give one that you will not report on. Thresholds are
     measured while the model runs sparsely, so it drops what the schedule says.
     """
-    from was_fx.schedules.search.latency import LatencyTable
-    from was_fx.schedules.search.recipes import find_recipe
-
     if (cost is Cost.latency) != (latency is not None):
         raise typer.BadParameter("--cost latency and --latency FILE go together", param_hint="'--cost'")
     if resume and log is None:
@@ -139,6 +136,10 @@ def search(
             param_hint="'--weights'",
         )
     check_output(out, force)
+
+    from was_fx.schedules.search.latency import LatencyTable
+    from was_fx.schedules.search.recipes import find_recipe
+
     chosen = find_recipe(recipe.value, paper_exact=paper_exact)
     validation = read_text(text, model, "validation")
     sample_text = read_text(calibration_text or text, model, "calibration")

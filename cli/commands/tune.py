@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from was_fx.cli.input import options
-from was_fx.cli.input.models import check_name, torch_dtype
+from was_fx.cli.input.models import check_name, load_config, torch_dtype
 from was_fx.cli.input.weights import parse_weights
 from was_fx.cli.render.console import print_json, progress, say, stdout
 from was_fx.cli.render.tables import new_table
@@ -77,7 +77,5 @@ def _config(name: str) -> object:
 
     if name in SHAPES:
         return config(name)
-    from transformers import AutoConfig
-
     check_name(name)
-    return AutoConfig.from_pretrained(name)
+    return load_config(name)

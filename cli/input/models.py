@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from was_fx.cli.input.options import EMBEDDED, Dtype
+from was_fx.cli.input.shared_options import Loading, loading
 from was_fx.cli.input.weights import parse_weights, quantise
 from was_fx.cli.render.console import note, progress
 
@@ -63,18 +64,22 @@ def load_model(
         typer.BadParameter: `weights` is not valid.
     """
     plan = parse_weights(weights)
-    where = torch_device(device)
+    how = loading()
+    where = None if how.device_map else torch_device(device)
     check_name(name)
     _quiet()
     with progress(f"Loading {name}"):
         if name == EMBEDDED:
             from was_fx import embedded
 
+            if how.arguments():
+                raise ValueError(f"the embedded model is loaded in one way only; leave out --{_option(how)}")
             # fp32 is several times faster than bf16 for batches on most CPUs, and the model is tiny.
             model, words = embedded.load(torch_dtype(Dtype.fp32 if dtype is Dtype.auto else dtype))
         else:
             model, words = _from_pretrained(name, dtype, tokenizer)
-        loaded = Loaded(name, (model if keep_schedule else _dense(name, model)).to(where).eval(), words)
+        model = model if keep_schedule else _dense(name, model)
+        loaded = Loaded(name, (model if where is None else model.to(where)).eval(), words)
     if plan is not None:
         quantise(loaded.model, name, plan)
     return loaded
@@ -90,22 +95,37 @@ def load_skeleton(name: str) -> Any:
 
     check_name(name)
     _quiet()
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from was_fx import embedded
 
     with _loading("configuration", name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(embedded.path() if name == EMBEDDED else name)
-        return AutoModelForCausalLM.from_config(config)
+        config = load_config(embedded.path() if name == EMBEDDED else name)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=loading().trust_remote_code)
+
+
+def load_config(name: str | Path) -> Any:
+    """The configuration of a model, as the command was told to load it."""
+    from transformers import AutoConfig
+
+    given = loading().arguments()
+    given.pop("device_map", None)
+    return AutoConfig.from_pretrained(name, **given)
 
 
 def _from_pretrained(name: str, dtype: Dtype, tokenizer: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    given = loading().arguments()
     with _loading("model", name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype))
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype), **given)
+    given.pop("device_map", None)
     with _loading("tokenizer", name):
-        return model, AutoTokenizer.from_pretrained(name) if tokenizer else None
+        return model, AutoTokenizer.from_pretrained(name, **given) if tokenizer else None
+
+
+def _option(how: Loading) -> str:
+    return next(iter(how.arguments())).replace("_", "-")
 
 
 @contextmanager

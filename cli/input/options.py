@@ -60,7 +60,8 @@ Model = Annotated[
     ),
 ]
 Schedules = Annotated[
-    list[Path] | None, typer.Option(metavar="FILE", help="A schedule to measure; may be given several times.")
+    list[Path] | None,
+    typer.Option("--schedule", "-s", metavar="FILE", help="A schedule to measure; may be given several times."),
 ]
 Text = Annotated[
     str | None,
@@ -135,7 +136,7 @@ Include = Annotated[
 Exclude = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="Leave these Linears dense; patterns as for --include.")
 ]
-ScheduleOut = Annotated[Path, typer.Option(metavar="FILE", help="Where to write the schedule.")]
+ScheduleOut = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to write the schedule.")]
 SCHEDULE_OUT = Path("schedule.was.safetensors")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")]

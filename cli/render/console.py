@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import IO, Any
 
 from rich.console import Console
@@ -45,8 +46,28 @@ def say(text: str, style: str = "") -> None:
     stdout().print(visible(text), style=style, soft_wrap=True)
 
 
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+@contextmanager
+def quietly(quiet: bool) -> Iterator[None]:
+    """While it lasts, `note` and `progress` show nothing if `quiet`."""
+    token = _quiet.set(quiet)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+def is_quiet() -> bool:
+    """Whether progress is not to be shown."""
+    return _quiet.get()
+
+
 def note(text: str, style: str = "dim") -> None:
     """Print a line on stderr: what is being done, or good to know."""
+    if is_quiet():
+        return
     stderr().print(visible(text), style=style, soft_wrap=True)
 
 
@@ -82,7 +103,7 @@ def progress(description: str) -> Iterator[Progress]:
     Gives a function to be called with (done, total).
     """
     console = stderr()
-    if not console.is_terminal:
+    if is_quiet() or not console.is_terminal:
         note(f"{description} …", style="")
         yield _advance
         return

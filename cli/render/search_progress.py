@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from was_fx.cli.render.console import note, stderr
+from was_fx.cli.render.console import is_quiet, note, stderr
 from was_fx.schedules.names import visible
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class SearchDisplay:
         self.seconds = (0.0, 0.0)
 
     def __enter__(self) -> "SearchDisplay":
-        if self._console.is_terminal:
+        if self._console.is_terminal and not is_quiet():
             self._status = self._console.status("searching")
             self._status.start()
         return self
