@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from was_fx.cli.input.models import Loaded, check_name
+from was_fx.cli.input.models import Loaded
 from was_fx.cli.input.options import EMBEDDED
+from was_fx.schedules.names import suggestion
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +29,13 @@ def read_text(name: str | None, model: str, split: str) -> Text:
 
     Raises:
         typer.BadParameter: another model needs a text.
-        ValueError: there is no such model, an unknown split, or the file is not UTF-8.
+        ValueError: an unknown split, or the file is not UTF-8.
         OSError: it can't be read.
     """
     own = f"{EMBEDDED}:{split}"
     if name is None and model != EMBEDDED:
-        check_name(model)
         raise typer.BadParameter(
-            f"the model {model!r} needs a text: a UTF-8 file, or {own} for one inside was-fx", param_hint="'--text'"
+            f"the model {model!r}{suggestion(model, [EMBEDDED])} needs a text: a UTF-8 file, or {own} for one inside was-fx", param_hint="'--text'"
         )
     name = own if name is None else name
     if name.startswith(f"{EMBEDDED}:"):
