@@ -35,7 +35,9 @@ def read_text(name: str | None, model: str, split: str) -> Text:
     own = f"{EMBEDDED}:{split}"
     if name is None and model != EMBEDDED:
         raise typer.BadParameter(
-            f"the model {model!r}{suggestion(model, [EMBEDDED])} needs a text: a UTF-8 file, or {own} for one inside was-fx", param_hint="'--text'"
+            f"the model {model!r}{suggestion(model, [EMBEDDED])} needs a text: a UTF-8 file, or {own} for one inside "
+            "was-fx",
+            param_hint="'--text'",
         )
     name = own if name is None else name
     if name.startswith(f"{EMBEDDED}:"):

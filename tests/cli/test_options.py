@@ -179,6 +179,7 @@ def test_an_interrupt_says_how_to_go_on(given, expected):
         (["ppl", "embedded", "--dtype", "fp31"], "(did you mean fp32?)"),
         (["make", "x", "--target", "50"], "did you mean 50%?"),
         (["published", "show", "was-lama-2-7b-60"], "(did you mean was-llama-2-7b-60?)"),
+        (["ppl", "embedded", "--schedule", "was-lama-2-7b-60"], "(did you mean was-llama-2-7b-60?)"),
         (["ppl", "embeded"], "(did you mean embedded?)"),
     ],
 )
