@@ -42,7 +42,12 @@ def report(
     model: options.Model,
     schedule: Annotated[
         list[Path],
-        typer.Option(metavar="SCHEDULE", help="A file, or a name of `was published list`; may be given several times."),
+        typer.Option(
+            "--schedule",
+            "-s",
+            metavar="FILE",
+            help="A file, or a name of `was published list`; may be given several times.",
+        ),
     ],
     text: options.Text = None,
     weights: Annotated[
@@ -87,7 +92,7 @@ def report(
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     allow_other_model: options.OtherModel = False,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = OUT,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The page to write.")] = OUT,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
