@@ -15,6 +15,7 @@ from was_fx.cli.commands import (
     compare,
     coverage,
     demo,
+    diff,
     evaluate,
     generate,
     import_artifacts,
@@ -106,6 +107,7 @@ _add("quantize", quantize.quantize, quantize.EXAMPLES)
 _add("recalibrate", recalibrate.recalibrate, recalibrate.EXAMPLES)
 _add("inspect", inspect_file.inspect_file, inspect_file.EXAMPLES)
 _add("compare", compare.compare, compare.EXAMPLES)
+_add("diff", diff.diff, diff.EXAMPLES)
 _add("import", import_artifacts.import_artifacts, import_artifacts.EXAMPLES)
 _add("ppl", ppl.ppl, ppl.EXAMPLES)
 _add("eval", evaluate.evaluate, evaluate.EXAMPLES)

@@ -98,8 +98,8 @@ def read_levels(path: Path) -> list[float]:
     return [float(value) for value in found]
 
 
-def check_output(path: Path, force: bool) -> None:
-    """Refuse an output path that cannot or must not be written.
+def check_output(path: Path, force: bool, option: str = "--out") -> None:
+    """Refuse an output path that cannot or must not be written; `option` is what gave it.
 
     Raises:
         OSError: with a remedy.
@@ -110,7 +110,8 @@ def check_output(path: Path, force: bool) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise OSError(errno.EACCES, "cannot be written; choose an existing directory that is writable", str(path))
     if path.exists() and not force:
-        raise FileExistsError(errno.EEXIST, "exists already; give another --out, or --force to replace it", str(path))
+        message = f"exists already; give another {option}, or --force to replace it"
+        raise FileExistsError(errno.EEXIST, message, str(path))
 
 
 def check_output_folder(path: Path, model: str, force: bool) -> None:

@@ -1,25 +1,32 @@
 """A value per Linear, drawn as blocks × projections within the width of the console."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from was_fx.cli.render.tables import heat
+from was_fx.cli.render.tables import heat, shade
 from was_fx.schedules.names import by_block, visible
 
 # Text of a cell, and its place on the heat scale (None: no colour).
 Cell = tuple[str, float | None]
+# Colours the text of a cell by its place on the scale.
+Paint = Callable[[str, float], Text]
+
+# Rows from which on a terminal shows blocks in several columns of the page, where they fit.
+_LONG = 24
+_BETWEEN = 3
 
 
-def draw(console: Console, cells: Mapping[str, Cell]) -> None:
+def draw(console: Console, cells: Mapping[str, Cell], paint: Paint = heat) -> None:
     """Draw one row per block and one column per projection; Linears outside the blocks follow, one per line.
 
     A projection that a block doesn't have is left empty. Where the columns don't fit side by side, they are drawn
-    in several tables.
+    in several tables; where there is room for it on a terminal, many blocks are drawn side by side. A terminal without
+    colours gets bars beside the numbers.
     """
     rows, others = by_block(cells)
     projections = list(dict.fromkeys(projection for row in rows.values() for projection in row))
@@ -28,18 +35,39 @@ def draw(console: Console, cells: Mapping[str, Cell]) -> None:
     labels = [prefix for prefix, _ in rows]
     several = len(set(labels)) > 1
     label = {key: visible(f"{key[0]}.{key[1]}" if several else key[1]) for key in rows}
-    room = console.width - max([5, *map(len, label.values())]) - 4
-    for group in _groups(projections, names, width, room):
-        table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold", collapse_padding=True)
-        table.add_column("block", justify="right", no_wrap=True)
-        for projection in group:
-            table.add_column(" " + names[projection] + " ", justify="right", no_wrap=True)
-        for key, row in rows.items():
-            drawn = [_drawn(row.get(projection), max(width, len(names[projection]) + 2)) for projection in group]
-            table.add_row(label[key] + " ", *drawn)
-        console.print(table)
+    bars = paint is heat and console.is_terminal and (console.no_color or console.color_system is None)
+    first = max([5, *map(len, label.values())]) + 1
+    widths = {
+        each: 2 + max(len(names[each]), *(len(row[each][0]) for row in rows.values() if each in row))
+        for each in projections
+    }
+    for group in _groups(widths, console.width - first - 3):
+        page = first + sum(widths[each] for each in group) + len(group)
+        beside = (console.width + _BETWEEN) // (page + _BETWEEN) if console.is_terminal and len(rows) > _LONG else 1
+        height = -(-len(rows) // max(1, beside))
+        tables = []
+        for at in range(0, len(rows), height):
+            table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold", collapse_padding=True)
+            table.add_column("block", justify="right", no_wrap=True)
+            for projection in group:
+                table.add_column(" " + names[projection] + " ", justify="right", no_wrap=True)
+            for key in list(rows)[at : at + height]:
+                drawn = [_drawn(rows[key].get(each), widths[each], paint, bars) for each in group]
+                table.add_row(label[key] + " ", *drawn)
+            tables.append(table)
+        console.print(_side_by_side(tables))
     for name, cell in others.items():
-        console.print(visible(name), _drawn(cell, width), soft_wrap=True)
+        console.print(visible(name), _drawn(cell, width, paint, bars), soft_wrap=True)
+
+
+def _side_by_side(tables: list[Table]) -> Table:
+    if len(tables) == 1:
+        return tables[0]
+    page = Table.grid(padding=(0, _BETWEEN, 0, 0))
+    for _ in tables:
+        page.add_column()
+    page.add_row(*tables)
+    return page
 
 
 def short_names(projections: Iterable[str]) -> dict[str, str]:
@@ -86,24 +114,24 @@ def share_labels(what: str, shares: Sequence[Mapping[str, float]]) -> dict[str, 
     return short_names(keys) if what == "projection" else block_labels(keys)
 
 
-def _groups(projections: list[str], names: Mapping[str, str], width: int, room: int) -> Iterator[list[str]]:
+def _groups(widths: Mapping[str, int], room: int) -> Iterator[list[str]]:
     """Runs of columns that fit `room`."""
     group: list[str] = []
     used = 0
-    for projection in projections:
-        needed = 1 + max(width, len(names[projection]) + 2)
-        if group and used + needed > room:
+    for projection, width in widths.items():
+        if group and used + 1 + width > room:
             yield group
             group, used = [], 0
         group.append(projection)
-        used += needed
+        used += 1 + width
     if group:
         yield group
 
 
-def _drawn(cell: Cell | None, width: int) -> Text:
+def _drawn(cell: Cell | None, width: int, paint: Paint, bars: bool) -> Text:
     if cell is None:
         return Text("· ".rjust(width), style="dim")
     text, share = cell
-    padded = f"{text} ".rjust(width)
-    return Text(padded) if share is None else heat(padded, share)
+    if share is None:
+        return Text(f"{text} ".rjust(width))
+    return paint(f"{text}{shade(share) if bars else ' '}".rjust(width), share)

@@ -12,6 +12,9 @@ from was_fx.schedules.names import visible
 # on a dark and on a light terminal.
 _HEAT = (230, 229, 223, 222, 215, 209, 203, 160, 124, 88)
 _DARK_FROM = 7
+# Ink and paper of differences, by thirds of the largest.
+_MORE = ((16, 224), (16, 210), (231, 160))
+_LESS = ((16, 189), (16, 117), (231, 25))
 
 
 class NameTable(Table):
@@ -51,6 +54,26 @@ def heat(text: str, share: float) -> Text:
     step = min(int(share * len(_HEAT) + 1e-4), len(_HEAT) - 1)
     ink = 231 if step >= _DARK_FROM else 16
     return Text(text, style=f"color({ink}) on color({_HEAT[step]})")
+
+
+def bar(share: float, width: int) -> Text:
+    """A share from 0 to 1 as a bar; it is drawn with characters, so that it needs no colour."""
+    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
+    text = "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
+    return Text(text.ljust(width, "·"), style="dim" if not eighths else "")
+
+
+def shade(share: float) -> str:
+    """A share from 0 to 1 as one character, where there is no colour to show it by."""
+    return "▁▂▃▄▅▆▇█"[min(int(min(max(share, 0.0), 1.0) * 8), 7)]
+
+
+def change(text: str, points: float, most: float) -> Text:
+    """`text` on red where a difference is above 0, on blue where it is below; stronger the nearer to `most`."""
+    if abs(points) < 5e-4:
+        return Text(text, style="dim")
+    ink, paper = (_MORE if points > 0 else _LESS)[min(int(3 * abs(points) / most), 2)]
+    return Text(text, style=f"color({ink}) on color({paper})")
 
 
 def megabytes(count: float) -> str:
