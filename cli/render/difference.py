@@ -1,7 +1,7 @@
 """Two schedules, and what lies between them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -72,7 +72,7 @@ def _signed(points: float) -> str:
     return f"{100 * points:+.1f}" if abs(points) >= 5e-4 else "0.0"
 
 
-def _table(console: Console, what: str, sides: list[Mapping[str, float]], most: float) -> None:
+def _table(console: Console, what: str, sides: Sequence[Mapping[str, float]], most: float) -> None:
     table = new_table(what, "A", "B", "change")
     for key in dict.fromkeys([*sides[0], *sides[1]]):
         shown = [percent(side[key]) if key in side else "–" for side in sides]
