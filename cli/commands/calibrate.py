@@ -83,7 +83,7 @@ def calibrate(
     check_output(out, force)
     source = read_text(text, model, "calibration")
 
-    from was_fx.modules.linears import dense_expert_parameters, dense_expert_share
+    from was_fx.modules.linears import dense_expert_parameters, dense_expert_share, outside_decoder
 
     loaded = load_model(model, dtype, device, weights=weights)
     ids = windows(loaded, source, length=length, tokens=tokens)
@@ -100,6 +100,7 @@ def calibrate(
             progress=advance,
         )
     result.save(out)
+    outside, share = outside_decoder(loaded.model)
     if json:
         score_used = {"exponent": chosen.exponent, "norm": chosen.norm}
         linears = len(result.thresholds)
@@ -113,6 +114,8 @@ def calibrate(
                 "weights": loaded.weights,
                 "fisher": fisher,
                 "pooled": list(result.pooled),
+                "excluded": list(result.excluded),
+                "outside": {"linears": len(outside), "share": share},
             }
         )
         return
@@ -122,12 +125,18 @@ def calibrate(
             f"{len(result.pooled)} of the matrices are experts' that saw fewer than 32 tokens, such as "
             f"{result.pooled[0]}; they have the thresholds of all experts of their block together. More text helps"
         )
+    if outside:
+        say(
+            f"{len(outside)} Linears outside of the text decoder are left out, such as {outside[0]}: they run once in "
+            f"a prompt. What lies there is {100 * share:.0f} % of the model's bytes, and no decode step reads it"
+        )
+    if result.excluded:
+        say(f"{len(result.excluded)} Linears of the decoder stay dense, such as {result.excluded[0]}")
     experts = dense_expert_parameters(loaded.model)
     if experts:
-        share = 100 * dense_expert_share(loaded.model)
         say(
             f"Weights held as 3-D parameters stay dense: {len(experts)}, such as {next(iter(experts))}, "
-            f"{share:.0f} % of the bytes of a token"
+            f"{100 * dense_expert_share(loaded.model):.0f} % of the bytes of a token"
         )
     if loaded.weights is not None:
         say(f"Weights: {loaded.weights}; use it with weights in the same formats")

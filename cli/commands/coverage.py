@@ -1,4 +1,4 @@
-"""`was coverage`: which causal LM classes of transformers was-fx covers."""
+"""`was coverage`: which causal LM and multimodal classes of transformers was-fx covers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from was_fx.coverage.cover import Coverage
 
 EXAMPLES = options.examples(
-    "was coverage llama gpt2 deepseek_v3  [dim]these model types; a few seconds each[/]",
-    "was coverage --record coverage.jsonl  [dim]all of them; half an hour, goes on where it stopped[/]",
-    "was coverage --record coverage.jsonl --markdown docs/coverage.md",
+    "was coverage llama gemma3 deepseek_v3  [dim]these model types; some seconds each[/]",
+    "was coverage --record coverage.jsonl  [dim]all of them; an hour, goes on where it stopped[/]",
+    "was coverage --no-graphs --record coverage.jsonl --markdown docs/coverage.md  [dim]half of that[/]",
 )
 
 
@@ -28,6 +28,9 @@ def coverage(
         list[str] | None, typer.Argument(metavar="[TYPE]...", help="Model types, as in config.json; by default all.")
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Give up on a type after so long.")] = 180.0,
+    graphs: Annotated[
+        bool, typer.Option(help="Also look at what torch.compile makes of each; most of the time goes there.")
+    ] = True,
     record: Annotated[
         Path | None,
         typer.Option(
@@ -40,11 +43,12 @@ def coverage(
     force: Annotated[bool, typer.Option("--force", help="Replace the page if it exists.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Try every causal LM class of transformers: build it small, sparsify it, compare.
+    """Try every causal LM and multimodal class of transformers: build it small, sparsify it, compare.
 
-    A class is complete when each Linear but the head is sparse in prompt and decode steps, logits at 0 % are the dense
-    model's, and at 50 % those of the model with weak channels zeroed by hooks. How many graphs torch.compile makes of
-    it is told too. Exit code 1 if a type that was asked for by name is not complete.
+    A class is complete when each Linear but the head (of a multimodal model, of its text decoder) is sparse in prompt
+    and decode steps, logits at 0 % are the dense model's, and at 50 % those of the model with weak channels zeroed by
+    hooks; with every cache and rotary embedding it takes. How many graphs torch.compile makes of it is told too. Exit
+    code 1 if a type that was asked for by name is not complete.
     """
     if markdown is not None:
         check_output(markdown, force)
@@ -56,11 +60,11 @@ def coverage(
     wanted = types or [name for name, reason in known.items() if reason is None]
     left_out = {} if types else {name: reason for name, reason in known.items() if reason is not None}
     with progress(f"Covering {len(wanted)} model types") as advance:
-        rows = list(sweep(wanted, timeout=timeout, record=record, progress=advance))
+        rows = list(sweep(wanted, timeout=timeout, graphs=graphs, record=record, progress=advance))
     if markdown is not None:
         from was_fx.schedules.files.atomic import write_atomically
 
-        write_atomically(markdown, page(rows, left_out, versions()))
+        write_atomically(markdown, page(rows, left_out, versions(), graphs=graphs))
     complete = sum(row.complete for row in rows)
     if json:
         entries = [{**dataclasses.asdict(row), "complete": row.complete} for row in rows]
@@ -76,14 +80,16 @@ def _check(types: Sequence[str], known: dict[str, str | None]) -> None:
 
     for name in types:
         if name not in known:
-            raise typer.BadParameter(f"transformers has no causal LM of type {name!r}{suggestion(name, known)}")
+            raise typer.BadParameter(
+                f"transformers has no causal LM or multimodal model of type {name!r}{suggestion(name, known)}"
+            )
 
 
 def _show(rows: "Sequence[Coverage]", left_out: dict[str, str]) -> None:
-    table = new_table("model type", "ok", "Linears", "sparse", "declined", "graphs", "0 %", "50 %")
+    table = new_table("model type", "ok", "Linears", "sparse", "declined", "bytes", "graphs", "0 %", "50 %")
     table.columns[0].min_width = 16
     for row in rows:
-        *first, prompt, decode, _, exact, oracle = cells(row)
+        *first, _, prompt, decode, _, exact, oracle, _ = cells(row)
         table.add_row(*first, f"{prompt}+{decode}", exact, oracle)
     stdout().print(table)
     for row in rows:
@@ -91,4 +97,4 @@ def _show(rows: "Sequence[Coverage]", left_out: dict[str, str]) -> None:
             say(f"{row.model_type}: {notes(row)}")
     say(f"{sum(row.complete for row in rows)} of {len(rows)} complete", style="bold")
     if left_out:
-        say(f"{len(left_out)} types are left out, since they don't decode text alone from left to right")
+        say(f"{len(left_out)} types are left out, since they don't decode text from left to right")

@@ -49,7 +49,7 @@ def load_model(
     tokenizer: bool = True,
     keep_schedule: bool = False,
 ) -> Loaded:
-    """Load a causal LM in eval mode, and say so meanwhile.
+    """Load a causal LM, or a multimodal model where its type has none, in eval mode, and say so meanwhile.
 
     Args:
         name: directory, Hub name or `embedded`.
@@ -95,13 +95,12 @@ def load_skeleton(name: str) -> Any:
 
     check_name(name)
     _quiet()
-    from transformers import AutoModelForCausalLM
-
     from was_fx import embedded
+    from was_fx.modules.auto_class import auto_class
 
     with _loading("configuration", name), torch.device("meta"):
         config = load_config(embedded.path() if name == EMBEDDED else name)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=loading().trust_remote_code)
+        return auto_class(config.model_type).from_config(config, trust_remote_code=loading().trust_remote_code)
 
 
 def load_config(name: str | Path) -> Any:
@@ -114,11 +113,15 @@ def load_config(name: str | Path) -> Any:
 
 
 def _from_pretrained(name: str, dtype: Dtype, tokenizer: bool) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedConfig
+
+    from was_fx.modules.auto_class import auto_class
 
     given = loading().arguments()
     with _loading("model", name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype), **given)
+        wanted = {option: value for option, value in given.items() if option != "device_map"}
+        known, _ = PreTrainedConfig.get_config_dict(name, **wanted)
+        model = auto_class(known.get("model_type", "")).from_pretrained(name, dtype=torch_dtype(dtype), **given)
     given.pop("device_map", None)
     with _loading("tokenizer", name):
         return model, AutoTokenizer.from_pretrained(name, **given) if tokenizer else None

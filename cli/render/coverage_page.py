@@ -15,11 +15,14 @@ COLUMNS = (
     "Linears",
     "sparse",
     "declined",
+    "sparse bytes",
+    "of",
     "prompt graphs",
     "decode graphs",
     "breaks",
     "at 0 %",
     "at 50 %",
+    "variants",
 )
 
 
@@ -31,16 +34,19 @@ def cells(row: "Coverage") -> list[str]:
         str(row.linears or "–"),
         str(row.sparse or "–"),
         str(len(row.declined)),
+        "–" if row.share is None else f"{100 * row.share:.0f} %",
+        "–" if row.billions is None else f"{row.billions:.1f} B",
         str(row.prompt_graphs or "–"),
         str(row.decode_graphs or "–"),
         str(len(row.graph_breaks)),
         _error(row.exact),
         _error(row.oracle),
+        f"{len(row.variants)}, {_error(max(row.variants.values()))}" if row.variants else "–",
     ]
 
 
 def notes(row: "Coverage") -> str:
-    """What a row's numbers don't say: reasons, and the share of bytes in experts that stay dense."""
+    """What a row's numbers don't say: reasons, and the share of bytes in 3-D parameters that stay dense."""
     found = [row.error] if row.error else []
     found += [f"graph break: {reason}" for reason in row.graph_breaks]
     declined = sorted(row.declined.items(), key=lambda item: item[1])
@@ -49,15 +55,14 @@ def notes(row: "Coverage") -> str:
     if row.sparse and not row.decode_steps:
         found.append("each step is a prompt: no cache, or all tokens are given again")
     if row.experts_dense:
-        found.append(f"{_short(row.experts)} stay dense: {100 * row.experts_dense:.0f} % of the bytes")
+        found.append(f"{_short(row.experts)} stay dense: {100 * row.experts_dense:.1f} % of the bytes")
     return "; ".join(found)
 
 
-def page(rows: "Sequence[Coverage]", left_out: Mapping[str, str], versions: Mapping[str, str]) -> str:
+def page(
+    rows: "Sequence[Coverage]", left_out: Mapping[str, str], versions: Mapping[str, str], *, graphs: bool = True
+) -> str:
     """The page docs/coverage.md."""
-    complete = sum(row.complete for row in rows)
-    rule = "|---|---|" + "---:|" * (len(COLUMNS) - 2) + "---|"
-    table = markdown_table([*COLUMNS, "notes"], ([*cells(row), notes(row)] for row in rows), rule)
     reasons: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         reasons.setdefault("the same class as another type" if reason.startswith("the same") else reason, []).append(
@@ -65,44 +70,66 @@ def page(rows: "Sequence[Coverage]", left_out: Mapping[str, str], versions: Mapp
         )
     found = [(reason, ", ".join(names)) for reason, names in sorted(reasons.items())]
     others = markdown_table(["reason", "model types"], found, "|---|---|")
+    text = [row for row in rows if not row.multimodal]
+    multimodal = [row for row in rows if row.multimodal]
+    options = "" if graphs else "--no-graphs "
     return "\n".join(
         [
             "# Coverage",
             "",
-            f"{complete} of {len(rows)} decoder-only causal LM classes of transformers are complete "
-            f"({100 * complete / max(len(rows), 1):.0f} %).",
+            f"{_counted(text)} decoder-only causal LM classes of transformers are complete, and {_counted(multimodal)}",
+            "multimodal ones.",
             "",
-            "Made by `was coverage --markdown docs/coverage.md --force`, "
+            f"Made by `was coverage {options}--markdown docs/coverage.md --force`, "
             + ", ".join(f"{name} {version}" for name, version in versions.items())
             + ", on a CPU.",
             "",
             *_EXPLANATION,
+            *([] if graphs else ["", "Graphs were not looked at for this page."]),
             "",
-            *table,
+            *_table(text),
             "",
+            *(["## Multimodal models", "", *_table(multimodal), ""] if multimodal else []),
             *(["## Left out", "", *others, ""] if reasons else []),
         ]
     )
+
+
+def _counted(rows: "Sequence[Coverage]") -> str:
+    complete = sum(row.complete for row in rows)
+    return f"{complete} of {len(rows)} ({100 * complete / max(len(rows), 1):.0f} %)"
+
+
+def _table(rows: "Sequence[Coverage]") -> list[str]:
+    rule = "|---|---|" + "---:|" * (len(COLUMNS) - 2) + "---|"
+    return markdown_table([*COLUMNS, "notes"], ([*cells(row), notes(row)] for row in rows), rule)
 
 
 _EXPLANATION = """
 Each class is built from its configuration with two layers, or one of each kind it mixes, and random weights, in fp32 on
 a CPU. A prompt and the steps after it are decoded with the model's own cache, every token sparse, without a compiler.
 
-- `Linears` counts all of them, the head among them, and the experts that one parameter holds as one; `sparse` those
-  whose sparse product was made wherever they were called: in the prompt, and in each decode step. The head stays dense
-  by default. Notes name what is declined, and why.
+- `Linears` counts all of them, the head among them, and the experts that one parameter holds as one; of a multimodal
+  model those of its text decoder and its head. `sparse` counts those whose sparse product was made wherever they were
+  called: in the prompt, and in each decode step. The head stays dense by default. Notes name what is declined, and why.
+- `sparse bytes` is the share of the weight bytes of a token that lies in Linears found sparse here, in a model of full
+  size: the one that the type's default configuration in transformers describes, with `of` so many parameters. It is
+  counted without weights; of experts, those that a token is sent to. The rest is the head, mostly.
 - `at 0 %` is the largest difference of logits from the dense model's, relative to the largest logit.
 - `at 50 %` is the same from the dense model with weak channels zeroed by forward hooks.
+- `variants` is how many others were compared at 50 %, and the largest difference: a static cache, rotary embeddings of
+  the kinds linear, dynamic, yarn, longrope and llama3, and an image in the prompt, as far as the dense model itself
+  takes them.
 - `graphs` are those that `torch.compile(backend="was")` makes of the prompt and of decode steps, `breaks` are breaks in
   them. They cost speed where a model is compiled, and nothing else. A sliding window that fills up takes a second graph
   of the decode step.
 - Experts that transformers holds as one 3-D parameter are sparse where it computes them by its registry of experts
-  functions. Other weights that are held so stay dense; notes name them with their share of the weight bytes of a decode
-  step.
+  functions ([experts.md](experts.md)). Other weights that are held so stay dense; notes name them with their share of
+  the weight bytes of a token at full size.
 
-A class is complete when every Linear but the head is sparse, both differences (and that of the compiled model) are at
-most 1e-4, and dropping half of the channels moves the logits by at least a hundred times that.
+A class is complete when every Linear but the head is sparse, all differences (and that of the compiled model) are at
+most 1e-4, and dropping half of the channels moves the logits by at least a hundred times that. A Linear whose module is
+never called, because the model multiplies by its weight itself, counts as declined.
 """.strip().splitlines()
 
 

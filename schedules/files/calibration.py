@@ -202,6 +202,16 @@ class CalibrationBuilder:
             scores = block if self._score.exponent == 0 else block.float() * self._scales[name]
             self._histograms[name].add(scores)
 
+    def unseen(self) -> list[str]:
+        """The Linears without input, but for experts of which others of their group have some."""
+        pooled = self._pool()
+        return [name for name in self._shapes if not self._total(name) and name not in pooled]
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Forget these Linears."""
+        self._shapes = {name: shape for name, shape in self._shapes.items() if name not in names}
+        self._histograms = {name: each for name, each in self._histograms.items() if name not in names}
+
     def build(
         self,
         text: str,
@@ -225,9 +235,7 @@ class CalibrationBuilder:
             ScheduleError: naming every Linear without input, or with NaN or infinite scores.
         """
         pooled = self._pool()
-        problems = [
-            f"{name} has seen no token" for name in self._shapes if not self._total(name) and name not in pooled
-        ]
+        problems = [f"{name} has seen no token" for name in self.unseen()]
         problems += [
             f"{name}: {histogram.nonfinite} of {histogram.total} scores are NaN or infinite"
             for name, histogram in self._histograms.items()

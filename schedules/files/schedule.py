@@ -8,6 +8,7 @@ from typing import Any
 
 from was_fx.schedules.budget import model_sparsity
 from was_fx.schedules.errors import ScheduleError
+from was_fx.schedules.experts import group_of
 from was_fx.schedules.files import storage
 from was_fx.schedules.files.fingerprint import differences
 from was_fx.schedules.files.linear_schedule import LinearSchedule, schedule_problems
@@ -72,6 +73,25 @@ class Schedule:
             raise ScheduleError("these entries cannot be replaced", problems, "Give scheduled Linears.")
         changed = dataclasses.replace(self.metadata, **metadata)
         return Schedule({**self.linears, **linears}, self.shapes, self.norm, changed)
+
+    def renamed(self, names: Mapping[str, str]) -> "Schedule":
+        """The same schedule of a model whose Linears have other names.
+
+        Args:
+            names: the new name of every scheduled Linear by its old one; what it leaves out of the metadata's names is
+                left out of the result.
+        """
+        about = self.metadata
+        groups = {group_of(old): group_of(new) for old, new in names.items()}
+        weights = about.weights
+        metadata = dataclasses.replace(
+            about,
+            excluded=tuple(names[name] for name in about.excluded if name in names),
+            weights=None if weights is None else {names[name]: each for name, each in weights.items() if name in names},
+            experts_per_token={groups[name]: each for name, each in about.experts_per_token.items() if name in groups},
+        )
+        linears = {names[name]: each for name, each in self.linears.items()}
+        return Schedule(linears, {names[name]: each for name, each in self.shapes.items()}, self.norm, metadata)
 
     def check(
         self,

@@ -1,9 +1,10 @@
-"""Which causal LM classes of transformers are covered: each is built small, sparsified and compared.
+"""Which causal LM and multimodal classes of transformers are covered: each is built small, sparsified and compared.
 
 `candidates` says which classes are meant, `cover` tries one of them. It decodes given tokens after a prompt, every
 token sparse, and compares logits: at 0 % with the dense model's, at 50 % with those of the same model with the dropped
 channels set to zero by forward hooks. What each Linear did in each call of the model is noted. Nothing is compiled for
-that; how many graphs `torch.compile` makes is looked at afterwards.
+that; how many graphs `torch.compile` makes is looked at afterwards. Then the same is compared with a static cache, with
+every kind of rotary embedding that the class takes, and with an image in the prompt.
 """
 
 import re
@@ -17,19 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.compat.dynamo import noting_graph_breaks, settings_for_models
-from was_fx.coverage.tiny_models import VOCABULARY, tiny_model
+from was_fx.coverage.decoding import TOKENS, difference, logits, oracle
+from was_fx.coverage.full_size import full_size
+from was_fx.coverage.tiny_models import tiny_model
+from was_fx.coverage.variants import differences
 from was_fx.kernels.parts.served import noting_served
 from was_fx.measure.calibrate import calibrate
 from was_fx.measure.realised import counting
-from was_fx.measure.sequential import thresholds_of
 from was_fx.modules.linears import (
     body_linears,
     dense_expert_parameters,
-    dense_expert_share,
-    dropping,
     find_linears,
     looking_at_inputs,
 )
+from was_fx.modules.text_decoder import takes_more_than_text
 from was_fx.passes.graph.context import Context
 from was_fx.passes.pipeline import observers
 from was_fx.schedules.experts import group_of, groups
@@ -38,7 +40,7 @@ from was_fx.schedules.search.uniform import uniform
 from was_fx.sparse.sparsify import densify, prompts_treated, sparsify
 
 TOLERANCE = 1e-4
-_PROMPT, _NEW, _TARGET = 12, 6, 0.5
+_TARGET = 0.5
 
 # Decoder-only text models that the rules of `candidates` would not recognise as something else.
 _NOT_DECODER_ONLY = {
@@ -51,9 +53,14 @@ _NOT_DECODER_ONLY = {
     "gemma4_assistant": "a draft model; it runs on the hidden states of another model",
     "gemma4_unified_assistant": "a draft model; it runs on the hidden states of another model",
 }
+_OTHERS = {
+    "diffusion_gemma": "a diffusion model; it does not decode from left to right",
+    "pi0": "makes actions of a robot, not text",
+    "vision-encoder-decoder": "the decoder of an encoder-decoder model",
+    "evolla": "listed for AutoModelForImageTextToText, which doesn't load it",
+}
 _MASKED = "an encoder family (masked LM), whose causal head needs is_decoder=True"
 _ENCODER_DECODER = "the decoder of an encoder-decoder model"
-_MULTIMODAL = "takes images or audio"
 
 
 @dataclass(frozen=True)
@@ -62,31 +69,41 @@ class Coverage:
 
     Attributes:
         model_type: as in transformers' configurations.
-        model_class: name of the causal LM class.
+        model_class: name of the class.
+        multimodal: it takes more than text; Linears are those of its text decoder and its head.
         linears: Linears of the model, its head among them; the experts of a parameter count as one.
         sparse: Linears whose sparse product was made wherever they were called: in the prompt, and in each decode step
             after a dense prompt.
         declined: reason by qualified name, for every Linear but the head that is not.
         experts: qualified names of the weights held as 3-D parameters that stay dense.
-        experts_dense: their share of the weight bytes of a decode step.
+        share: of the weight bytes of a token that lie in Linears found sparse here, in the model that the type's
+            default configuration describes, of which a token reads the experts that it is sent to; None if that one
+            can't be built.
+        billions: parameters of that model.
+        experts_dense: share of those bytes in `experts`.
         decode_steps: calls after the prompt that were taken for decode steps; 0 if each is a prompt again, because the
             model has no cache, or is given all tokens in spite of it.
-        prompt_graphs: graphs that `torch.compile` makes of the prompt.
+        prompt_graphs: graphs that `torch.compile` makes of the prompt; 0 also if nothing was compiled.
         decode_graphs: graphs of the steps after it; more than one where a sliding window fills up.
         graph_breaks: reasons of graph breaks, or why nothing can be compiled; the modules are right all the same.
         exact: largest difference of logits at 0 % from the dense model's, relative to the largest logit.
         oracle: the same at 50 %, from the model with weak channels zeroed by hooks.
         compiled: the same of the compiled model.
+        variants: the same with other caches, rotary embeddings and an image in the prompt, of those that the dense
+            model itself takes.
         effect: how far dropping half of the channels moves the logits; a comparison that moves nothing proves nothing.
         error: what went wrong, or nothing.
     """
 
     model_type: str
     model_class: str
+    multimodal: bool = False
     linears: int = 0
     sparse: int = 0
     declined: dict[str, str] = field(default_factory=dict)
     experts: tuple[str, ...] = ()
+    share: float | None = None
+    billions: float | None = None
     experts_dense: float = 0.0
     decode_steps: int = 0
     prompt_graphs: int = 0
@@ -95,6 +112,7 @@ class Coverage:
     exact: float | None = None
     oracle: float | None = None
     compiled: float | None = None
+    variants: dict[str, float] = field(default_factory=dict)
     effect: float | None = None
     error: str = ""
 
@@ -102,29 +120,28 @@ class Coverage:
     def complete(self) -> bool:
         """Every Linear but the head is sparse in prompt and decode steps, and logits are equal to both references."""
         equal = all(each is not None and each <= TOLERANCE for each in (self.exact, self.oracle))
-        equal = equal and (self.compiled is None or self.compiled <= TOLERANCE)
+        others = [*self.variants.values(), *([] if self.compiled is None else [self.compiled])]
+        equal = equal and all(each <= TOLERANCE for each in others)
         moved = self.effect is not None and self.effect > 100 * TOLERANCE
         return equal and moved and self.sparse > 0 and self.decode_steps > 0 and not (self.error or self.declined)
 
 
 def candidates() -> dict[str, str | None]:
-    """Every model type that transformers maps to a causal LM class, with the reason why it is none that decodes text
-    alone from left to right, or None if it is one. A class that several types share counts once."""
+    """Every model type that transformers maps to a causal LM class or to one for images and text, with the reason why
+    it is none that decodes text from left to right, or None if it is one. A class that several types share counts
+    once."""
     from transformers.models.auto import modeling_auto as auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     found: dict[str, str | None] = {}
-    for model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        config = CONFIG_MAPPING[model_type]
-        found[model_type] = _NOT_DECODER_ONLY.get(model_type)
+    classes = {**auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    for model_type in classes:
+        found[model_type] = (_NOT_DECODER_ONLY | _OTHERS).get(model_type)
         if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             found[model_type] = _MASKED
-        if getattr(config, "is_encoder_decoder", False):
+        if getattr(CONFIG_MAPPING[model_type], "is_encoder_decoder", False):
             found[model_type] = _ENCODER_DECODER
-        images = model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        if images or {"vision_config", "audio_config"} & set(config.sub_configs):
-            found[model_type] = _MULTIMODAL
-    names = {each: str(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[each]) for each in found if found[each] is None}
+    names = {each: str(classes[each]) for each in found if found[each] is None}
     first: dict[str, str] = {}  # the type that a class is named after comes before others
     for model_type in sorted(names, key=lambda each: not _named_after(names[each], each)):
         same = first.setdefault(names[model_type], model_type)
@@ -136,43 +153,55 @@ def _named_after(name: str, model_type: str) -> bool:
     return name.lower().startswith(re.sub("_text$|[-_]", "", model_type))
 
 
-def cover(model_type: str) -> Coverage:
-    """Build a small model of `model_type`, sparsify it and compare; whatever goes wrong is in the result."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def cover(model_type: str, *, graphs: bool = True) -> Coverage:
+    """Build a small model of `model_type`, sparsify it and compare; whatever goes wrong is in the result.
 
-    name = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "unknown"))
+    Args:
+        model_type: as in transformers' configurations.
+        graphs: look at what `torch.compile` makes of it, which takes most of the time.
+    """
+    name = "unknown"
     found: dict[str, Any] = {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the model's own code, and of Dynamo about it
             model = tiny_model(model_type)
-            found |= {"linears": len(groups(find_linears(model))), "experts": tuple(dense_expert_parameters(model))}
-            found["experts_dense"] = dense_expert_share(model)
-            _compare(model, found)
+            name = type(model).__name__
+            found["multimodal"] = takes_more_than_text(model)
+            head = [each for each in find_linears(model).values() if each.head]
+            found["linears"] = len(groups(body_linears(model))) + len(head)
+            found["experts"] = tuple(dense_expert_parameters(model))
+            compared = _compare(model, found)
+            if compared is not None:
+                schedule, expected = compared
+                found["variants"] = differences(model_type, densify(model), schedule)
+                if graphs:
+                    sparsify(model, schedule, prefill="all")
+                    _compile(model, expected, found)
+            found |= full_size(model_type, found["declined"])
     except Exception as error:
         found["error"] = _first_line(error)
     return Coverage(model_type, name, **found)
 
 
-def _compare(model: nn.Module, found: dict[str, Any]) -> None:
-    """Fill `found` with the fields of `Coverage` as they become known."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, VOCABULARY, (2, _PROMPT + _NEW), generator=generator)
+def _compare(model: nn.Module, found: dict[str, Any]) -> tuple[Schedule, Tensor] | None:
+    """Fill `found` with the fields of `Coverage` as they become known; the schedule at 50 %, and what it must give."""
     try:
-        dense, unreached = _dense(model, tokens[:1])
+        dense, unreached = _dense(model)
     except Exception as error:
         raise RuntimeError(f"the dense model itself can't generate: {_first_line(error)}") from error
-    declined = found["declined"] = dict.fromkeys(unreached, "its module is never called, only its weight is read")
-    calibration = calibrate(model, tokens, exclude=unreached)
+    reason = "no token of a text reaches it" if found["multimodal"] else "its module is never called"
+    declined = found["declined"] = dict.fromkeys(unreached, reason)
+    calibration = calibrate(model, TOKENS, exclude=unreached)
     for _ in range(2):  # again without what ran dense, so that the others are compared
         schedule = uniform(calibration, _TARGET, exclude=[name for name in declined if name not in unreached])
-        expected = _oracle(model, schedule, tokens[:1])
-        found["effect"] = _difference(expected, dense)
+        expected = oracle(model, schedule)
+        found["effect"] = difference(expected, dense)
         sparsify(model, schedule, prefill="all")
         with _noting_calls(model) as sparse_calls:
-            found["oracle"] = _difference(_logits(model, tokens[:1]), expected)
+            found["oracle"] = difference(logits(model), expected)
         with prompts_treated(model, "dense"), _noting_calls(model) as calls:
-            _logits(model, tokens[:1])
+            logits(model)
         steps = [called for called, ran_dense in calls[1:] if ran_dense != called]
         judged = [*sparse_calls[:1], *(calls[1:] if steps else [])]
         refused = set().union(*(ran_dense for _, ran_dense in judged))
@@ -182,14 +211,13 @@ def _compare(model: nn.Module, found: dict[str, Any]) -> None:
         declined |= dict.fromkeys(sorted(refused), "it is called, and no sparse product is made")
         densify(model)
     else:
-        return
+        return None
     sparsify(model, uniform(calibration, 0.0, exclude=set(declined) - set(unreached)), prefill="all")
-    found["exact"] = _difference(_logits(model, tokens[:1]), dense)
-    sparsify(model, schedule, prefill="all")
-    _compile(model, tokens[:1], expected, found)
+    found["exact"] = difference(logits(model), dense)
+    return schedule, expected
 
 
-def _compile(model: Any, tokens: Tensor, expected: Tensor, found: dict[str, Any]) -> None:
+def _compile(model: Any, expected: Tensor, found: dict[str, Any]) -> None:
     """What torch.compile makes of the sparsified model; it stays compiled."""
     contexts: list[Context] = []
     torch.compiler.reset()
@@ -197,7 +225,7 @@ def _compile(model: Any, tokens: Tensor, expected: Tensor, found: dict[str, Any]
     observers.append(contexts.append)
     try:
         with settings_for_models(), noting_graph_breaks() as breaks:
-            found["compiled"] = _difference(_logits(model, tokens), expected)
+            found["compiled"] = difference(logits(model), expected)
     except Exception as error:
         breaks = [_first_line(error)]
     finally:
@@ -243,43 +271,13 @@ def _noting_calls(model: Any) -> Iterator[list[tuple[set[str], set[str]]]]:
                 handle.remove()
 
 
-def _oracle(model: nn.Module, schedule: Schedule, tokens: Tensor) -> Tensor:
-    """Logits of a dense model whose weak channels are zeroed as they come in: what the sparsified one must equal."""
-    linears = {name: each for name, each in find_linears(model).items() if name in schedule.linears}
-    with dropping(linears, thresholds_of(schedule, linears)):
-        return _logits(model, tokens)
-
-
-@torch.no_grad()
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    """Logits [NEW, V] of a prompt's last token and of the given tokens after it, decoded with the model's own cache."""
-    forced = tokens[0].tolist()
-    result = model.generate(
-        tokens[:, :_PROMPT],
-        attention_mask=torch.ones_like(tokens[:, :_PROMPT]),
-        max_new_tokens=_NEW,
-        min_new_tokens=_NEW,
-        use_cache=True,
-        do_sample=False,
-        prefix_allowed_tokens_fn=lambda _, ids: [forced[len(ids)]],
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return torch.cat(result.logits).float()
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    return difference if difference == difference else float("inf")
-
-
-def _dense(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[str]]:
+def _dense(model: nn.Module) -> tuple[Tensor, list[str]]:
     """Logits of a dense model, and the Linears (or groups of experts) of its body that are not called on the way."""
     linears = body_linears(model)
     called: set[str] = set()
     with looking_at_inputs(linears, lambda name, _: called.add(group_of(name))):
-        logits = _logits(model, tokens)
-    return logits, [group for group in groups(linears) if group not in called]
+        found = logits(model)
+    return found, [group for group in groups(linears) if group not in called]
 
 
 def _break_reason(text: str) -> str:

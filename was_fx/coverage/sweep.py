@@ -28,6 +28,7 @@ def sweep(
     model_types: Sequence[str],
     *,
     timeout: float = 180.0,
+    graphs: bool = True,
     record: Path | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Coverage]:
@@ -36,6 +37,7 @@ def sweep(
     Args:
         model_types: types of transformers' configurations.
         timeout: seconds for one type.
+        graphs: as for `cover`.
         record: a file of JSON Lines. What it holds for the same versions of torch, transformers and was-fx is given
             back and not tried again; each new result is added to it at once.
         progress: called with (types done, all types).
@@ -48,7 +50,7 @@ def sweep(
         report(progress, done, len(model_types))
         result = known.get(model_type)
         if result is None:
-            result = _isolated(model_type, timeout)
+            result = _isolated(model_type, timeout, graphs)
             _add(record, result)
         yield result
     report(progress, len(model_types), len(model_types))
@@ -62,13 +64,13 @@ def versions() -> dict[str, str]:
     return {"was-fx": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _isolated(model_type: str, timeout: float) -> Coverage:
+def _isolated(model_type: str, timeout: float, graphs: bool) -> Coverage:
     """`cover` in a new process, which starts from one that has torch and transformers in memory already."""
     context: Any = multiprocessing.get_context(METHOD)
     if METHOD == "forkserver":
         context.set_forkserver_preload(_PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(model_type, sender), daemon=True)
+    process = context.Process(target=_send, args=(model_type, graphs, sender), daemon=True)
     process.start()
     sender.close()
     try:
@@ -84,13 +86,13 @@ def _isolated(model_type: str, timeout: float) -> Coverage:
         receiver.close()
 
 
-def _send(model_type: str, sender: Connection) -> None:
+def _send(model_type: str, graphs: bool, sender: Connection) -> None:
     import torch
     import transformers
 
     torch.set_num_threads(1)  # tiny products lose by threads
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    sender.send(cover(model_type))
+    sender.send(cover(model_type, graphs=graphs))
 
 
 def _read(record: Path | None) -> dict[str, Coverage]:

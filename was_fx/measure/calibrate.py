@@ -22,7 +22,8 @@ from was_fx.schedules.score import Score, channel_scale
 from was_fx.schedules.search.threshold_table import ThresholdTable
 from was_fx.schedules.selection import select
 from was_fx.sparse.quantize import adopt_foreign
-from was_fx.sparse.sparsify import check_schedule, prompts_treated
+from was_fx.sparse.schedule_fit import fitted
+from was_fx.sparse.sparsify import prompts_treated
 from was_fx.sparse.state import model_fingerprint, sparse_state
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ def calibrate(
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure the quantiles of the score |x_j|·g_j^α of Linears, all but the head by default.
+
+    Of a multimodal model the default are the Linears of its text decoder. Linears that no token reaches, such as those
+    that read an image, are then left out, which the log says.
 
     Activations are counted into histograms batch by batch and never kept, so memory does not grow with the text.
 
@@ -66,7 +70,8 @@ def calibrate(
 
     Raises:
         ValueError: the model is sparsified or has no Linears, or `tokens` has a bad shape or unknown ids.
-        ScheduleError: a pattern matches no Linear, or a Linear saw no token or none with finite scores.
+        ScheduleError: a pattern matches no Linear, or a Linear that was asked for by name saw no token, or one no
+                finite scores.
         TypeError: `tokens` is not an integer tensor.
     """
     if sparse_state(model) is not None:
@@ -83,6 +88,16 @@ def calibrate(
     total = 2 * plain + backward if fisher else plain
     with looking_at_inputs(linears, builder.add):
         count = run_text(model, tokens, batch_size, partial(_in_phase, progress, 0, total))
+    unseen = builder.unseen() if include is None else []
+    if 0 < len(unseen) < len(linears):
+        log.warning(
+            "%d of %d Linears are left out and stay dense, such as %s: no token of the text reaches them",
+            len(unseen),
+            len(linears),
+            unseen[0],
+        )
+        builder.leave_out(unseen)
+        linears = {name: each for name, each in linears.items() if name not in unseen}
     excluded = [name for name in body if name not in linears]
     fingerprint = model_fingerprint(model, everything)
     formats = weight_formats(model)
@@ -137,7 +152,7 @@ def recalibrate(
     if sparse_state(model) is not None:
         raise ValueError("the model is sparsified; give the dense one: was_fx.densify(model) first")
     refuse_sharded(model)
-    check_schedule(model, schedule, find_linears(model))
+    schedule = fitted(model, schedule, find_linears(model))
     for done in range(rounds):
         exponents = {name: entry.exponent for name, entry in schedule.linears.items()}
         step = partial(_later_round, progress, done, rounds)

@@ -14,6 +14,7 @@ from was_fx.kernels.quantized.rows import QuantizedRows
 from was_fx.modules.experts import expert_names, is_experts, running_by_hand
 from was_fx.modules.quantized_experts import QuantizedExperts, is_quantized, rows_of
 from was_fx.modules.quantized_linear import QuantizedLinear
+from was_fx.modules.text_decoder import TextDecoder, refuse_encoder_decoder
 from was_fx.modules.weights import is_sharded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -162,6 +163,9 @@ def computes_product(module: nn.Module) -> bool:
     kind = type(module)
     if kind.forward is nn.Linear.forward or is_conv1d(module) or getattr(kind, "was_product", False):
         return True
+    weight: Any = module.weight
+    if weight.is_meta or is_sharded(weight):  # nothing to try with
+        return _computes_product.get(kind, True)
     if kind not in _computes_product:
         _computes_product[kind] = _try_product(module)
     return _computes_product[kind]
@@ -172,8 +176,6 @@ _computes_product: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 
 def _try_product(module: Any) -> bool:
     weight = module.weight
-    if weight.is_meta or is_sharded(weight):
-        return True
     x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(2, -1).to(weight.dtype)
     expected = torch.nn.functional.linear(x, weight, getattr(module, "bias", None))
     try:
@@ -191,27 +193,46 @@ def quantised_by(model: nn.Module) -> str:
 
 
 def body_linears(model: nn.Module) -> dict[str, LinearModule]:
-    """The Linears that are scheduled by default: all but the head."""
-    found = {name: linear for name, linear in find_linears(model).items() if not linear.head}
+    """The Linears that are scheduled by default: all but the head; of a multimodal model, those of its text decoder.
+
+    Raises:
+        ValueError: there are none, or the model is an encoder-decoder model.
+    """
+    refuse_encoder_decoder(model)
+    decoder = TextDecoder(model)
+    found = {name: each for name, each in find_linears(model).items() if not each.head and decoder.holds(name)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no Linear besides its head; there is nothing to make sparse")
     return found
 
 
+def outside_decoder(model: nn.Module) -> tuple[list[str], float]:
+    """Of a multimodal model: the Linears outside of its text decoder but for the head, and the share of all weight
+    bytes that lies outside. They work on images or audio, once in a prompt; a decode step does not read them."""
+    decoder, linears = TextDecoder(model), find_linears(model)
+    heads = {id(linear.parameter) for linear in linears.values() if linear.head}
+    named = [(name, each.nbytes) for name, each in model.named_parameters() if id(each) not in heads]
+    outside = sum(size for name, size in named if not decoder.holds(name))
+    everything = sum(each.nbytes for each in model.parameters())
+    names = [name for name, each in linears.items() if not each.head and not decoder.holds(name)]
+    return names, outside / everything if everything else 0.0
+
+
 def experts_per_token(model: nn.Module) -> int | None:
     """How many experts a token is sent to, by the model's configuration; None where it doesn't say."""
     config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return getattr(config, "num_experts_per_tok", None)
 
 
 def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Matrices that are held together as parameters [E, N, K] or [E, K, N], by qualified name: experts, and gates of
-    some recurrent blocks."""
+    some recurrent blocks. Of a multimodal model, those of its text decoder."""
+    decoder = TextDecoder(model)
     return {
         f"{name}.{each}" if name else each: parameter
         for name, module in model.named_modules()
-        if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
+        if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) and decoder.holds(f"{name}.")
         for each, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3
         and min(parameter.shape) > 1
@@ -241,7 +262,8 @@ def bytes_per_token(model: nn.Module, linear: LinearModule) -> float:
 
 def weight_bytes_per_token(model: nn.Module, linears: Iterable[LinearModule] | None = None) -> int:
     """Bytes of weights that one dense decode step reads: every parameter except input embeddings, of which it reads
-    a row only, unless the head shares them, and except the experts that a token is not sent to.
+    a row only, unless the head shares them, except the experts that a token is not sent to, and of a multimodal model
+    except what lies outside of its text decoder and its head.
 
     Args:
         model: any model.
@@ -251,8 +273,11 @@ def weight_bytes_per_token(model: nn.Module, linears: Iterable[LinearModule] | N
     read = {id(linear.parameter) for linear in linears}
     embeddings = {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, nn.Embedding)} - read
     experts = {id(parameter) for parameter in expert_parameters(model).values()}
-    others = [p for p in model.parameters() if id(p) not in embeddings | experts]
-    quantised = sum(bytes_per_token(model, linear) for linear in linears if linear.rows is not None)
+    decoder, heads = TextDecoder(model), {id(linear.parameter) for linear in linears if linear.head}
+    inside = [p for name, p in model.named_parameters() if decoder.holds(name) or id(p) in heads]
+    others = [p for p in inside if id(p) not in embeddings | experts]
+    rows = [linear for linear in linears if linear.rows is not None and (linear.head or decoder.holds(linear.name))]
+    quantised = sum(bytes_per_token(model, linear) for linear in rows)
     return round(sum(p.numel() * p.element_size() for p in others) + quantised + _expert_bytes(model, experts))
 
 

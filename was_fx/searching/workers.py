@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from was_fx.modules.auto_class import auto_class_of
 from was_fx.schedules.files.schedule import Schedule
 
 
@@ -45,12 +46,11 @@ class RemoteEvaluator:
         return evaluate(inputs)
 
     def _load(self) -> Any:
-        from transformers import AutoModelForCausalLM
-
         from was_fx.searching.trial_evaluation import TrialEvaluator
         from was_fx.sparse.sparsify import sparsify
 
-        model: Any = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=getattr(torch, self.dtype))
+        kind = auto_class_of(str(self.schedule.metadata.fingerprint.get("architecture")))
+        model: Any = kind.from_pretrained(self.checkpoint, dtype=getattr(torch, self.dtype))
         model = sparsify(model.to(self.device).eval(), self.schedule)
         tokens = torch.tensor(self.tokens, dtype=torch.long)
         return TrialEvaluator(model, self.schedule, tokens, batch_size=self.batch_size)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from was_fx.modules.auto_class import auto_class_of
 from was_fx.schedules.files.atomic import write_atomically
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.names import by_block, markdown, markdown_table
@@ -47,6 +48,7 @@ def schedule_section(schedule: Schedule, repository: str | None = None) -> str:
     score = f"|x|·‖W‖{schedule.norm}^α, α from {min(exponents):g} to {max(exponents):g}"
     if len(exponents) == 1:
         score = str(schedule.score(next(iter(schedule.linears))))
+    auto = auto_class_of(str(about.fingerprint.get("architecture"))).__name__
     return f"""## Sparse decoding
 
 With was-fx this model decodes faster, because weight columns whose input is
@@ -54,9 +56,9 @@ negligible are not read. The checkpoint is a plain one and works without was-fx,
 
 ```python
 import was_fx  # makes from_pretrained return the model sparsified
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = AutoModelForCausalLM.from_pretrained({(repository or "this repository")!r})
+model = {auto}.from_pretrained({(repository or "this repository")!r})
 ```
 
 Schedule: recipe {markdown(about.recipe)}, score {score}, {len(schedule.linears)} Linears at a model sparsity of

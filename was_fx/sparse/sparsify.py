@@ -14,7 +14,7 @@ from was_fx.generate.generation import use_own_generate, use_plain_generate
 from was_fx.kernels.linear.layout import restore
 from was_fx.modules.dense_linear import make_fast, make_plain
 from was_fx.modules.freshness import Freshness
-from was_fx.modules.linears import LinearModule, body_linears, find_linears
+from was_fx.modules.linears import LinearModule, find_linears
 from was_fx.modules.placement import make_input_major, rearrange
 from was_fx.modules.quantized_linear import quantized_linears
 from was_fx.modules.sparse_experts import register as register_experts_function
@@ -24,7 +24,8 @@ from was_fx.modules.weights import is_offloaded, local
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.sparse import saving
 from was_fx.sparse.quantize import adopt_foreign, quantize
-from was_fx.sparse.state import SparseState, model_fingerprint, sparse_state, warn_of_other_formats
+from was_fx.sparse.schedule_fit import fitted
+from was_fx.sparse.state import SparseState, sparse_state, warn_of_other_formats
 from was_fx.sparse.weight_plan import Weights, planned
 
 
@@ -54,7 +55,7 @@ def sparsify(
 
     Args:
         model: a causal LM of transformers, anywhere: on one device or several, offloaded, sharded over ranks.
-        schedule: a `Schedule` or the path of one.
+        schedule: a `Schedule` or the path of one; one of a model's text-only class fits the multimodal one, and back.
         weights: quantise first: "int8", "int4", or formats by patterns of names, as for `quantize`.
         prefill: which tokens of a prompt are sparse: "dense" none; "sparse" all but the first 1 % of a sequence (WAS);
             "half" its last half (TEAL); "all" every one. Decode steps are always sparse.
@@ -84,7 +85,7 @@ def sparsify(
     options = BackendOptions.parse(
         {"disable": tuple(disable), "lowering": lowering or "inductor", **mode_options(mode)}
     )
-    check_schedule(model, schedule, linears, allow_other_model=allow_other_model)
+    schedule = fitted(model, schedule, linears, allow_other_model=allow_other_model)
     if weights is not None and (sparse_state(model) is None or planned(model, linears, weights)):
         quantize(model, weights)
     warn_of_other_formats(model, schedule.metadata.weights, "the schedule")
@@ -139,19 +140,6 @@ def prompts_treated(model: nn.Module, prefill: Prefill) -> AbstractContextManage
     """Treat a sparsified model's prompts as `prefill` says while the context lasts."""
     state = sparse_state(model)
     return nullcontext() if state is None else state.rule.treating_prompts(prefill)
-
-
-def check_schedule(
-    model: nn.Module,
-    schedule: Schedule,
-    linears: dict[str, LinearModule],
-    *,
-    allow_other_model: bool = False,
-) -> None:
-    """Check that `schedule` is one of `model`; see `Schedule.check`."""
-    required = set(body_linears(model))
-    shapes = {name: linear.shape for name, linear in linears.items() if name in required or name in schedule.linears}
-    schedule.check(shapes, model_fingerprint(model, linears), allow_other_model=allow_other_model)
 
 
 def set_entries(model: nn.Module, schedule: Schedule) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from was_fx.modules.freshness import Freshness
 from was_fx.modules.linears import LinearModule
 from was_fx.modules.quantized_linear import weight_formats
+from was_fx.modules.text_decoder import TextDecoder
 from was_fx.modules.token_rule import TokenRule
 from was_fx.modules.weights import is_offloaded, is_sharded
 from was_fx.schedules.files.fingerprint import fingerprint, fingerprint_without_weights
@@ -41,12 +42,21 @@ def sparse_state(model: nn.Module) -> SparseState | None:
     return getattr(model, "_was_state", None)
 
 
-def model_fingerprint(model: nn.Module, linears: dict[str, LinearModule]) -> dict:
-    """The fingerprint of a model: architecture, and shapes and a sample of the weights of all its Linears. Without the
-    sample where weights are offloaded, sharded or quantised, so that a schedule fits a model in any format."""
+def model_fingerprint(model: nn.Module, linears: Mapping[str, LinearModule], architecture: str = "") -> dict:
+    """The fingerprint of a model: architecture, and shapes and a sample of the weights of all its Linears; of a
+    multimodal model, of those of its text decoder and its head. Without the sample where weights are offloaded, sharded
+    or quantised, so that a schedule fits a model in any format.
+
+    Args:
+        model: any model.
+        linears: all of its Linears, by the names that stand in the fingerprint.
+        architecture: the name of the class, by default the model's.
+    """
+    decoder, architecture = TextDecoder(model), architecture or type(model).__name__
+    linears = {name: each for name, each in linears.items() if each.head or decoder.holds(each.name)}
     if any(is_offloaded(each.parameter) or is_sharded(each.parameter) or each.rows for each in linears.values()):
-        return fingerprint_without_weights(type(model).__name__, {name: each.shape for name, each in linears.items()})
-    return fingerprint(type(model).__name__, {name: linear.weight for name, linear in linears.items()})
+        return fingerprint_without_weights(architecture, {name: each.shape for name, each in linears.items()})
+    return fingerprint(architecture, {name: linear.weight for name, linear in linears.items()})
 
 
 def warn_of_other_formats(model: nn.Module, made_with: Mapping[str, str] | None, what: str) -> None:

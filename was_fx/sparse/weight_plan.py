@@ -10,6 +10,7 @@ from was_fx.kernels.quantized.rows import GROUPS, INT4, INT8
 from was_fx.modules.linears import LinearModule
 from was_fx.modules.quantized_embedding import TIED, QuantizedEmbedding, input_embedding, is_tied, why_not
 from was_fx.modules.quantized_linear import format_name, group_of
+from was_fx.modules.text_decoder import TextDecoder
 from was_fx.schedules.experts import group_of as group_of_name
 from was_fx.schedules.experts import groups, is_member
 
@@ -38,9 +39,11 @@ def planned(model: nn.Module, linears: Mapping[str, LinearModule], weights: Weig
             raise ValueError(
                 f"weights names {pattern!r}, which fits no Linear; there is {', '.join(list(linears)[:4])}, …"
             )
+    decoder = TextDecoder(model)  # what lies outside of it is quantised only if it is asked for by name
     found = {}
     for name, linear in linears.items():
-        others = INT8 if linear.head and rest != NONE else rest
+        others = rest if linear.head or decoder.holds(name) else NONE
+        others = INT8 if linear.head and rest != NONE else others
         format = _asked(name, patterns) or others
         if format == NONE:
             continue

@@ -74,3 +74,26 @@ def test_refusals(was, tmp_path, arguments, code, message):
     assert outcome.stdout == ""
     assert "Traceback" not in outcome.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_multimodal_model_has_its_decoder_measured(was, tmp_path, text):
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    from was_fx import embedded
+    from was_fx.coverage.tiny_models import tiny_config
+
+    config = tiny_config("llava")
+    config.text_config.vocab_size = 4096
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "llava")
+    AutoTokenizer.from_pretrained(embedded.path()).save_pretrained(tmp_path / "llava")
+    out, schedule = tmp_path / "c.safetensors", tmp_path / "s.was.safetensors"
+    outcome = was("calibrate", tmp_path / "llava", "--text", text, "--length", 64, "--out", out)
+    assert outcome.code == 0, outcome.stderr
+    assert "14 Linears, " in outcome.stdout
+    assert "14 Linears outside of the text decoder are left out" in outcome.stdout
+    assert was("make", out, "--out", schedule, "--target", "50%").code == 0
+    outcome = was("check", tmp_path / "llava", "--schedule", schedule, "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert all(row["name"].startswith("model.language_model.") for row in outcome.json["linears"])

@@ -12,7 +12,7 @@ WHOLE = {"linears": 15, "sparse": 14, "decode_steps": 5, "exact": 1e-7, "oracle"
 WHOLE |= {"prompt_graphs": 1, "decode_graphs": 1}
 REASON = "its module is never called"
 ROWS = {
-    "llama": Coverage("llama", "LlamaForCausalLM", **WHOLE),
+    "llama": Coverage("llama", "LlamaForCausalLM", **WHOLE, share=0.98, billions=6.74, variants={"a": 1e-7, "b": 3e-7}),
     "mixtral": Coverage(
         "mixtral", "M", **WHOLE, experts=("layers.0.experts.up", "layers.1.experts.up"), experts_dense=0.69
     ),
@@ -20,19 +20,20 @@ ROWS = {
     "ctrl": Coverage("ctrl", "C", **{**WHOLE, "decode_graphs": 0}, graph_breaks=("a | b",)),
     "gpt2": Coverage("gpt2", "G", error="ValueError: no"),
     "bloom": Coverage("bloom", "B", **{**WHOLE, "decode_steps": 0}),
+    "llava": Coverage("llava", "L", **WHOLE, multimodal=True),
 }
 
 
 @pytest.fixture(autouse=True)
 def pretended(monkeypatch):
-    monkeypatch.setattr(coverage_sweep, "_isolated", lambda name, timeout: ROWS[name])
+    monkeypatch.setattr(coverage_sweep, "_isolated", lambda name, timeout, graphs: ROWS[name])
 
 
 def test_types_by_name(was):
     result = was("coverage", "llama", "mixtral")
     assert result.code == 0
     assert "2 of 2 complete" in result.stdout
-    assert "layers.*.experts.up stay dense: 69 %" in " ".join(result.stdout.split())
+    assert "layers.*.experts.up stay dense: 69.0 %" in " ".join(result.stdout.split())
 
 
 def test_an_incomplete_type_is_code_1(was):
@@ -56,8 +57,9 @@ def test_markdown_is_written_and_not_replaced_unasked(was, tmp_path):
     page = tmp_path / "coverage.md"
     was("coverage", *ROWS, "--markdown", str(page))
     text = page.read_text(encoding="utf-8")
-    assert "3 of 6 decoder-only causal LM classes" in text
-    assert "| llama | yes | 15 | 14 | 0 | 1 | 1 | 0 | 1e-07 | 2e-07 |  |" in text
+    assert "3 of 6 (50 %) decoder-only causal LM classes of transformers are complete, and 1 of 1 (100 %)" in text
+    assert "| llama | yes | 15 | 14 | 0 | 98 % | 6.7 B | 1 | 1 | 0 | 1e-07 | 2e-07 | 2, 3e-07 |  |" in text
+    assert text.index("| bloom |") < text.index("## Multimodal models") < text.index("| llava |")
     assert was("coverage", "llama", "--markdown", str(page)).code == 1
     assert page.read_text(encoding="utf-8") == text
 
@@ -66,7 +68,7 @@ def test_markdown_is_written_and_not_replaced_unasked(was, tmp_path):
     ("model_type", "note"),
     [
         ("llama", ""),
-        ("mixtral", "layers.*.experts.up stay dense: 69 % of the bytes"),
+        ("mixtral", "layers.*.experts.up stay dense: 69.0 % of the bytes"),
         ("mamba", f"layers.*.dt_proj: {REASON}"),
         ("ctrl", "graph break: a | b"),
         ("gpt2", "ValueError: no"),
@@ -75,6 +77,12 @@ def test_markdown_is_written_and_not_replaced_unasked(was, tmp_path):
 )
 def test_notes_say_what_the_numbers_do_not(model_type, note):
     assert coverage_page.notes(ROWS[model_type]) == note
+
+
+def test_a_page_without_graphs_says_so():
+    text = coverage_page.page([ROWS["llama"]], {}, {}, graphs=False)
+    assert "Made by `was coverage --no-graphs --markdown" in text
+    assert "Graphs were not looked at for this page." in text
 
 
 def test_the_page_lists_what_is_left_out_by_reason():

@@ -9,7 +9,7 @@ from was_fx.coverage.cover import Coverage
 from was_fx.coverage.sweep import sweep, versions
 
 
-def pretend(model_type: str) -> Coverage:
+def pretend(model_type: str, *, graphs: bool = True) -> Coverage:
     if model_type == "crash":
         os._exit(3)
     if model_type == "hang":
@@ -20,7 +20,7 @@ def pretend(model_type: str) -> Coverage:
 def test_results_are_recorded_and_given_back_without_another_try(tmp_path, monkeypatch):
     record = tmp_path / "coverage.jsonl"
     tried = []
-    monkeypatch.setattr(coverage_sweep, "_isolated", lambda name, timeout: tried.append(name) or pretend(name))
+    monkeypatch.setattr(coverage_sweep, "_isolated", lambda name, timeout, graphs: tried.append(name) or pretend(name))
     first = list(sweep(["a", "b"], record=record))
     assert tried == ["a", "b"]
     with record.open("a") as file:
@@ -37,7 +37,7 @@ def test_results_are_recorded_and_given_back_without_another_try(tmp_path, monke
 def test_a_record_of_other_versions_is_not_used(tmp_path, monkeypatch):
     record = tmp_path / "coverage.jsonl"
     tried = []
-    monkeypatch.setattr(coverage_sweep, "_isolated", lambda name, timeout: tried.append(name) or pretend(name))
+    monkeypatch.setattr(coverage_sweep, "_isolated", lambda name, timeout, graphs: tried.append(name) or pretend(name))
     list(sweep(["a"], record=record))
     entry = json.loads(record.read_text())
     assert entry["versions"] == versions()

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from was_fx.modules.linears import (
     body_linears,
     bytes_per_token,
+    computes_product,
     dense_expert_parameters,
     dense_expert_share,
     expert_parameters,
@@ -191,3 +192,13 @@ def test_a_model_without_experts_has_none(models):
 def test_weight_bytes_follow_the_dtype():
     model = nn.Sequential(nn.Linear(8, 4, bias=False).bfloat16(), nn.Linear(4, 2, bias=False))
     assert weight_bytes_per_token(model) == 2 * 32 + 4 * 8
+
+
+def test_a_class_seen_without_weights_first_is_tried_with_weights():
+    class Scores(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with torch.device("meta"):
+        computes_product(Scores(4, 8))
+    assert not computes_product(Scores(4, 8))
