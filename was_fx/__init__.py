@@ -32,6 +32,7 @@ _HOMES = {
     "densify": "was_fx.sparse.sparsify",
     "draft": "was_fx.sparse.drafting",
     "evaluate": "was_fx.measure.evaluate",
+    "evaluate_text": "was_fx.measure.conventions",
     "fisher": "was_fx.schedules.search.fisher",
     "import_release": "was_fx.schedules.released.importer",
     "load_published": "was_fx.schedules.released.published",
@@ -60,6 +61,7 @@ __all__ = [
     "densify",
     "draft",
     "evaluate",
+    "evaluate_text",
     "fisher",
     "import_release",
     "load_published",
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     from was_fx.generate.decode_loop import decode
     from was_fx.measure.calibrate import calibrate, recalibrate
     from was_fx.measure.check import check
+    from was_fx.measure.conventions import evaluate_text
     from was_fx.measure.evaluate import Evaluation, evaluate, perplexity
     from was_fx.passes.graph.errors import RewriteError
     from was_fx.plugins.quantizer import WasConfig

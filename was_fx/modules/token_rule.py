@@ -255,9 +255,17 @@ def _after_the_first(inputs: Tensor, mask: Any, cache: Any, prefill: str) -> Ten
     else:
         own, before = found
         place, length = own.cumsum(-1) - 1 + before, own.sum(-1, keepdim=True) + before
-    first = (length + 99) // 100 if prefill == "sparse" else (length + 1) // 2
-    tokens = place >= first
+    tokens = place >= dense_length(length, prefill)
     return tokens.expand(batch, new) if found is None else tokens & found[0]
+
+
+def dense_length(length: Any, prefill: str) -> Any:
+    """How many tokens at the beginning of a prompt of `length` (a number or a tensor) keep every channel."""
+    if prefill == "sparse":
+        return (length + 99) // 100
+    if prefill == "half":
+        return (length + 1) // 2
+    return length if prefill == "dense" else 0
 
 
 def _past_length(cache: Any) -> Any:
