@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from was_fx import Schedule
 
 _SETTING = ("model", "text", "prefill", "length")
-_LATER = ("weights",)  # which older files don't have
+_LATER = ("weights", "convention")  # which older files don't have
 
 
 @dataclass(frozen=True)

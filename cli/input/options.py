@@ -17,6 +17,15 @@ class Prefill(StrEnum):
     all = "all"
 
 
+class Convention(StrEnum):
+    """How a text is cut, scored and made sparse; see `was_fx.measure.conventions`."""
+
+    was = "was"
+    teal = "teal"
+    all = "all"
+    decode_exact = "decode-exact"
+
+
 class Lowering(StrEnum):
     """What decode steps are run by."""
 
@@ -83,13 +92,28 @@ Length = Annotated[
 BatchSize = Annotated[
     int, typer.Option(min=1, metavar="N", help="Windows per forward pass. More is faster and takes more memory.")
 ]
-PrefillOption = Annotated[
-    Prefill,
+Dataset = Annotated[
+    str | None,
     typer.Option(
-        help="Which tokens of a scored text are sparse. sparse: all but the first 1 % (as in WAS). half: the last half "
-        "(as in TEAL). all: every one."
+        metavar="NAME[=PATH]",
+        help="wikitext2 (its test split) or c4 (the first 1100 texts of its validation split), from the Hugging Face "
+        "Hub or, as NAME=PATH, from a local copy; joined as in published tables. Or a text file as it is.",
     ),
 ]
+ConventionOption = Annotated[
+    Convention | None,
+    typer.Option(
+        help="How published tables score a text. was: blocks of 2048, all but the first 1 % sparse. teal: windows of "
+        "2560, every 512, whose last 512 are scored and whose last half is sparse. all: blocks of 2048, every token "
+        "sparse. decode-exact: as was, but token by token through decode steps, which takes long. By default was for a "
+        "--dataset; for a --text its windows and --prefill."
+    ),
+]
+PREFILL_HELP = (
+    "Which tokens of a scored text are sparse. sparse: all but the first 1 % (as in WAS). half: the last half (as in "
+    "TEAL). all: every one."
+)
+PrefillOption = Annotated[Prefill, typer.Option(help=PREFILL_HELP)]
 WEIGHTS_METAVAR = "FORMAT|PATTERN=FORMAT"
 WEIGHT_FORMATS = (
     "[bold]int8[/]: a byte for each weight, hardly any loss. [bold]int4[/]: 4.5 bits; int4-64, int4-128: 4.25, 4.13. "

@@ -1,27 +1,42 @@
 """Texts, and the windows of tokens that a model reads them in."""
 
+import gzip
+import lzma
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import typer
 
 from was_fx.cli.input.models import Loaded
 from was_fx.cli.input.options import EMBEDDED
+from was_fx.cli.render.console import progress
 from was_fx.schedules.names import suggestion
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from was_fx.measure.conventions import Convention
+
 _DEFAULT_LENGTH = 512
+_PART = 2**20  # characters read from a file at a time
+_OPEN: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.open}  # type: ignore[dict-item]
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text, and what it is called."""
+    """A text, and what it is called.
+
+    Attributes:
+        name: what the user called it.
+        parts: gives it anew, in parts that were cut anywhere.
+        tokens: at most so many of its tokens count, where its users agree on that.
+    """
 
     name: str
-    content: str
+    parts: Callable[[], Iterable[str]]
+    tokens: int | None = None
 
 
 def read_text(name: str | None, model: str, split: str) -> Text:
@@ -43,11 +58,41 @@ def read_text(name: str | None, model: str, split: str) -> Text:
     if name.startswith(f"{EMBEDDED}:"):
         from was_fx import embedded
 
-        return Text(name, embedded.text(name.removeprefix(f"{EMBEDDED}:")))  # type: ignore[arg-type]
+        content = embedded.text(name.removeprefix(f"{EMBEDDED}:"))  # type: ignore[arg-type]
+        return Text(name, lambda: [content])
+    return read_file(name)
+
+
+def read_file(name: str) -> Text:
+    """A text file as it is.
+
+    Raises:
+        ValueError: it is not UTF-8.
+        OSError: it can't be read.
+    """
+    path = Path(name)
+    next(_read_parts(path), "")  # say at once what can't be read
+    return Text(name, lambda: _read_parts(path))
+
+
+def open_text(path: Path) -> IO[str]:
+    """A UTF-8 text file, which may be compressed by gzip or xz, to be read.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    return _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8")
+
+
+def _read_parts(path: Path) -> Iterator[str]:
     try:
-        return Text(name, Path(name).read_text(encoding="utf-8"))
+        with open_text(path) as file:
+            while part := file.read(_PART):
+                yield part
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is a damaged compressed file ({error}); fetch it again") from error
 
 
 def windows(
@@ -65,25 +110,18 @@ def windows(
     Raises:
         ValueError: the text doesn't fill one window, or the model takes no window so long.
     """
-    import torch
-
     most = loaded.positions
     if length is not None and most is not None and length > most:
         raise ValueError(f"--length is {length}, but {loaded.name} takes at most {most} tokens")
     length = length or min(_DEFAULT_LENGTH, most or _DEFAULT_LENGTH)
-    ids = loaded.tokenizer(text.content)["input_ids"]
+    if tokens is not None and tokens < length:
+        raise ValueError(f"--tokens is {tokens}, less than one window of {length}; give a smaller --length")
+    wanted = [n for n in (None if limit is None else limit * length, tokens) if n is not None]
+    ids = tokens_of(loaded, text, min(wanted, default=None))
     count = len(ids) // length
     if count < 1:
-        raise ValueError(
-            f"{text.name} has {len(ids)} tokens, too few for one window of {length}; "
-            "give a longer text, or a smaller --length"
-        )
-    if tokens is not None:
-        if tokens < length:
-            raise ValueError(f"--tokens is {tokens}, less than one window of {length}; give a smaller --length")
-        count = min(count, tokens // length)
-    count = count if limit is None else min(count, limit)
-    return torch.tensor(ids[: count * length], dtype=torch.long).reshape(count, length)
+        raise _too_short(text, ids, "window", length)
+    return ids[: count * length].long().reshape(count, length)
 
 
 def spread_windows(loaded: Loaded, text: Text, *, length: int | None, tokens: int) -> "Tensor":
@@ -95,3 +133,37 @@ def spread_windows(loaded: Loaded, text: Text, *, length: int | None, tokens: in
         raise ValueError(f"--tokens is {tokens}, too few for windows of {every.shape[1]}; give a smaller --length")
     count = min(len(every), tokens // every.shape[1])
     return every[torch.arange(count) * len(every) // count]
+
+
+def sequences(loaded: Loaded, text: Text, convention: "Convention", *, limit: int | None = None) -> "Tensor":
+    """The text as ids int32 [n, length] by a convention for evaluating; a view of a file.
+
+    Args:
+        loaded: whose tokenizer is used.
+        text: the text.
+        convention: how it is cut; fitted to the model.
+        limit: at most so many sequences.
+
+    Raises:
+        ValueError: the text doesn't fill one.
+    """
+    ids = tokens_of(loaded, text, None if limit is None else convention.tokens(limit))
+    if len(ids) < convention.length:
+        raise _too_short(text, ids, "sequence", convention.length)
+    return convention.sequences(ids)
+
+
+def tokens_of(loaded: Loaded, text: Text, most: int | None = None) -> "Tensor":
+    """Ids of a text, int32 [n], at most so many; they lie in a file, so the text may be larger than memory."""
+    from was_fx.cli.input.token_stream import in_a_file, token_ids
+
+    wanted = min((n for n in (most, text.tokens) if n is not None), default=None)
+    with progress(f"Reading {text.name}"):
+        return in_a_file(token_ids(loaded.tokenizer, text.parts()), wanted)
+
+
+def _too_short(text: Text, ids: "Tensor", what: str, length: int) -> ValueError:
+    return ValueError(
+        f"{text.name} has {len(ids)} tokens, too few for one {what} of {length}; "
+        "give a longer text, or a smaller --length"
+    )
