@@ -63,8 +63,8 @@ def read_dataset(given: str) -> Text:
     """
     name, equals, local = given.partition("=")
     if name in NAMED:
-        dataset = NAMED[name]
-        return _joined(given, dataset, _rows_on_disk(dataset, Path(local)) if equals else _rows_of_the_hub(name, dataset))
+        rows = _rows_on_disk(NAMED[name], Path(local)) if equals else _rows_of_the_hub(name, NAMED[name])
+        return _joined(given, NAMED[name], rows)
     if Path(given).is_file():
         return read_file(given)
     known = ", ".join(NAMED)

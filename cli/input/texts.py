@@ -38,6 +38,11 @@ class Text:
     parts: Callable[[], Iterable[str]]
     tokens: int | None = None
 
+    @property
+    def content(self) -> str:
+        """The whole."""
+        return "".join(self.parts())
+
 
 def read_text(name: str | None, model: str, split: str) -> Text:
     """What `--text` stands for: a file, `embedded:<split>`, or without it the embedded model's own text.
