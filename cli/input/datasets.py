@@ -1,6 +1,5 @@
 """Data sets that models are evaluated on, as the texts that published perplexities are of."""
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import typer
 
 from was_fx.cli.input.texts import Text, open_text, read_file
+from was_fx.cli.render.console import stderr
 from was_fx.schedules.names import suggestion
 
 _ROWS_OF = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
@@ -163,12 +163,10 @@ def _library() -> Any:
     Raises:
         ValueError: it is not installed.
     """
-    from was_fx.cli.render.console import stderr
-
-    if not stderr().is_terminal:
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         import datasets
     except ImportError as error:
         raise ValueError(f'data sets need a library: pip install "was-fx[eval]" ({error})') from error
+    if not stderr().is_terminal:
+        datasets.disable_progress_bars()
     return datasets

@@ -5,6 +5,7 @@ model is the embedded one, every text some of its text. Work is cut short by the
 here is only parsed, by the rows of `PARSED`, each with its reason.
 """
 
+import gzip
 import json
 import re
 import shlex
@@ -69,6 +70,18 @@ def parsed(arguments: list[str]) -> tuple[Any, dict[str, Any]]:
     return command, command.make_context(command.name, list(arguments)).params
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """The Hub's data sets hold the embedded model's text."""
+    import datasets
+
+    load, rows = datasets.load_dataset, {"text": embedded.text("validation")[:20_000].split("\n\n")}
+    of_the_hub = {"Salesforce/wikitext": datasets.Dataset.from_dict(rows)}
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda path, **settings: of_the_hub.get(path) or load(path, **settings)
+    )
+
+
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory, was, calibration, schedule) -> Path:
     """What files of each kind are copied from."""
@@ -80,6 +93,8 @@ def shelf(tmp_path_factory, was, calibration, schedule) -> Path:
     was_fx.sparsify(model, schedule).save_pretrained(folder / "sparse")
     tokenizer.save_pretrained(folder / "sparse")
     (folder / "text").write_text(embedded.text("validation")[:20_000], encoding="utf-8")
+    with gzip.open(folder / "rows", "wt", encoding="utf-8") as file:
+        file.write(json.dumps({"text": embedded.text("validation")[:20_000]}) + "\n")
     (folder / "pairs").write_text(json.dumps({"sentence_good": "It was.", "sentence_bad": "Was it were."}) + "\n")
     (folder / "history").write_text("".join(json.dumps({"index": at, "loss": 4.0 - at}) + "\n" for at in range(3)))
     curves = [
@@ -100,6 +115,8 @@ def kind(option: str, name: str) -> str | None:
         return named[option]
     if name.endswith(".txt"):
         return "text"
+    if name.endswith(".json.gz"):
+        return "rows"
     if name.endswith(".safetensors") or name == "FILE":
         return "calibration" if "calibration" in name else "schedule"
     return None
@@ -114,8 +131,8 @@ def lay_out(words: list[str], shelf: Path, was: Any) -> None:
             Path(word).parent.mkdir(parents=True, exist_ok=True)
             saved = shelf / "sparse" if word.endswith("-sparse") else embedded.path()
             Path(word).symlink_to(saved, target_is_directory=True)
-        elif what is not None and not Path(word).exists():
-            shutil.copy(shelf / what, word)
+        elif what is not None and not Path(word.rpartition("=")[2]).exists():
+            shutil.copy(shelf / what, word.rpartition("=")[2])
         elif option == "--ppl":
             schedules = [each for each in words if each.endswith(".safetensors")]
             for each in schedules:
@@ -139,7 +156,7 @@ def shortened(words: list[str], command: Any) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:the schedule was made with weights")
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_an_example_runs(example, was, shelf, tmp_path, monkeypatch):
+def test_an_example_runs(example, was, shelf, hub, tmp_path, monkeypatch):
     words = shlex.split(example.partition(" > ")[0])[1:]
     command, given = parsed(words)
     assert given
