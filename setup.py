@@ -9,7 +9,12 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 FOLDER = Path(__file__).parent / "kernels" / "cpu"
-SOURCES = ("kernels.cpp", "body.inc", "pairs.inc")  # as in kernels/cpu/library.py, which tells by the hash
+SOURCES = (
+    "kernels.cpp",
+    "body.inc",
+    "program.inc",
+    "pairs.inc",
+)  # as in kernels/cpu/library.py, which tells by the hash
 
 digest = hashlib.sha256()
 for name in SOURCES:

@@ -20,6 +20,7 @@ FLOORS: list[set[str]] = [
     {"kernels/quantized"},
     {"kernels/ops"},
     {"kernels/linear"},
+    {"kernels/record"},
     {"kernels/tune"},
     {"schedules"},
     {"schedules/files"},

@@ -9,6 +9,8 @@
 //
 // The code of all kinds is body.inc, which is included once for each with the few functions that differ.
 
+#include <sched.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -130,6 +132,29 @@ struct Gather {
     T* y;                               // [tokens, sum n_g]
     int64_t tokens, k, segments, threads;
     Codes codes;                        // of int8 and int4
+    bool dots;                          // the processor multiplies bytes four at a time (VNNI)
+};
+
+// Asks for the rows of the next step, line by line in the order in which they lie, for the hardware sees only runs coming.
+struct Ahead {
+    const int8_t* const* rows;
+    const int8_t* const* end;
+    int64_t bytes, done;  // of a row
+
+    template <int COUNT>
+    __attribute__((always_inline)) inline void fetch() {
+        if (done + COUNT * 64 < bytes) {
+            UNROLL
+            for (int i = 0; i < COUNT; ++i) __builtin_prefetch(*rows + done + i * 64, 0, 2);
+            done += COUNT * 64;
+            return;
+        }
+        for (int i = 0; i < COUNT && rows < end; ++i) {
+            __builtin_prefetch(*rows + done, 0, 2);
+            done += 64;
+            if (done >= bytes) done = 0, ++rows;
+        }
+    }
 };
 
 // y [m, n] = x [m, k] weight + bias [n]. `weight` is [k, n] with contiguous rows.
@@ -140,6 +165,95 @@ struct Product {
     const T* bias;
     T* y;
     int64_t m, k, n, threads;
+};
+
+// A recorded step: instructions that a team of threads carries out in order (kernels/cpu/program.py writes them).
+
+// The numbers of operations and dtypes are those of program.py.
+enum Operation : int64_t {
+    COPY, NEG, ABS, RELU, SQUARE, CUBE, SQRT, RSQRT, RECIPROCAL, EXP, SIGMOID, SILU, TANH, GELU, GELU_TANH, SIN, COS, NOT,
+    ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, LT, LE, GT, GE, EQ, NE, AND, OR, WHERE,
+    SUM, MEAN, AMAX, SOFTMAX, LAYER_NORM, INDEX, SCATTER, MATRICES, ATTENTION, ALL_ROWS, GATHER, GATHER_INT8, GATHER_INT4, EXPECT
+};
+enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16, BOOL, INT8, INT32, INT64, FLOAT64 };
+
+// A tensor; strides are in elements.
+struct Operand {
+    char* data;
+    int64_t dtype;
+    int64_t strides[5];
+
+    int64_t width() const { return dtype >= INT64 ? 8 : dtype == FLOAT32 || dtype == INT32 ? 4 : dtype >= BOOL ? 1 : 2; }
+
+    double get(const char* base, int64_t element) const {
+        switch (dtype) {
+            case FLOAT32: return reinterpret_cast<const float*>(base)[element];
+            case BFLOAT16: return to_float(reinterpret_cast<const bf16*>(base)[element]);
+            case FLOAT16: return to_float(reinterpret_cast<const fp16*>(base)[element]);
+            case INT32: return reinterpret_cast<const int32_t*>(base)[element];
+            case INT64: return static_cast<double>(reinterpret_cast<const int64_t*>(base)[element]);
+            case FLOAT64: return reinterpret_cast<const double*>(base)[element];
+            default: return reinterpret_cast<const int8_t*>(base)[element];
+        }
+    }
+
+    void set(char* base, int64_t element, double value) const {
+        switch (dtype) {
+            case FLOAT32: reinterpret_cast<float*>(base)[element] = static_cast<float>(value); return;
+            case BFLOAT16: from_float(reinterpret_cast<bf16*>(base) + element, static_cast<float>(value)); return;
+            case FLOAT16: from_float(reinterpret_cast<fp16*>(base) + element, static_cast<float>(value)); return;
+            case BOOL: base[element] = value != 0; return;
+            case INT8: base[element] = static_cast<int8_t>(value); return;
+            case INT32: reinterpret_cast<int32_t*>(base)[element] = static_cast<int32_t>(value); return;
+            case INT64: reinterpret_cast<int64_t*>(base)[element] = static_cast<int64_t>(value); return;
+            default: reinterpret_cast<double*>(base)[element] = value;
+        }
+    }
+};
+
+// Of a Linear.
+struct Weight {
+    const void* data;
+    const void* bias;
+    const float* threshold;
+    const float* scales;     // of int8 and int4, as in `Codes`
+    const uint8_t* groups;
+    int64_t group;
+};
+
+struct Instruction {
+    int64_t op, inputs, dims;
+    int64_t waits;           // for all that comes before
+    int64_t alone;           // one thread does it
+    int64_t exact;           // in doubles, because integers take part
+    int64_t sizes[5];
+    Operand out, in[4];
+    double number;
+    int64_t integers[2];
+    int64_t before, columns; // of a Linear: outputs of those with which it shares the threads, before it and in all
+    Weight weight;
+};
+
+// Threads that wait for each other many times in a token, so they look for each other before they sleep.
+struct Team {
+    alignas(64) int64_t arrived;
+    alignas(64) int64_t phase;
+    int64_t failed;
+
+    void wait(int64_t threads) {
+        const int64_t now = __atomic_load_n(&phase, __ATOMIC_ACQUIRE);
+        if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == threads) {
+            __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
+            __atomic_store_n(&phase, now + 1, __ATOMIC_RELEASE);
+            return;
+        }
+        for (int64_t looks = 0; __atomic_load_n(&phase, __ATOMIC_ACQUIRE) == now; ++looks) {
+#ifdef WAS_X86
+            _mm_pause();
+#endif
+            if (looks > 4000) sched_yield();  // somebody else needs the processor
+        }
+    }
 };
 
 // This thread's part of `count` columns, in multiples of 32 columns, a cache line of bf16.
@@ -205,8 +319,19 @@ INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors
     }
     for (int i = 0; i < 32; ++i) sums[i] += *unit * (parts[i] + *offset);
 }
+// sums[c] += unit * sum_r factors[r] row[r][at + c] for HEIGHT rows and up to WIDE columns, of which `columns` count; the
+// sums have room for a multiple of 32.
+constexpr int HEIGHT = 32, WIDE = 32;
+INLINE void add_codes(const int8_t* const* row, Ahead& ahead, int64_t at, int64_t, const int16_t* factors, float unit, float* sums, bool) {
+    int32_t parts[WIDE] = {};
+    for (int r = 0; r < HEIGHT; ++r)
+        for (int c = 0; c < WIDE; ++c) parts[c] += row[r][at + c] * factors[r];
+    ahead.fetch<HEIGHT * WIDE / 64>();
+    for (int c = 0; c < WIDE; ++c) sums[c] += unit * parts[c];
+}
 constexpr int MR = 4, NV = 2;   // tile of the product: rows, vectors of columns
 #include "body.inc"
+#include "program.inc"
 }  // namespace plain
 
 #ifdef WAS_X86
@@ -316,8 +441,38 @@ INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors
         }
     }
 }
+constexpr int HEIGHT = 32, WIDE = 32;
+INLINE void add_codes(const int8_t* const* row, Ahead& ahead, int64_t at, int64_t, const int16_t* factors, float unit, float* sums, bool) {
+    __m256i parts[4];
+    UNROLL
+    for (int j = 0; j < 4; ++j) parts[j] = _mm256_setzero_si256();
+    for (int p = 0; p < HEIGHT; p += 2) {
+        int32_t pair;
+        std::memcpy(&pair, factors + p, sizeof pair);
+        ahead.fetch<WIDE / 32>();
+        const __m256i factor = _mm256_set1_epi32(pair);
+        UNROLL
+        for (int h = 0; h < 2; ++h) {  // sixteen columns each
+            const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row[p] + at + 16 * h)));
+            const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row[p + 1] + at + 16 * h)));
+            parts[2 * h] = _mm256_add_epi32(parts[2 * h], _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), factor));
+            parts[2 * h + 1] = _mm256_add_epi32(parts[2 * h + 1], _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), factor));
+        }
+    }
+    UNROLL
+    for (int h = 0; h < 2; ++h) {
+        const __m256i both[2] = {_mm256_permute2x128_si256(parts[2 * h], parts[2 * h + 1], 0x20),
+                                 _mm256_permute2x128_si256(parts[2 * h], parts[2 * h + 1], 0x31)};
+        UNROLL
+        for (int j = 0; j < 2; ++j) {
+            float* to = sums + 16 * h + 8 * j;
+            store(to, fma(all(unit), _mm256_cvtepi32_ps(both[j]), load(to)));
+        }
+    }
+}
 constexpr int MR = 6, NV = 2;
 #include "body.inc"
+#include "program.inc"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -422,8 +577,87 @@ INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors
         }
     }
 }
+constexpr int HEIGHT = 32, WIDE = 64;
+INLINE void add_parts(const __m512i* parts, int count, float unit, float* sums) {
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+        if (j >= count) break;
+        store(sums + 16 * j, fma(all(unit), _mm512_cvtepi32_ps(parts[j]), load(sums + 16 * j)));
+    }
+}
+// Four rows at a time: the bytes of a column stand together after two unpackings. A factor is 256 high + low, and a code
+// is 128 less than the unsigned byte that the instruction takes.
+__attribute__((target("avx512vnni"))) static void add_dots(const int8_t* const* row, Ahead& ahead, int64_t at, __mmask64 mask, int count,
+                                                           const int16_t* factors, float unit, float* sums) {
+    __m512i high[4], low[4];
+    UNROLL
+    for (int j = 0; j < 4; ++j) high[j] = low[j] = _mm512_setzero_si512();
+    const __m512i sign = _mm512_set1_epi8(-128);
+    int32_t total = 0;
+    for (int p = 0; p < HEIGHT; p += 4) {
+        __m512i w[4];
+        ahead.fetch<4>();
+        UNROLL
+        for (int r = 0; r < 4; ++r) w[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, row[p + r] + at), sign);
+        uint32_t lows = 0, highs = 0;
+        UNROLL
+        for (int r = 0; r < 4; ++r) {
+            const int32_t factor = factors[p + r], last = static_cast<int8_t>(factor & 255);
+            total += factor;
+            lows |= static_cast<uint32_t>(last & 255) << (8 * r);
+            highs |= static_cast<uint32_t>(((factor - last) >> 8) & 255) << (8 * r);
+        }
+        const __m512i a = _mm512_unpacklo_epi8(w[0], w[1]), b = _mm512_unpackhi_epi8(w[0], w[1]);
+        const __m512i c = _mm512_unpacklo_epi8(w[2], w[3]), d = _mm512_unpackhi_epi8(w[2], w[3]);
+        const __m512i four[4] = {_mm512_unpacklo_epi16(a, c), _mm512_unpackhi_epi16(a, c), _mm512_unpacklo_epi16(b, d),
+                                 _mm512_unpackhi_epi16(b, d)};
+        UNROLL
+        for (int j = 0; j < 4; ++j) {
+            high[j] = _mm512_dpbusd_epi32(high[j], four[j], _mm512_set1_epi32(static_cast<int32_t>(highs)));
+            low[j] = _mm512_dpbusd_epi32(low[j], four[j], _mm512_set1_epi32(static_cast<int32_t>(lows)));
+        }
+    }
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+        low[j] = _mm512_add_epi32(_mm512_slli_epi32(high[j], 8), low[j]);
+        low[j] = _mm512_sub_epi32(low[j], _mm512_set1_epi32(128 * total));
+    }
+    // Lane l of part j holds the columns 16 l + 4 j and three more.
+    const __m512i a = _mm512_shuffle_i32x4(low[0], low[1], 0x44), b = _mm512_shuffle_i32x4(low[2], low[3], 0x44);
+    const __m512i c = _mm512_shuffle_i32x4(low[0], low[1], 0xee), d = _mm512_shuffle_i32x4(low[2], low[3], 0xee);
+    const __m512i parts[4] = {_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd),
+                              _mm512_shuffle_i32x4(c, d, 0x88), _mm512_shuffle_i32x4(c, d, 0xdd)};
+    add_parts(parts, count, unit, sums);
+}
+INLINE void add_codes(const int8_t* const* row, Ahead& ahead, int64_t at, int64_t columns, const int16_t* factors, float unit, float* sums,
+                      bool dots) {
+    const int halves = columns > 32 ? 2 : 1;
+    if (dots) return add_dots(row, ahead, at, halves > 1 ? ~0ull : 0xffffffffull, 2 * halves, factors, unit, sums);
+    __m512i parts[4];
+    UNROLL
+    for (int j = 0; j < 4; ++j) parts[j] = _mm512_setzero_si512();
+    for (int p = 0; p < HEIGHT; p += 2) {
+        int32_t pair;
+        std::memcpy(&pair, factors + p, sizeof pair);
+        ahead.fetch<WIDE / 32>();
+        const __m512i factor = _mm512_set1_epi32(pair);
+        UNROLL
+        for (int h = 0; h < 2; ++h) {  // 32 columns each
+            if (h >= halves) break;
+            const __m512i a = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row[p] + at + 32 * h)));
+            const __m512i b = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row[p + 1] + at + 32 * h)));
+            parts[2 * h] = _mm512_add_epi32(parts[2 * h], _mm512_madd_epi16(_mm512_unpacklo_epi16(a, b), factor));
+            parts[2 * h + 1] = _mm512_add_epi32(parts[2 * h + 1], _mm512_madd_epi16(_mm512_unpackhi_epi16(a, b), factor));
+        }
+    }
+    const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+    const __m512i ordered[4] = {_mm512_permutex2var_epi64(parts[0], first, parts[1]), _mm512_permutex2var_epi64(parts[0], second, parts[1]),
+                                _mm512_permutex2var_epi64(parts[2], first, parts[3]), _mm512_permutex2var_epi64(parts[2], second, parts[3])};
+    add_parts(ordered, 2 * halves, unit, sums);
+}
 constexpr int MR = 12, NV = 2;
 #include "body.inc"
+#include "program.inc"
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -531,7 +765,8 @@ void was_gather(int64_t kind, int64_t dtype, int64_t format, const void* x, cons
             using W = decltype(weight);
             const Gather<T, W> call = {
                 static_cast<const T*>(x), static_cast<const W* const*>(weights), static_cast<const T* const*>(biases),
-                static_cast<const float* const*>(thresholds), n, static_cast<T*>(y), tokens, k, segments, threads, codes};
+                static_cast<const float* const*>(thresholds), n, static_cast<T*>(y), tokens, k, segments, threads, codes,
+                kind >= AVX512_BF16};
             gather(kind, call);
         };
         if (format == 0) with(T());
@@ -546,6 +781,16 @@ void was_gather_one(int64_t kind, int64_t dtype, const void* x, const void* weig
                     const void* threshold, int64_t n, void* y, int64_t tokens, int64_t k, int64_t threads) {
     was_gather(kind, dtype, 0, x, &weight, &bias, threshold ? &threshold : nullptr, &n, y, tokens, k, 1, threads,
                nullptr, nullptr, nullptr);
+}
+
+// Carries out a recorded step; -1, or the position of an instruction whose value is not what the step was recorded with.
+int64_t was_run(int64_t kind, const void* program, int64_t count, int64_t threads) {
+    const Instruction* first = static_cast<const Instruction*>(program);
+#ifdef WAS_X86
+    if (kind >= AVX512) return avx512::run(first, count, threads, kind >= AVX512_BF16);
+    if (kind == AVX2) return avx2::run(first, count, threads, false);
+#endif
+    return plain::run(first, count, threads, false);
 }
 
 // W^T [k, n] of quantised rows; `groups` null for int8.

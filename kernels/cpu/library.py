@@ -27,7 +27,7 @@ from was_fx.kernels.parts.user_cache import user_cache
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("kernels.cpp", "body.inc", "pairs.inc")
+SOURCES = ("kernels.cpp", "body.inc", "program.inc", "pairs.inc")
 FLAGS = ("-std=c++17", "-O2", "-fopenmp", "-fPIC", "-shared")
 
 # Kinds of kernels, each with what the ones before it have; `enum Kind` in kernels.cpp.
@@ -163,6 +163,7 @@ def _load(path: Path, source: str) -> ctypes.CDLL | None:
     loaded.was_product.restype = loaded.was_rows.restype = None
     loaded.was_gather.argtypes = [number] * 3 + [pointer] * 6 + [number] * 4 + [pointer] * 3
     loaded.was_gather_one.argtypes = [number] * 2 + [pointer] * 4 + [number, pointer] + [number] * 3
+    loaded.was_run.restype, loaded.was_run.argtypes = number, [number, pointer, number, number]
     loaded.was_write_out.restype = None
     loaded.was_write_out.argtypes = [number] * 2 + [pointer] * 3 + [number] * 3 + [pointer, number]
     loaded.was_product.argtypes = loaded.was_rows.argtypes = [number] * 2 + [pointer] * 4 + [number] * 4

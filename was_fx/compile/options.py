@@ -12,6 +12,8 @@ from was_fx.passes.pipeline import check_disabled
 from was_fx.schedules.files.schedule import Schedule
 
 Lowering = Literal["inductor", "eager"]
+# How a sparsified model generates: as a graph of it is compiled, or by decode steps that are recorded on a CPU.
+ModelLowering = Literal["inductor", "eager", "recorded"]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from was_fx.compat.generation import cache_among, decoding_method, end_tokens, is_callers, pad_token
-from was_fx.compile.cuda_graphs import noting_calls
 from was_fx.generate.direct_step import DirectStep
 
 # Steps that may be queued before the first of them has been read: more than Python needs to keep the GPU busy, few
@@ -46,6 +45,7 @@ def decode(
     streamer: Any = None,
     step: Any = None,
     ahead: int = AHEAD,
+    direct: Any = DirectStep,
     **model_kwargs: Any,
 ) -> Any:
     """Greedy decoding or sampling with a static cache that `generate()` made; whatever else is asked for is left to
@@ -56,6 +56,7 @@ def decode(
     Args:
         step: calls the model for one token, by keywords; the model itself by default.
         ahead: steps that may be queued before the first of them has been read.
+        direct: how steps go past the model once it is known how: `DirectStep` or `RecordedStep`.
 
     Returns:
         LongTensor [B, tokens] of prompt and new tokens, or what transformers' method returns.
@@ -72,6 +73,7 @@ def decode(
             **model_kwargs,
         )
     loop = _Loop(model, step or model, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    loop.way = direct
     return loop.run(model_kwargs, ahead)
 
 
@@ -149,13 +151,14 @@ class _Loop:
         takes = inspect.signature(model.forward).parameters
         keywords = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values())
         self.takes_positions = "position_ids" in takes or keywords
+        self.way: Any = DirectStep
 
     def run(self, model_kwargs: dict[str, Any], ahead: int) -> Tensor:
         self.kwargs, self.ahead = model_kwargs, ahead
         self.mail = _Mail(self.text.shape[0], self.text.device, ahead + 2)
         self.name, cache = cache_among(model_kwargs)
         # To look at a whole model costs 0.1 to 0.3 ms. In this thread only a caller's code can change it.
-        self.direct = DirectStep(self.model, cache, look_every=1 if self._runs_callers_code() else LOOK_EVERY)
+        self.direct = self.way(self.model, cache, look_every=1 if self._runs_callers_code() else LOOK_EVERY)
         length, stopped = self.start, None
         logits = self._prefill()
         position = self._next_position()
@@ -194,13 +197,14 @@ class _Loop:
         found = self.direct.logits(changing)
         if found is not None:
             return found
+        return self.direct.through(self._through_model, changing)
+
+    def _through_model(self, token: Tensor, position: Tensor) -> Tensor:
         names = (self.name, "use_cache", "logits_to_keep")
         arguments = {name: self.kwargs[name] for name in names if name in self.kwargs}
         if self.takes_positions:
             arguments["position_ids"] = position
-        with noting_calls() as calls:
-            logits = self.call(input_ids=changing[0], **arguments).logits
-        self.direct.learn(calls, changing, logits)
+        logits: Tensor = self.call(input_ids=token, **arguments).logits
         return logits
 
     def _choose(self, length: int, logits: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """From a step of a generation to the next one's logits, past the model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from was_fx.compile.cuda_graphs import Call, CudaGraphs
+from was_fx.compile.cuda_graphs import Call, CudaGraphs, noting_calls
 from was_fx.generate.structure import Structure
 
 
@@ -65,6 +65,13 @@ class DirectStep:
         result: Tensor = self._found.step(*inputs)[self._found.output]
         return result
 
+    def through(self, function: Callable[..., Tensor], changing: Sequence[Tensor]) -> Tensor:
+        """Logits of a step through the model, from which is learned how to go past it."""
+        with noting_calls() as calls:
+            logits = function(*changing)
+        self.learn(calls, changing, logits)
+        return logits
+
     def learn(self, calls: Sequence[Call], changing: Sequence[Tensor], logits: Tensor) -> None:
         """Note what a step through the model called."""
         before, self._last = self._last, None
@@ -78,18 +85,14 @@ class DirectStep:
         for place in places:
             if place is not None:
                 inputs[place] = None
-        state = [
-            {name: item for name, item in vars(layer).items() if isinstance(item, int | float)}
-            for layer in self._cache.layers
-        ]
-        self._last = _Pattern(step, tuple(inputs), places, output, state)
+        self._last = _Pattern(step, tuple(inputs), places, output, numbers_of(self._cache.layers))
         if self._structure is None or not self._structure.is_unchanged():
-            self._structure = None if _has_python_hooks(self._model) else Structure(self._model)
+            self._structure = None if has_python_hooks(self._model) else Structure(self._model)
         elif before is not None and self._last.repeats(before):
             self._found = self._last
 
 
-def _has_python_hooks(model: nn.Module) -> bool:
+def has_python_hooks(model: nn.Module) -> bool:
     """Whether someone's hooks would be passed by: any but those that decide which tokens are sparse."""
     return any(
         not getattr(hook, "__module__", "").startswith("was_fx.")
@@ -97,6 +100,11 @@ def _has_python_hooks(model: nn.Module) -> bool:
         for table in (module._forward_hooks, module._forward_pre_hooks)
         for hook in table.values()
     )
+
+
+def numbers_of(objects: Iterable[Any]) -> list[Any]:
+    """The numbers among the attributes of objects, which decide what they do."""
+    return [{name: item for name, item in vars(each).items() if isinstance(item, int | float)} for each in objects]
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from was_fx.compat.dynamo import compiled_call, set_compiled_call, settings_for_models
 from was_fx.compat.generation import CACHE_NAMES, cache_among, static_layers, uses_flash_attention
 from was_fx.compile.backend import register
-from was_fx.compile.options import BackendOptions, Lowering
+from was_fx.compile.options import BackendOptions, ModelLowering
 from was_fx.generate.compiled_step import CompiledModel, CompiledStep
 from was_fx.generate.decode_loop import AHEAD, decode
+from was_fx.generate.recorded_step import RecordedStep
+from was_fx.kernels.cpu.library import library
 from was_fx.modules.weights import is_sharded
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,24 @@ _OTHER_LOOPS = ("custom_generate", "assistant_model", "prompt_lookup_num_tokens"
 _CACHE_SHARE, _KEPT_SHARE = 0.25, 0.01
 
 
-def use_own_generate(model: nn.Module, options: BackendOptions, lowering: Lowering | None) -> None:
+def check_lowering(model: nn.Module, lowering: str | None) -> None:
+    """Whether decode steps of a model can be run so.
+
+    Raises:
+        ValueError: no such lowering, or it needs something that isn't there.
+    """
+    if lowering is not None and lowering not in get_args(ModelLowering):
+        raise ValueError(f"lowering is {lowering!r}; it must be one of {', '.join(map(repr, get_args(ModelLowering)))}")
+    if lowering != "recorded":
+        return
+    first = next(model.parameters(), None)
+    if first is not None and first.device.type != "cpu":
+        raise ValueError(f"lowering 'recorded' is for a CPU, and the model is on {first.device}; leave it out there")
+    if library() is None:
+        raise ValueError("lowering 'recorded' needs the C++ kernels: install g++, or set CXX to a compiler")
+
+
+def use_own_generate(model: nn.Module, options: BackendOptions, lowering: ModelLowering | None) -> None:
     """Let `model.generate` be fast, or take new options for it. With "inductor" on a CPU, compile the whole model."""
     before = vars(model).get("generate")
     if hasattr(model, "generate") and not (isinstance(before, Generation) and before.settings == (options, lowering)):
@@ -59,7 +78,7 @@ class Generation:
         step: calls the model for one token, compiled; None until it is needed.
     """
 
-    def __init__(self, model: Any, options: BackendOptions, lowering: Lowering | None) -> None:
+    def __init__(self, model: Any, options: BackendOptions, lowering: ModelLowering | None) -> None:
         self.settings = options, lowering
         self.step: CompiledStep | None = None
         self._model = model
@@ -72,6 +91,8 @@ class Generation:
         """See `transformers.GenerationMixin.generate`."""
         model, (_, lowering) = self._model, self.settings
         generate = functools.partial(type(model).generate, model)
+        if lowering == "recorded" and model.device.type == "cpu":
+            return self._recorded(generate, arguments, keywords)
         if lowering == "eager" or not _is_on_one_gpu(model):
             return generate(*arguments, **keywords)
         with settings_for_models():
@@ -92,6 +113,19 @@ class Generation:
         plain = not any(keywords.get(name) for name in _OTHER_LOOPS) and not config.is_assistant
         own = all(keywords.get(name) is None for name in CACHE_NAMES)
         return plain and own and (keywords.get("num_beams", config.num_beams) or 1) == 1
+
+    def _recorded(self, generate: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """On a CPU, with decode steps that are recorded; those that can't be run as they are."""
+        config = keywords.get("generation_config") or self._model.generation_config
+        cached = keywords.get("use_cache", config.use_cache) is not False
+        if not (cached and self._takes(keywords)):
+            return generate(*arguments, **keywords)
+        if keywords.get("cache_implementation", config.cache_implementation) is None:
+            keywords["cache_implementation"] = "static"
+        keywords["custom_generate"] = functools.partial(
+            decode, streamer=keywords.get("streamer"), ahead=0, direct=RecordedStep
+        )
+        return generate(*arguments, **keywords)
 
     def _own(self, generate: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         config = keywords.get("generation_config") or self._model.generation_config

@@ -9,8 +9,8 @@ from torch import nn
 
 from was_fx.compat.dynamo import mode_options
 from was_fx.compile.backend import register
-from was_fx.compile.options import BackendOptions, Lowering
-from was_fx.generate.generation import use_own_generate, use_plain_generate
+from was_fx.compile.options import BackendOptions, ModelLowering
+from was_fx.generate.generation import check_lowering, use_own_generate, use_plain_generate
 from was_fx.kernels.linear.layout import restore
 from was_fx.modules.dense_linear import make_fast, make_plain
 from was_fx.modules.freshness import Freshness
@@ -35,7 +35,7 @@ def sparsify(
     *,
     weights: Weights | None = None,
     prefill: Prefill = "dense",
-    lowering: Lowering | None = None,
+    lowering: ModelLowering | None = None,
     disable: Sequence[str] = (),
     mode: str | None = None,
     allow_other_model: bool = False,
@@ -60,7 +60,8 @@ def sparsify(
         prefill: which tokens of a prompt are sparse: "dense" none; "sparse" all but the first 1 % of a sequence (WAS);
             "half" its last half (TEAL); "all" every one. Decode steps are always sparse.
         lowering: "inductor" compiles decode steps, on a CPU the whole model; "eager" compiles nothing; None: "inductor"
-            on a GPU, "eager" elsewhere.
+            on a GPU, "eager" elsewhere. "recorded": on a CPU `generate()` records two decode steps and then repeats
+            them without Python, with a static cache (docs/cpu.md).
         disable: names of optional passes to leave out where something is compiled.
         mode: a mode of `torch.compile` for what is compiled, such as "max-autotune-no-cudagraphs".
         allow_other_model: accept a schedule whose fingerprint is another model's, if names and shapes fit.
@@ -71,7 +72,7 @@ def sparsify(
     Raises:
         ScheduleError: the schedule doesn't fit this model; lists every problem.
         ValueError: the model has no Linears, its weights are quantised in a way that can't be read, or an argument is
-            not valid.
+            not valid; "recorded" for a model that is not on the CPU, or without the C++ kernels.
 
     Warns:
         UserWarning: the schedule was made with weights in other formats than the model's.
@@ -82,8 +83,9 @@ def sparsify(
     adopt_foreign(model)
     linears = find_linears(model)
     rule = TokenRule(prefill)
+    check_lowering(model, lowering)
     options = BackendOptions.parse(
-        {"disable": tuple(disable), "lowering": lowering or "inductor", **mode_options(mode)}
+        {"disable": tuple(disable), "lowering": "eager" if lowering == "eager" else "inductor", **mode_options(mode)}
     )
     schedule = fitted(model, schedule, linears, allow_other_model=allow_other_model)
     if weights is not None and (sparse_state(model) is None or planned(model, linears, weights)):

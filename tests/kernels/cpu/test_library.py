@@ -29,8 +29,9 @@ def forget(monkeypatch, tmp_path):
         'extern "C" long was_processor() { return 2; }\n'
         'extern "C" void was_gather() {}\nextern "C" void was_gather_one() {}\n'
         'extern "C" void was_product() {}\nextern "C" void was_rows() {}\nextern "C" void was_write_out() {}\n'
+        'extern "C" long was_run() { return -1; }\n'
     )
-    for name in ("body.inc", "pairs.inc"):
+    for name in module.SOURCES[1:]:
         (stub / name).write_text("")
     monkeypatch.setattr(module, "FOLDER", stub)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

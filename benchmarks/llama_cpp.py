@@ -1,0 +1,128 @@
+"""Decode steps of a real model on this CPU beside llama.cpp, in turns, with the perplexity of each.
+
+    pip install llama-cpp-python gguf
+    python benchmarks/llama_cpp.py models/smollm2-135m --text wikitext2.valid.txt.xz --formats int8 int4
+
+Ours are `generate()` with recorded steps (`sparsify(lowering="recorded")`) and uniform schedules whose thresholds are
+measured with the quantised weights; theirs Q8_0, Q4_0 and Q4_1 by the reference rounding of gguf, embeddings in Q8_0 at
+most. Same threads, same text; medians over all steps of all rounds. One JSON line per variant, then a table.
+"""
+
+import argparse
+import json
+import lzma
+import math
+import statistics
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+THEIRS = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder or a name on the Hub")
+    parser.add_argument("--text", type=Path, required=True, help="a text; .xz is unpacked")
+    parser.add_argument("--formats", nargs="+", default=["int8", "int4"], choices=THEIRS)
+    parser.add_argument("--targets", nargs="+", type=float, default=[0.0, 0.25, 0.5])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    measure(parser.parse_args())
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Time every variant and print what was found."""
+    import llama_cpp
+    import torch
+    from environment import describe
+    from gguf_file import write
+    from rich.console import Console
+    from rich.table import Table
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import was_fx
+
+    torch.set_num_threads(arguments.threads)
+    text = (
+        lzma.open(arguments.text, "rt").read(200_000) if arguments.text.suffix == ".xz" else arguments.text.read_text()
+    )
+    ids = AutoTokenizer.from_pretrained(arguments.model)(text, return_tensors="pt").input_ids
+    fitted, scored = ids[:, :4096].view(8, 512), ids[:, 4096 : 4096 + 1024]
+    prompt = ids[:, 5120 : 5120 + arguments.prompt]
+    load = lambda: AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()  # noqa: E731
+    variants: dict[str, tuple[Any, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for format in arguments.formats:
+            for kind in THEIRS[format]:
+                path = Path(folder) / f"{kind}.gguf"
+                write(load(), path, kind)
+                options = {"n_ctx": 2048, "n_threads": arguments.threads, "n_threads_batch": arguments.threads}
+                scoring = llama_cpp.Llama(str(path), logits_all=True, verbose=False, **options)
+                scoring.eval(scored[0].tolist())
+                logits = torch.from_numpy(scoring.scores[: scored.shape[1] - 1].copy())
+                loss = torch.nn.functional.cross_entropy(logits, scored[0, 1:]).item()
+                scoring.close()
+                variants[f"llama.cpp {kind}"] = llama_cpp.Llama(str(path), verbose=False, **options), math.exp(loss)
+            for target in arguments.targets:
+                model = was_fx.quantize(load(), {"lm_head": "int8", "*": format})
+                schedule = was_fx.uniform(was_fx.calibrate(model, fitted), target)
+                was_fx.sparsify(model, schedule, prefill="sparse", lowering="recorded")
+                loss = was_fx.perplexity(model, scored)
+                variants[f"{format}, {target:.0%}"] = was_fx.sparsify(model, schedule, lowering="recorded"), loss
+        times: dict[str, list[float]] = {name: [] for name in variants}
+        for _ in range(arguments.rounds):
+            for name, (model, _) in variants.items():
+                steps = _theirs if name.startswith("llama.cpp") else _ours
+                times[name] += steps(model, prompt, arguments.tokens)
+    table = Table("", "ms a token", "fastest", "perplexity")
+    for name, (_, perplexity) in variants.items():
+        row = {
+            "variant": name,
+            "ms": statistics.median(times[name]),
+            "min_ms": min(times[name]),
+            "perplexity": perplexity,
+        }
+        print(json.dumps(row | describe()))
+        table.add_row(name, f"{row['ms']:.2f}", f"{row['min_ms']:.2f}", f"{perplexity:.2f}")
+    Console().print(table)
+
+
+def _ours(model: Any, prompt: Any, tokens: int) -> list[float]:
+    from transformers.generation.streamers import BaseStreamer
+
+    class Clock(BaseStreamer):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def put(self, value: Any) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    clock = Clock()
+    model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
+    return _between(clock.times[4:])  # the prompt, and two steps that are recorded
+
+
+def _theirs(model: Any, prompt: Any, tokens: int) -> list[float]:
+    model.reset()
+    model.eval(prompt[0].tolist())
+    times = []
+    for _ in range(tokens):
+        times.append(time.perf_counter())
+        model.eval([int(prompt[0, len(times) % prompt.shape[1]])])
+    return _between([*times, time.perf_counter()])
+
+
+def _between(times: list[float]) -> list[float]:
+    return [(after - before) * 1e3 for before, after in pairwise(times)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""A recorded step as instructions for the C++ kernels: what CUDA graphs are to a GPU.
+
+Python, the dispatcher and the start of threads cost a token of a small model more than its weights do. An `Instruction`
+holds everything about one operation: addresses, sizes, strides. `was_run` carries all of a step out in one call, with
+one team of threads (`kernels/cpu/program.inc`).
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from was_fx.kernels.cpu.library import kind, library
+
+# Most dimensions of a tensor, of those that can't be seen as one.
+DIMS = 5
+
+# The order is that of kernels.cpp.
+OPERATIONS = (  # noqa: SIM905
+    "copy neg abs relu square cube sqrt rsqrt reciprocal exp sigmoid silu tanh gelu gelu_tanh sin cos not "
+    "add sub mul div maximum minimum lt le gt ge eq ne and or where "
+    "sum mean amax softmax layer_norm index scatter matrices attention all_rows gather gather_int8 gather_int4 expect"
+).split()
+CODES = {name: code for code, name in enumerate(OPERATIONS)}
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.bool,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+    torch.float64,
+)
+# Operations of which every thread does a part, whatever their size.
+LINEARS = ("all_rows", "gather", "gather_int8", "gather_int4")
+_SHARED = {"matrices", "attention", "expect", *LINEARS}
+# Elements from which the others are shared too.
+_MANY = 8192
+_WIDE = (torch.int32, torch.int64, torch.float64)
+
+_number, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class Operand(ctypes.Structure):
+    _fields_ = [("data", _pointer), ("dtype", _number), ("strides", _number * DIMS)]
+
+
+class Weight(ctypes.Structure):
+    _fields_ = [(name, _pointer) for name in ("data", "bias", "threshold", "scales", "groups")] + [("group", _number)]
+
+
+class Instruction(ctypes.Structure):
+    _fields_ = [
+        *((name, _number) for name in ("op", "inputs", "dims", "waits", "alone", "exact")),
+        ("sizes", _number * DIMS),
+        ("out", Operand),
+        ("input", Operand * 4),
+        ("number", ctypes.c_double),
+        ("integers", _number * 2),
+        ("before", _number),
+        ("columns", _number),
+        ("weight", Weight),
+    ]
+
+
+class Unsupported(Exception):  # noqa: N818
+    """Something of a step can't be an instruction; the text says what."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as an operand: where in memory and how it lies there. `None` strides are those of the tensor."""
+
+    tensor: Tensor
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass
+class Step:
+    """One operation.
+
+    Attributes:
+        name: of `OPERATIONS`.
+        out: what it writes; None for "expect".
+        inputs: what it reads.
+        sizes: of the dimensions that it goes over; those of `out` by default.
+        number: a scalar of it.
+        integers: two more.
+        weights: data, bias, threshold, scales and groups of a Linear.
+        group: outputs of a group of int4.
+    """
+
+    name: str
+    out: View | None
+    inputs: Sequence[View | None]
+    sizes: tuple[int, ...]
+    number: float = 0.0
+    integers: tuple[int, int] = (0, 0)
+    weights: Sequence[Tensor | None] = field(default_factory=tuple)
+    group: int = 0
+
+    def tensors(self) -> list[Tensor]:
+        """Everything it reads."""
+        read = [view.tensor for view in self.inputs if view is not None]
+        return read + [weight for weight in self.weights if weight is not None]
+
+
+def elementwise(name: str, out: Tensor, inputs: Sequence[Tensor], number: float = 0.0) -> Step:
+    """An operation on each element; inputs are broadcast.
+
+    Raises:
+        Unsupported: the tensors have too many dimensions.
+    """
+    broadcast = [each.expand(out.shape) for each in inputs]
+    sizes, strides = _merged(out.shape, [out.stride(), *(each.stride() for each in broadcast)])
+    views = [View(each, stride) for each, stride in zip(inputs, strides[1:], strict=True)]
+    return Step(name, View(out, strides[0]), views, sizes, number)
+
+
+def _merged(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Fewest dimensions over which all tensors lie the same."""
+    sizes: list[int] = []
+    found: list[list[int]] = [[] for _ in strides]
+    for d, size in enumerate(shape):
+        if size == 1:
+            continue
+        if sizes and all(mine[-1] == each[d] * size for mine, each in zip(found, strides, strict=True)):
+            sizes[-1] *= size
+            for mine, each in zip(found, strides, strict=True):
+                mine[-1] = each[d]
+            continue
+        sizes.append(size)
+        for mine, each in zip(found, strides, strict=True):
+            mine.append(each[d])
+    if not sizes:
+        return (1,), [(1,) for _ in strides]
+    return tuple(sizes), [tuple(each) for each in found]
+
+
+class Program:
+    """Steps that are carried out in order, each time on the same memory.
+
+    Attributes:
+        held: tensors whose memory the instructions use; they must not be moved or freed.
+    """
+
+    def __init__(self, steps: Sequence[Step], held: Sequence[object]) -> None:
+        """
+        Args:
+            steps: in the order in which they may be carried out one by one.
+            held: what else must stay alive.
+
+        Raises:
+            Unsupported: a tensor has too many dimensions or a dtype of another kind.
+        """
+        self._instructions = (Instruction * len(steps))()
+        self.held = [*held, *(each for step in steps for each in step.tensors())]
+        self.held += [step.out.tensor for step in steps if step.out is not None]
+        order = _Order()
+        for step, instruction in zip(steps, self._instructions, strict=True):
+            _fill(instruction, step)
+            instruction.waits = order.waits(step, bool(instruction.alone))
+        self._share_threads(steps)
+
+    def _share_threads(self, steps: Sequence[Step]) -> None:
+        """Siblings of one input are shared among the threads as if they were one Linear: each reads longer rows."""
+        begin = 0
+        while begin < len(steps):
+            end = begin + 1
+            if steps[begin].name in LINEARS:
+                while end < len(steps) and self._continues(steps[begin], steps[end], end):
+                    end += 1
+                total = before = 0
+                for i in range(begin, end):
+                    total += steps[i].sizes[1]
+                for i in range(begin, end):
+                    self._instructions[i].before, self._instructions[i].columns = before, total
+                    before += steps[i].sizes[1]
+            begin = end
+
+    def _continues(self, first: Step, step: Step, place: int) -> bool:
+        return step.name == first.name and step.sizes[2] == first.sizes[2] and not self._instructions[place].waits
+
+    def run(self) -> bool:
+        """Whether every value was what it must be; if not, the rest was left undone."""
+        loaded = library()
+        assert loaded is not None  # nothing is recorded without
+        count = len(self._instructions)
+        return bool(loaded.was_run(kind(), self._instructions, count, torch.get_num_threads()) < 0)
+
+
+def _fill(instruction: Instruction, step: Step) -> None:
+    if len(step.sizes) > DIMS:
+        raise Unsupported(f"{step.name} over {len(step.sizes)} dimensions (at most {DIMS})")
+    instruction.op, instruction.inputs, instruction.dims = CODES[step.name], len(step.inputs), len(step.sizes)
+    instruction.sizes[: len(step.sizes)] = step.sizes
+    if step.out is not None:
+        _fill_operand(instruction.out, step.out)
+    for operand, view in zip(instruction.input, step.inputs, strict=False):
+        if view is not None:
+            _fill_operand(operand, view)
+    views = [step.out, *step.inputs]
+    instruction.exact = any(view is not None and view.tensor.dtype in _WIDE for view in views)
+    elements = 1
+    for size in step.sizes:
+        elements *= size
+    instruction.alone = step.name not in _SHARED and elements < _MANY
+    instruction.number = step.number
+    instruction.integers[:] = step.integers
+    if step.weights:
+        names = ("data", "bias", "threshold", "scales", "groups")
+        for name, weight in zip(names, step.weights, strict=True):
+            setattr(instruction.weight, name, None if weight is None else weight.data_ptr())
+        instruction.weight.group = step.group
+
+
+def _fill_operand(operand: Operand, view: View) -> None:
+    tensor, strides = view.tensor, view.tensor.stride() if view.strides is None else view.strides
+    if tensor.dtype not in DTYPES or not tensor.is_cpu:
+        raise Unsupported(f"a tensor of {tensor.dtype} on {tensor.device}")
+    if len(strides) > DIMS:
+        raise Unsupported(f"a tensor of {len(strides)} dimensions (at most {DIMS})")
+    operand.data, operand.dtype = tensor.data_ptr(), DTYPES.index(tensor.dtype)
+    operand.strides[: len(strides)] = strides
+
+
+class _Order:
+    """Which steps must wait for all before them: those that meet memory that another thread may still be at."""
+
+    def __init__(self) -> None:
+        self._read: list[tuple[int, int]] = []
+        self._written: list[tuple[int, int]] = []
+        self._alone: bool | None = None
+
+    def waits(self, step: Step, alone: bool) -> bool:
+        reads = [_span(view.tensor) for view in step.inputs if view is not None]
+        writes = [] if step.out is None else [_span(step.out.tensor)]
+        same_thread = alone and self._alone is True
+        needed = not same_thread and (
+            _meet(reads, self._written) or _meet(writes, self._written) or _meet(writes, self._read)
+        )
+        if needed:
+            self._read, self._written, self._alone = [], [], None
+        # What one thread did alone is in order for that thread only as long as nothing of others lies between.
+        self._alone = alone if self._alone is None else self._alone and alone
+        self._read += reads
+        self._written += writes
+        return needed
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First byte and the byte after the last of what a tensor covers."""
+    begin = tensor.data_ptr()
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + elements * tensor.element_size()
+
+
+def _meet(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> bool:
+    return any(a < d and c < b for a, b in some for c, d in others)
