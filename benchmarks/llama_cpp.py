@@ -48,9 +48,7 @@ def measure(arguments: argparse.Namespace) -> None:
     import was_fx
 
     torch.set_num_threads(arguments.threads)
-    text = (
-        lzma.open(arguments.text, "rt").read(200_000) if arguments.text.suffix == ".xz" else arguments.text.read_text()
-    )
+    text = _read(arguments.text)
     ids = AutoTokenizer.from_pretrained(arguments.model)(text, return_tensors="pt").input_ids
     fitted, scored = ids[:, :4096].view(8, 512), ids[:, 4096 : 4096 + 1024]
     prompt = ids[:, 5120 : 5120 + arguments.prompt]
@@ -90,6 +88,13 @@ def measure(arguments: argparse.Namespace) -> None:
         print(json.dumps(row | describe()))
         table.add_row(name, f"{row['ms']:.2f}", f"{row['min_ms']:.2f}", f"{perplexity:.2f}")
     Console().print(table)
+
+
+def _read(path: Path) -> str:
+    if path.suffix != ".xz":
+        return path.read_text()
+    with lzma.open(path, "rt") as file:
+        return file.read(200_000)
 
 
 def _ours(model: Any, prompt: Any, tokens: int) -> list[float]:

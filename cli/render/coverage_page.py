@@ -124,7 +124,7 @@ a CPU. A prompt and the steps after it are decoded with the model's own cache, e
   them. They cost speed where a model is compiled, and nothing else. A sliding window that fills up takes a second graph
   of the decode step.
 - Experts that transformers holds as one 3-D parameter are sparse where it computes them by its registry of experts
-  functions ([experts.md](experts.md)). Other weights that are held so stay dense; notes name them with their share of
+  functions (docs/experts.md). Other weights that are held so stay dense; notes name them with their share of
   the weight bytes of a token at full size.
 
 A class is complete when every Linear but the head is sparse, all differences (and that of the compiled model) are at

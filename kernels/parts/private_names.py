@@ -1,9 +1,31 @@
 """Private names of torch that kernels need, each with what it is for. `tests/was_fx/compat` fails when one is gone."""
 
 import functools
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = ["DispatchMode", "tree_leaves", "tree_map"]
+
+# A value of a tensor is read into Python; softmax; attention as torch computes it on a CPU.
+READ_VALUE = torch.ops.aten._local_scalar_dense.default
+SOFTMAX = torch.ops.aten._softmax.default
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def operator_name(operator: Any) -> str:
+    """The name alone: "add_" of `torch.ops.aten.add_.Tensor`."""
+    return str(operator._schema.name.partition("::")[2])
+
+
+def operator_arguments(operator: Any) -> Iterable[Any]:
+    """Of an operator: each has a `name` and, where memory is shared or written, an `alias_info`."""
+    arguments: Iterable[Any] = operator._schema.arguments
+    return arguments
 
 
 def version(tensor: Tensor) -> int:

@@ -6,10 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-from was_fx.kernels.parts.private_names import storage_id
+from was_fx.kernels.parts.private_names import (
+    READ_VALUE,
+    DispatchMode,
+    operator_arguments,
+    operator_name,
+    storage_id,
+    tree_leaves,
+    tree_map,
+)
 from was_fx.kernels.record.program import Program, Step, Unsupported, View
 from was_fx.kernels.record.translate import LINEARS, translate
 
@@ -19,7 +25,7 @@ _ALIGNMENT = 64
 # What they give depends on nothing but the shape of what they are given.
 _SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 # Values of tensors that are read into Python.
-_READ = (aten._local_scalar_dense.default,)
+_READ = (READ_VALUE,)
 # Doing it twice is doing it once.
 _IDEMPOTENT = (aten.index_copy_.default, aten.index_put_.default, aten.copy_.default, aten.fill_.Scalar)
 
@@ -36,13 +42,13 @@ class _Call:
 
     def written(self) -> list[Tensor]:
         """The arguments that it changes in place."""
-        schema = self.operator._schema.arguments
+        schema = list(operator_arguments(self.operator))
         given = [*zip(schema, self.arguments, strict=False)]
         given += [(each, self.keywords[each.name]) for each in schema if each.name in self.keywords]
         return _tensors([value for each, value in given if each.alias_info is not None and each.alias_info.is_write])
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(DispatchMode):
     """Notes every call of an operator with what it was given and gave."""
 
     def __init__(self) -> None:
@@ -169,7 +175,7 @@ class _Storages:
             read = {storage_of(each) for each in call.read()}
             given = {storage_of(each) for each in _tensors(call.out)}
             fresh = given - read - made
-            name = call.operator._schema.name.partition("::")[2]
+            name = operator_name(call.operator)
             depends = bool(read & self._changing) and name not in _SHAPE_ONLY
             if depends:
                 self._changing |= given
@@ -187,7 +193,7 @@ class _Storages:
     def matters(self, call: _Call) -> bool:
         """Whether a call gives other values each time, and is not only another view of memory."""
         read = {storage_of(each) for each in call.read()}
-        if not read & self._changing or call.operator._schema.name.partition("::")[2] in _SHAPE_ONLY:
+        if not read & self._changing or operator_name(call.operator) in _SHAPE_ONLY:
             return False
         if call.operator in _READ or call.written():
             return True

@@ -9,6 +9,7 @@ from torch import Tensor
 from was_fx.kernels.linear import cpu_gather, cpu_quantized, dense_linear
 from was_fx.kernels.linear.quantized_linear import quantized_linear
 from was_fx.kernels.linear.sparse_linear import sparse_linear
+from was_fx.kernels.parts.private_names import CPU_ATTENTION, SOFTMAX, operator_name
 from was_fx.kernels.quantized.rows import QuantizedRows
 from was_fx.kernels.record.program import Step, Unsupported, View, elementwise
 
@@ -72,7 +73,7 @@ def translate(operator: Any, arguments: tuple[Any, ...], keywords: dict[str, Any
     """
     found = _TRANSLATIONS.get(operator)
     if found is None:
-        name = operator._schema.name.partition("::")[2].removesuffix("_")
+        name = operator_name(operator).removesuffix("_")
         found = _by_name(name, arguments)
     if found is None:
         raise Unsupported(f"the operator {operator}")
@@ -336,7 +337,7 @@ _TRANSLATIONS: dict[Any, Translation] = {
     aten.mean.dim: _over_last("mean"),
     aten.sum.dim_IntList: _over_last("sum"),
     aten.amax.default: _over_last("amax"),
-    aten._softmax.default: _softmax,
+    SOFTMAX: _softmax,
     aten.native_layer_norm.default: _layer_norm,
     aten.embedding.default: _embedding,
     aten.index_select.default: _index_select,
@@ -350,5 +351,5 @@ _TRANSLATIONS: dict[Any, Translation] = {
     dense_linear.dense_linear: _dense_linear,
     sparse_linear: _sparse_linear,
     quantized_linear: _quantized_linear,
-    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+    CPU_ATTENTION: _attention,
 }

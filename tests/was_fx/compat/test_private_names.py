@@ -276,6 +276,11 @@ CHECKS: dict[str, Callable[[Captured], object]] = {
     "_is_avx512_bf16_supported": lambda _: torch.cpu._is_avx512_bf16_supported() in (True, False),
     "_is_mkldnn_fp16_supported": lambda _: private_names.multiplies_natively(torch.float16) in (True, False),
     "_cdata": lambda _: tells_storages_apart(),
+    "_local_scalar_dense": lambda _: private_names.READ_VALUE(torch.tensor(3)) == 3,
+    "_python_dispatch": lambda _: hasattr(private_names.DispatchMode, "__torch_dispatch__"),
+    "_pytree": lambda _: private_names.tree_leaves(([1], {"a": 2})) == [1, 2],
+    "_scaled_dot_product_flash_attention_for_cpu": lambda _: callable(private_names.CPU_ATTENTION),
+    "_softmax": lambda _: callable(private_names.SOFTMAX),
     "_compiled_call_impl": lambda _: with_compiled_call(),
     "_dynamo": lambda _: (
         torch._dynamo.config.recompile_limit,
