@@ -6,6 +6,7 @@ one team of threads (`kernels/cpu/program.inc`).
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -173,12 +174,9 @@ class Program:
             if steps[begin].name in LINEARS:
                 while end < len(steps) and self._continues(steps[begin], steps[end], end):
                     end += 1
-                total = before = 0
-                for i in range(begin, end):
-                    total += steps[i].sizes[1]
-                for i in range(begin, end):
-                    self._instructions[i].before, self._instructions[i].columns = before, total
-                    before += steps[i].sizes[1]
+                outputs = [step.sizes[1] for step in steps[begin:end]]
+                for i, instruction in enumerate(self._instructions[begin:end]):
+                    instruction.before, instruction.columns = sum(outputs[:i]), sum(outputs)
             begin = end
 
     def _continues(self, first: Step, step: Step, place: int) -> bool:
@@ -204,10 +202,7 @@ def _fill(instruction: Instruction, step: Step) -> None:
             _fill_operand(operand, view)
     views = [step.out, *step.inputs]
     instruction.exact = any(view is not None and view.tensor.dtype in _WIDE for view in views)
-    elements = 1
-    for size in step.sizes:
-        elements *= size
-    instruction.alone = step.name not in _SHARED and elements < _MANY
+    instruction.alone = step.name not in _SHARED and math.prod(step.sizes) < _MANY
     instruction.number = step.number
     instruction.integers[:] = step.integers
     if step.weights:

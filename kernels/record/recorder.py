@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,9 +38,20 @@ class _Call:
     keywords: dict[str, Any]
     out: Any
 
+    @cached_property
     def read(self) -> list[Tensor]:
+        """The tensors among its arguments."""
         return _tensors((self.arguments, self.keywords))
 
+    @cached_property
+    def storages_read(self) -> set[int]:
+        return set(map(storage_of, self.read))
+
+    @cached_property
+    def storages_given(self) -> set[int]:
+        return set(map(storage_of, _tensors(self.out)))
+
+    @cached_property
     def written(self) -> list[Tensor]:
         """The arguments that it changes in place."""
         schema = list(operator_arguments(self.operator))
@@ -59,7 +71,7 @@ class _Recorder(DispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         call = _Call(operator, arguments, keywords or {}, None)
         if operator not in _IDEMPOTENT:
-            self._before += [(each, each.clone()) for each in call.written()]
+            self._before += [(each, each.clone()) for each in call.written]
         call.out = operator(*call.arguments, **call.keywords)
         self.calls.append(call)
         return call.out
@@ -113,12 +125,12 @@ def _program(calls: Sequence[_Call], inputs: Sequence[Tensor], output: Tensor) -
         if call.operator in _READ:
             if changed:
                 raise Unsupported("a value is read into Python after something was changed")
-            (tensor,) = call.read()
+            (tensor,) = call.read
             steps.append(Step("expect", None, [View(arena.place(tensor))], (1,), float(call.out)))
             continue
         arguments, keywords, out = arena.place_all((call.arguments, call.keywords, call.out))
         steps += translate(call.operator, arguments, keywords, out)
-        changed = changed or any(storage_of(each) in storages.outside for each in call.written())
+        changed = changed or any(storage_of(each) in storages.outside for each in call.written)
     names = {storage_of(arena.memory): "arena", storage_of(output): "output"}
     names |= {storage_of(each): f"input {i}" for i, each in enumerate(inputs)}
     signature = [_signature(step, names, storages) for step in steps]
@@ -153,7 +165,7 @@ def _siblings_together(calls: Sequence[_Call]) -> list[_Call]:
         place = len(ordered)
         if call.operator in LINEARS:
             same = last is not None and ordered[last].arguments[0] is call.arguments[0]
-            if last is not None and same and not any(each.written() for each in ordered[last + 1 :]):
+            if last is not None and same and not any(each.written for each in ordered[last + 1 :]):
                 place = last + 1
             last = place
         ordered.insert(place, call)
@@ -165,39 +177,37 @@ class _Storages:
 
     Attributes:
         outside: storages that were there before, or are given back.
+        passing: those that a step makes for itself, with other values each time.
     """
 
     def __init__(self, calls: Sequence[_Call], inputs: Sequence[Tensor], output: Tensor) -> None:
-        changed = {storage_of(each) for call in calls for each in call.written()}
+        changed = {storage_of(each) for call in calls for each in call.written}
         self._changing = {*map(storage_of, inputs), *changed}
         made: set[int] = set()
         for call in calls:
-            read = {storage_of(each) for each in call.read()}
-            given = {storage_of(each) for each in _tensors(call.out)}
-            fresh = given - read - made
-            name = operator_name(call.operator)
-            depends = bool(read & self._changing) and name not in _SHAPE_ONLY
-            if depends:
-                self._changing |= given
-            elif fresh & changed and not name.startswith(("empty", "new_empty")):
-                raise Unsupported(f"{call.operator} makes what is changed afterwards")
-            if not depends and torch.Tag.nondeterministic_seeded in call.operator.tags:
-                raise Unsupported(f"{call.operator} draws random numbers")
+            fresh = call.storages_given - call.storages_read - made
             made |= fresh
-        self.inside = made - {storage_of(output)}
-        self.outside = {storage_of(each) for call in calls for each in call.read()} - self.inside
-        self.outside.add(storage_of(output))
+            if self._depends(call):
+                self._changing |= call.storages_given
+                continue
+            if fresh & changed and not operator_name(call.operator).startswith(("empty", "new_empty")):
+                raise Unsupported(f"{call.operator} makes what is changed afterwards")
+            if torch.Tag.nondeterministic_seeded in call.operator.tags:
+                raise Unsupported(f"{call.operator} draws random numbers")
+        inside = made - {storage_of(output)}
+        self.passing = inside & self._changing
+        self.outside = {storage_of(output)}.union(*(call.storages_read for call in calls)) - inside
         if storage_of(output) not in self._changing:
             raise Unsupported("the result does not depend on the inputs")
 
     def matters(self, call: _Call) -> bool:
         """Whether a call gives other values each time, and is not only another view of memory."""
-        read = {storage_of(each) for each in call.read()}
-        if not read & self._changing or operator_name(call.operator) in _SHAPE_ONLY:
+        if not self._depends(call):
             return False
-        if call.operator in _READ or call.written():
-            return True
-        return not {storage_of(each) for each in _tensors(call.out)} <= read
+        return call.operator in _READ or bool(call.written) or not call.storages_given <= call.storages_read
+
+    def _depends(self, call: _Call) -> bool:
+        return bool(call.storages_read & self._changing) and operator_name(call.operator) not in _SHAPE_ONLY
 
 
 class _Arena:
@@ -209,9 +219,9 @@ class _Arena:
         last: dict[int, int] = {}
         sizes: dict[int, int] = {}
         for i, call in enumerate(calls):
-            for tensor in [*_tensors(call.out), *call.read()]:
+            for tensor in [*_tensors(call.out), *call.read]:
                 key = storage_of(tensor)
-                if key in storages.inside and key in storages._changing:
+                if key in storages.passing:
                     first.setdefault(key, i)
                     last[key] = i
                     sizes[key] = -(-tensor.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT

@@ -271,8 +271,7 @@ def _by_rows(weight: Tensor) -> bool:
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Iterable[Step]:
     if x.dtype not in cpu_gather.DTYPES or weight.dtype != x.dtype or not _by_rows(weight):
         raise Unsupported(f"a product of {x.dtype} with weights of {weight.dtype} whose rows are not contiguous")
-    kind = "gather" if weight.t().is_contiguous() and dense_linear.choose(x, weight).name != "cpu_rows" else "all_rows"
-    return _linear(kind, x, out, (weight, bias, None, None, None))
+    return _linear("gather" if weight.t().is_contiguous() else "all_rows", x, out, (weight, bias, None, None, None))
 
 
 def _sparse_linear(arguments: Any, keywords: Any, out: Tensor) -> Iterable[Step]:
@@ -302,8 +301,8 @@ def _linear(name: str, x: Tensor, out: Tensor, weights: tuple[Tensor | None, ...
         yield elementwise("copy", packed, [x])
         x = packed
     sizes = (x.numel() // x.shape[-1], out.shape[-1], x.shape[-1])
-    kept = [None if each is None or i == 0 else each.contiguous() for i, each in enumerate(weights)]
-    yield Step(name, View(out, ()), [View(x, ())], sizes, weights=(weights[0], *kept[1:]), group=group)
+    others = [None if each is None else each.contiguous() for each in weights[1:]]
+    yield Step(name, View(out, ()), [View(x, ())], sizes, weights=(weights[0], *others), group=group)
 
 
 def _attention(arguments: Any, keywords: Any, out: Any) -> Iterable[Step]:

@@ -72,8 +72,8 @@ def decode(
             streamer=streamer,
             **model_kwargs,
         )
-    loop = _Loop(model, step or model, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    loop.way = direct
+    call = step or model
+    loop = _Loop(model, call, input_ids, logits_processor, stopping_criteria, generation_config, streamer, direct)
     return loop.run(model_kwargs, ahead)
 
 
@@ -133,10 +133,18 @@ class _Mail:
 
 class _Loop:
     def __init__(
-        self, model: Any, step: Any, input_ids: Tensor, processor: Any, criteria: Any, config: Any, streamer: Any
+        self,
+        model: Any,
+        step: Any,
+        input_ids: Tensor,
+        processor: Any,
+        criteria: Any,
+        config: Any,
+        streamer: Any,
+        direct: Any,
     ) -> None:
         self.model, self.call, self.processor, self.criteria = model, step, processor, criteria
-        self.config, self.streamer = config, streamer
+        self.config, self.streamer, self.make_direct = config, streamer, direct
         batch, self.start = input_ids.shape
         self.end = criteria.max_length
         self.text = input_ids.new_empty((batch, self.end if self.end is not None else self.start + 256))
@@ -151,14 +159,13 @@ class _Loop:
         takes = inspect.signature(model.forward).parameters
         keywords = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values())
         self.takes_positions = "position_ids" in takes or keywords
-        self.way: Any = DirectStep
 
     def run(self, model_kwargs: dict[str, Any], ahead: int) -> Tensor:
         self.kwargs, self.ahead = model_kwargs, ahead
         self.mail = _Mail(self.text.shape[0], self.text.device, ahead + 2)
         self.name, cache = cache_among(model_kwargs)
         # To look at a whole model costs 0.1 to 0.3 ms. In this thread only a caller's code can change it.
-        self.direct = self.way(self.model, cache, look_every=1 if self._runs_callers_code() else LOOK_EVERY)
+        self.direct = self.make_direct(self.model, cache, look_every=1 if self._runs_callers_code() else LOOK_EVERY)
         length, stopped = self.start, None
         logits = self._prefill()
         position = self._next_position()
