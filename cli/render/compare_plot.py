@@ -1,6 +1,5 @@
 """The picture of `was compare`: a panel for each thing that there is to see."""
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from was_fx.cli.input.compare_inputs import Compared, Results, Trials
 from was_fx.cli.render.grid import share_labels
-from was_fx.schedules.files.atomic import write_atomically
+from was_fx.cli.render.picture_file import write_picture
 from was_fx.schedules.names import visible
 
 _MARKERS = "os^Dv<>PX*"
@@ -21,12 +20,6 @@ def draw(path: Path, compared: Sequence[Compared], results: Results | None, sear
         ValueError: matplotlib is not installed.
         OSError: the file can't be written.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ValueError("--plot needs matplotlib; install it with: pip install 'was-fx[plot]'") from error
-
     panels: list[Callable[[Any], None]] = []
     if compared:
         panels.append(lambda axes: _shares(axes, "block", [each.blocks for each in compared]))
@@ -37,19 +30,16 @@ def draw(path: Path, compared: Sequence[Compared], results: Results | None, sear
         panels.append(lambda axes: _searches(axes, searches))
     rows = math.ceil(len(panels) / 2)
     columns = min(len(panels), 2)
-    buffer = io.BytesIO()
-    # A fixed salt and no date: SVG identifiers and metadata are the same each time. Names are no formulas.
-    settings: Any = {"svg.hashsalt": "was-fx", "axes.grid": True, "grid.alpha": 0.3, "text.parse_math": False}
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(6.4 * columns, 4.4 * rows + 0.25 * len(compared)), layout="constrained", dpi=150)
+
+    def picture(figure: Any) -> None:
         for position, panel in enumerate(panels, start=1):
             panel(figure.add_subplot(rows, columns, position))
         if compared:
             handles = figure.axes[0].get_lines()
             figure.legend(handles, [_label(*pair) for pair in enumerate(compared, 1)], loc="outside lower center")
-        date = {"CreationDate" if path.suffix.lower() == ".pdf" else "Date": None}
-        figure.savefig(buffer, format=path.suffix[1:].lower(), metadata=None if path.suffix.lower() == ".png" else date)
-    write_atomically(path, buffer.getvalue())
+
+    size = 6.4 * columns, 4.4 * rows + 0.25 * len(compared)
+    write_picture(path, size, 150, picture, {"text.parse_math": False})  # names are no formulas
 
 
 def _style(number: int) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """The picture of `was recommend`: what loss buys, in bytes and in time."""
 
-import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from was_fx.schedules.files.atomic import write_atomically
+from was_fx.cli.render.picture_file import write_picture
 
 if TYPE_CHECKING:
     from was_fx.searching.recommendation import Point, Recommendation
@@ -18,24 +17,16 @@ def draw(path: Path, found: "Recommendation") -> None:
         ValueError: matplotlib is not installed.
         OSError: the file can't be written.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ValueError("--plot needs matplotlib; install it with: pip install 'was-fx[plot]'") from error
-
     timed = found.best.ms_per_token is not None
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "was-fx", "axes.grid": True, "grid.alpha": 0.3}):
-        figure = Figure(figsize=(6.4 * (1 + timed), 4.8), layout="constrained", dpi=120)
+
+    def picture(figure: Any) -> None:
         _panel(figure.add_subplot(1, 1 + timed, 1), found, "MB of weights per token", bytes_axis)
         if timed:
             _panel(figure.add_subplot(1, 2, 2), found, "ms per token", time_axis)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        date = {"CreationDate" if path.suffix.lower() == ".pdf" else "Date": None}
-        figure.savefig(buffer, format=path.suffix[1:].lower(), metadata=None if path.suffix.lower() == ".png" else date)
-    write_atomically(path, buffer.getvalue())
+
+    write_picture(path, (6.4 * (1 + timed), 4.8), 120, picture)
 
 
 def bytes_axis(point: "Point") -> float | None:
