@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from was_fx.schedules.errors import ScheduleError
+from was_fx.schedules.files.json_lines import append_line, whole_lines
 
 FORMAT = "was-fx search"
 _VERSION = 1
@@ -83,14 +84,11 @@ class TrialLog:
 
     def _append(self, record: Mapping[str, Any]) -> None:
         assert self._path is not None
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._path, json.dumps(record, ensure_ascii=False, allow_nan=False))
 
     def _read(self, path: Path) -> None:
         data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
+        whole = whole_lines(data)
         try:
             records = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
         except ValueError as error:

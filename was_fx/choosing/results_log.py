@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from was_fx.schedules.files.json_lines import append_line, whole_lines
+
 FORMAT = "was-fx results"
 
 
@@ -27,7 +29,7 @@ class ResultsLog:
         self._path = path
         self._results: dict[str, dict[str, Any]] = {}
         data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
+        whole = whole_lines(data)
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 record = json.loads(line)
@@ -53,10 +55,7 @@ class ResultsLog:
             OSError: the file can't be written.
         """
         line = json.dumps({"format": FORMAT, "what": what, "result": result}, allow_nan=False)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._path, line)
         found: dict[str, Any] = json.loads(line)["result"]
         self._results[_key(what)] = found
         return found
