@@ -39,13 +39,7 @@ FAMILIES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products lose by threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

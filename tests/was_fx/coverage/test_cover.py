@@ -33,13 +33,7 @@ SAMPLE = ["codegen", "recurrent_gemma"]
 MULTIMODAL = ["gemma3", "qwen3_vl", "llava"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products lose by threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("model_type", PROMISED + SAMPLE)

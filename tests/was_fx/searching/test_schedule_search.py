@@ -121,33 +121,30 @@ def test_the_head_can_be_scheduled_too(llama, tokens):
     assert abs(schedule.sparsity - TARGET) <= 1e-6
 
 
-def test_measured_latency_takes_the_place_of_bytes(llama, tokens):
-    calibration = was_fx.calibrate(llama, tokens)
-    shapes = set(calibration.shapes.values())
+def without_gain_in_down(calibration):
+    """Latencies by which sparsity saves hardly any time in `down_proj`, and as much as bytes elsewhere."""
     down = calibration.shapes["model.layers.0.mlp.down_proj"]
     rows = [
         {"n": n, "k": k, "sparsity": s, "us": 1 + n * k * (1 - (s if (n, k) != down else 0.01 * s))}
-        for n, k in shapes
+        for n, k in set(calibration.shapes.values())
         for s in (0.0, 0.5, 1.0)
     ]
+    return LatencyTable(rows)
+
+
+def test_measured_latency_takes_the_place_of_bytes(llama, tokens):
+    calibration = was_fx.calibrate(llama, tokens)
     by_bytes = find(llama, tokens, "exact")
-    by_time = find(llama, tokens, "exact", latency=LatencyTable(rows))
+    by_time = find(llama, tokens, "exact", latency=without_gain_in_down(calibration))
     name = "model.layers.0.mlp.down_proj"
     assert by_time.linears[name].sparsity < by_bytes.linears[name].sparsity  # where it saves no time
 
 
 def test_fisher_saves_measured_time_too(llama, tokens):
     calibration = was_fx.calibrate(llama, tokens, fisher=True)
-    shapes = set(calibration.shapes.values())
-    down = calibration.shapes["model.layers.0.mlp.down_proj"]
-    rows = [
-        {"n": n, "k": k, "sparsity": s, "us": 1 + n * k * (1 - (s if (n, k) != down else 0.01 * s))}
-        for n, k in shapes
-        for s in (0.0, 0.5, 1.0)
-    ]
     by_bytes, by_time = (
         was_fx.search(llama, calibration, tokens=tokens, target=TARGET, recipe="fisher", latency=latency)
-        for latency in (None, LatencyTable(rows))
+        for latency in (None, without_gain_in_down(calibration))
     )
     name = "model.layers.0.mlp.down_proj"
     assert by_time.linears[name].sparsity < by_bytes.linears[name].sparsity - 0.1
