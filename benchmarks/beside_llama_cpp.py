@@ -1,7 +1,7 @@
 """Decode steps of a real model on this CPU beside llama.cpp, in turns, with the perplexity of each.
 
     pip install llama-cpp-python gguf
-    python benchmarks/llama_cpp.py models/smollm2-135m --text wikitext2.valid.txt.xz --formats int8 int4
+    python benchmarks/beside_llama_cpp.py models/smollm2-135m --text wikitext2.valid.txt.xz --formats int8 int4
 
 Ours are `generate()` with recorded steps (`sparsify(lowering="recorded")`) and uniform schedules whose thresholds are
 measured with the quantised weights; theirs Q8_0, Q4_0 and Q4_1 by the reference rounding of gguf, embeddings in Q8_0 at
@@ -10,12 +10,10 @@ most. Same threads, same text; medians over all steps of all rounds. One JSON li
 
 import argparse
 import json
-import lzma
 import math
 import statistics
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +44,12 @@ def measure(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import was_fx
+    from was_fx.cli.input.texts import read_file
 
     torch.set_num_threads(arguments.threads)
-    text = _read(arguments.text)
-    ids = AutoTokenizer.from_pretrained(arguments.model)(text, return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(arguments.model)(
+        read_file(str(arguments.text)).content, return_tensors="pt"
+    ).input_ids
     fitted, scored = ids[:, :4096].view(8, 512), ids[:, 4096 : 4096 + 1024]
     prompt = ids[:, 5120 : 5120 + arguments.prompt]
     load = lambda: AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()  # noqa: E731
@@ -90,43 +90,23 @@ def measure(arguments: argparse.Namespace) -> None:
     Console().print(table)
 
 
-def _read(path: Path) -> str:
-    if path.suffix != ".xz":
-        return path.read_text()
-    with lzma.open(path, "rt") as file:
-        return file.read(200_000)
-
-
 def _ours(model: Any, prompt: Any, tokens: int) -> list[float]:
-    from transformers.generation.streamers import BaseStreamer
+    from was_fx.measure.token_clock import TokenClock
 
-    class Clock(BaseStreamer):
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, value: Any) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    clock = Clock()
+    clock = TokenClock()
     model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
-    return _between(clock.times[4:])  # the prompt, and two steps that are recorded
+    return clock.steps()[3:]  # two steps are recorded, and what waits for them is not counted
 
 
 def _theirs(model: Any, prompt: Any, tokens: int) -> list[float]:
     model.reset()
     model.eval(prompt[0].tolist())
     times = []
-    for _ in range(tokens):
-        times.append(time.perf_counter())
-        model.eval([int(prompt[0, len(times) % prompt.shape[1]])])
-    return _between([*times, time.perf_counter()])
-
-
-def _between(times: list[float]) -> list[float]:
-    return [(after - before) * 1e3 for before, after in pairwise(times)]
+    for i in range(tokens):
+        start = time.perf_counter()
+        model.eval([int(prompt[0, (i + 1) % prompt.shape[1]])])
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
 
 
 if __name__ == "__main__":

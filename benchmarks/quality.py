@@ -107,9 +107,8 @@ class Bench:
         a = self.arguments
         for format in a.formats:
             for seed in range(a.seeds):
-                wanted = [("dense", 0.0)] if seed == 0 else []
-                wanted += [(recipe, target) for recipe in a.recipes for target in a.targets]
-                wanted = [each for each in wanted if (format, *each, seed) not in done]
+                every = self.wanted()[1 if seed else 0 :]  # dense does not depend on the seed
+                wanted = [each for each in every if (format, *each, seed) not in done]
                 if not wanted:
                     continue
                 self._load(format)
@@ -136,13 +135,17 @@ class Bench:
         """Rows with the share of sentence pairs that the model gets right, of one seed."""
         a = self.arguments
         for format in a.formats:
-            wanted = [("dense", 0.0), *((recipe, target) for recipe in a.recipes for target in a.targets)]
-            for recipe, target in (each for each in wanted if (format, *each, 0) not in done):
+            for recipe, target in (each for each in self.wanted() if (format, *each, 0) not in done):
                 self._load(format)
                 if recipe != "dense":
                     was_fx.sparsify(self.model, self.schedule(recipe, target, 0))
                 yield {"format": format, "recipe": recipe, "target": target, "seed": 0} | self.accuracy()
                 was_fx.densify(self.model)
+
+    def wanted(self) -> list[tuple[str, float]]:
+        """(recipe, target) of all that is measured of a format."""
+        pairs = [(recipe, target) for recipe in self.arguments.recipes for target in self.arguments.targets]
+        return [("dense", 0.0), *pairs]
 
     def accuracy(self) -> dict[str, float]:
         """Of the model as it is, with the standard error."""
@@ -160,7 +163,7 @@ class Bench:
     def speeds(self, done: set[tuple]) -> Iterator[dict]:
         """Rows with the time per token, of one seed; a format's all in turns."""
         a = self.arguments
-        wanted = [("dense", 0.0), *((recipe, target) for recipe in a.recipes for target in a.targets)]
+        wanted = self.wanted()
         for format in a.formats:
             if {(format, *each, 0) for each in wanted} <= done:
                 continue
