@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from was_fx.kernels.ops import decode_attention, gated_product_compact, rms_norm_compact
-from was_fx.kernels.parts.gemv_config import gemv_config
+from was_fx.kernels.parts.gemv_config import LinearsShape, gemv_config
 from was_fx.kernels.tune.graph_timing import capture, microseconds
 from was_fx.kernels.tune.tile_sizes import ROTATED_BYTES, measure
 from was_fx.measure.shapes import SHAPES, config
@@ -120,7 +120,7 @@ def main() -> None:
         dense_total, listing_total = dense_total + reference, listing_total + listed - plain
         cells = []
         for sparsity in SPARSITIES:
-            us = measure((channels, sizes, dtype), [best], sparsity, 15)[0]
+            us = measure(LinearsShape(channels, sizes, dtype), [best], sparsity, 15)[0]
             totals[sparsity] += us
             read = channels * sum(sizes) * dtype.itemsize * (1 - sparsity)
             row = {"product": name, "k": channels, "n": sum(sizes), "sizes": sizes, "sparsity": sparsity, "us": us,

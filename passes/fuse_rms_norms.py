@@ -1,4 +1,4 @@
-"""Let an RMSNorm list the channels of its output, and add the Linear before it to the residual stream.
+"""Let an RMSNorm add the Linear before it to the residual stream, and list the channels of its output.
 
     before   o = (partial.sum(0) + b).to(dtype).view(1, 1, K)       what `list_channels` left of a Linear
              h = residual + o
@@ -8,19 +8,20 @@
     after    h, x, index, count = was.rms_norm_compact(residual, partial, b, weight, [t…], eps, "cast_first")
 
 The product with the weight may also come before the cast, or be (1 + weight). When h is no such sum, it is the residual
-and there is no partial.
+and there is no partial. A norm of such a sum whose output is not listed, as before experts, lists nothing: t… is empty.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from was_fx.compat.graphs import is_erased
 from was_fx.kernels.ops.compact import compact_op
 from was_fx.kernels.ops.rms_norm_compact import fake, rms_norm_compact_op
-from was_fx.passes.graph.context import Context, value
+from was_fx.passes.graph.context import Context, Part, value
 from was_fx.passes.graph.matching import (
     arguments_of,
     dtype_of,
@@ -86,8 +87,17 @@ def fuse_rms_norms(context: Context) -> None:
 
     lists = context.module.graph.find_nodes(op="call_function", target=compact_op)
     for listed, norm in context.matches(lists, unwritten):
-        _rewrite(context, listed, norm, written)
-        context.counts["fused norms"] += 1
+        x, thresholds = arguments_of(listed)
+        lists_of_x = _rewrite(context, x, thresholds, norm, _linear_before(context, norm, written))
+        context.replace_outputs(listed, lists_of_x)
+        _erase(context, x, norm)
+    for x in list(context.module.graph.nodes):
+        if is_erased(x) or not x.users or not isinstance(norm := match(context, x), RMSNorm):
+            continue
+        before = _linear_before(context, norm, written)
+        if before is not None and value(norm.h).numel() == value(x).shape[-1] and storage(x) not in written:
+            _rewrite(context, x, [], norm, before)
+            _erase(context, x, norm)
 
 
 def _weight(scale: Any) -> tuple[Any, bool]:
@@ -135,26 +145,37 @@ def _last(mean: Node) -> bool:
     return len(shape) == value(mean.args[0]).dim() and shape[-1] == 1 and mean.args[1:2] in ((-1,), ([-1],))
 
 
-def _rewrite(context: Context, listed: Node, norm: RMSNorm, written: Collection[int]) -> None:
-    x, thresholds = arguments_of(listed)
-    partial: Node | None = None
-    residual, bias, first = norm.h, None, x
-    if kind(norm.h) == "add":
-        for part, other in either_order(norm.h):
-            found = context.parts.get(part)
-            if found is None or found.size != value(found.partial).shape[-1]:
-                continue
-            if storage(part) in written:
-                continue  # the sum is of what was written, such as the sum over ranks of tensor parallelism
-            if dtype_of(other) == dtype_of(part) and value(other).shape == value(norm.h).shape:
-                residual, partial, bias, first = other, found.partial, found.bias, norm.h
-                break
-    with context.module.graph.inserting_before(first):
+def _linear_before(context: Context, norm: RMSNorm, written: Collection[int]) -> tuple[Node, Part] | None:
+    """(residual, the Linear's parts) when the norm is of their sum."""
+    if kind(norm.h) != "add":
+        return None
+    for part, other in either_order(norm.h):
+        found = context.parts.get(part)
+        if found is None or found.size != value(found.partial).shape[-1]:
+            continue
+        if {storage(part), storage(norm.h)} & written:
+            continue  # the sum is of what was written, such as the sum over ranks of tensor parallelism
+        if dtype_of(other) == dtype_of(part) and value(other).shape == value(norm.h).shape:
+            return other, found
+    return None
+
+
+def _rewrite(
+    context: Context, x: Node, thresholds: Sequence[Node], norm: RMSNorm, before: tuple[Node, Part] | None
+) -> list[Node]:
+    """Let what reads the norm and its sum read the op's results; gives the list."""
+    residual, part = (norm.h, None) if before is None else before
+    partial, bias = (None, None) if part is None else (part.partial, part.bias)
+    with context.module.graph.inserting_before(x if before is None else norm.h):
         arguments = (residual, partial, bias, norm.weight, thresholds, norm.eps, norm.style)
         h, normalised, index, count = context.fused(rms_norm_compact_op, fake, arguments)
-    if partial is not None:
+    if before is not None:
         context.replace(norm.h, h)
     context.replace(x, normalised)
-    context.replace_outputs(listed, (index, count))
+    context.counts["fused norms"] += 1
+    return [index, count]
+
+
+def _erase(context: Context, x: Node, norm: RMSNorm) -> None:
     for node in (x, norm.h):
         context.erase_unused(node)

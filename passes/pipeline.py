@@ -27,8 +27,17 @@ def _gpu_passes() -> tuple[Pass, ...]:
     from was_fx.passes.fuse_rms_norms import fuse_rms_norms
     from was_fx.passes.list_channels import list_channels
     from was_fx.passes.list_expert_channels import list_expert_channels
+    from was_fx.passes.replace_topk import replace_topk
 
-    return list_channels, list_expert_channels, fuse_attention, fuse_rms_norms, fuse_gated_products, batch_counters
+    return (
+        list_channels,
+        list_expert_channels,
+        replace_topk,
+        fuse_attention,
+        fuse_rms_norms,
+        fuse_gated_products,
+        batch_counters,
+    )
 
 
 # What gives a graph its sparse Linears, and what only makes them fast: any of these may be left out.

@@ -49,7 +49,7 @@ def tune(
 
     if not torch.cuda.is_available():
         raise ValueError("torch finds no CUDA device here; tile sizes are tuned on the GPU that will use them")
-    from was_fx.kernels.parts.gemv_config import shape_key, tuned
+    from was_fx.kernels.parts.gemv_config import tuned
     from was_fx.measure import tuning
     from was_fx.measure.gemv_shapes import gemv_shapes
 
@@ -61,7 +61,7 @@ def tune(
     with progress("Tuning") as advance:
         path = tuning.tune(shapes, again=again, progress=advance)
     found = tuned(path.name)
-    chosen = {shape_key(*shape): vars(found[shape_key(*shape)]) for shape in shapes}
+    chosen = {shape.key: vars(found[shape.key]) for shape in shapes}
     if json:
         print_json({"file": str(path), "configurations": chosen})
         return

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,8 +22,56 @@ SHIPPED = Path(__file__).parent / "tuned"
 # Of weights: a dtype, or "int8" or "int4".
 Format = torch.dtype | str
 
-# Every (K, (N_1, …), format) that was asked for: the shapes that `was tune` measures for a model.
-REQUESTED: set[tuple[int, tuple[int, ...], Format]] = set()
+
+class LinearsShape(NamedTuple):
+    """G Linears [N_g, K] that share an input.
+
+    Attributes:
+        channels: K.
+        sizes: N_g of each.
+        format: of the weights.
+    """
+
+    channels: int
+    sizes: tuple[int, ...]
+    format: Format
+
+    @property
+    def key(self) -> str:
+        """The key in a file, such as "4096,4096+1024+1024,bfloat16" or "4096,4096,int8"."""
+        return f"{self.channels},{'+'.join(map(str, self.sizes))},{str(self.format).removeprefix('torch.')}"
+
+
+class ExpertsShape(NamedTuple):
+    """Chosen experts [N, K], each of which multiplies a row of its own.
+
+    Attributes:
+        channels: K.
+        outputs: N.
+        pairs: of a row and an expert.
+        format: of the weights.
+    """
+
+    channels: int
+    outputs: int
+    pairs: int
+    format: Format
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """N of each pair."""
+        return (self.outputs,) * self.pairs
+
+    @property
+    def key(self) -> str:
+        """The key in a file, such as "2048,8*1536,bfloat16"."""
+        return f"{self.channels},{self.pairs}*{self.outputs},{str(self.format).removeprefix('torch.')}"
+
+
+Shape = LinearsShape | ExpertsShape
+
+# Every shape that was asked for: those that `was tune` measures for a model.
+REQUESTED: set[Shape] = set()
 
 
 @dataclass(frozen=True)
@@ -47,11 +96,6 @@ class GemvConfig:
                 raise ValueError(f"{name} is {item!r}; expected a power of two (splits: any number above 0)")
 
 
-def shape_key(channels: int, sizes: Sequence[int], format: Format) -> str:
-    """The key of a shape in a file, such as "4096,4096+1024+1024,bfloat16" or "4096,4096,int8"."""
-    return f"{channels},{'+'.join(map(str, sizes))},{str(format).removeprefix('torch.')}"
-
-
 def device_file(device: torch.device | str) -> str:
     """File name for a device: "nvidia_h200.json"."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
@@ -72,9 +116,7 @@ def gemv_config(device: torch.device, format: Format, channels: int, sizes: Sequ
         channels: K.
         sizes: N_g of each.
     """
-    REQUESTED.add((channels, tuple(sizes), format))
-    found = tuned(device_file(device)).get(shape_key(channels, sizes, format))
-    return found or heuristic(channels, sizes, format)
+    return _config(device, LinearsShape(channels, tuple(sizes), format))
 
 
 def experts_config(device: torch.device, format: Format, channels: int, outputs: int, pairs: int) -> GemvConfig:
@@ -87,13 +129,13 @@ def experts_config(device: torch.device, format: Format, channels: int, outputs:
         outputs: N.
         pairs: of a row and an expert.
     """
-    found = tuned(device_file(device)).get(experts_key(channels, outputs, pairs, format))
-    return found or heuristic(channels, [outputs] * pairs, format)
+    return _config(device, ExpertsShape(channels, outputs, pairs, format))
 
 
-def experts_key(channels: int, outputs: int, pairs: int, format: Format) -> str:
-    """The key of a shape of experts in a file, such as "2048,8*1536,bfloat16"."""
-    return f"{channels},{pairs}*{outputs},{str(format).removeprefix('torch.')}"
+def _config(device: torch.device, shape: Shape) -> GemvConfig:
+    REQUESTED.add(shape)
+    found = tuned(device_file(device)).get(shape.key)
+    return found or heuristic(shape.channels, shape.sizes, shape.format)
 
 
 @functools.cache

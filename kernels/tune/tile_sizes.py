@@ -1,4 +1,4 @@
-"""Measure which tile sizes of `gather_gemv` or `gather_quantized_gemv` are fastest for a shape on this GPU."""
+"""Measure which tile sizes of the products with listed rows are fastest for a shape on this GPU."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -9,13 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
-from was_fx.kernels.linear import gather_gemv, gather_quantized_gemv
+from was_fx.kernels.linear import gather_experts, gather_gemv, gather_quantized_gemv
 from was_fx.kernels.ops.compact import reference as compaction
-from was_fx.kernels.parts.gemv_config import Format, GemvConfig
+from was_fx.kernels.ops.compact_experts import compact_experts
+from was_fx.kernels.parts.gemv_config import ExpertsShape, Format, GemvConfig, LinearsShape, Shape
 from was_fx.kernels.quantized.rows import INT4
 from was_fx.kernels.tune.graph_timing import capture, microseconds
-
-Shape = tuple[int, tuple[int, ...], Format]
 
 SPARSITIES = (0.4, 0.5, 0.6, 0.75)
 
@@ -36,9 +35,9 @@ BATCH = 16
 
 def candidates(shape: Shape, multiprocessors: int) -> list[GemvConfig]:
     """Configurations worth measuring for a shape, on a GPU with so many multiprocessors."""
-    channels, sizes, format = shape
+    channels, sizes = shape.channels, shape.sizes
     found = []
-    for rows, columns, warps in _tiles(format):
+    for rows, columns, warps in _tiles(shape.format):
         if columns > 2 * triton.next_power_of_2(max(sizes)):
             continue
         tiles = sum(triton.cdiv(n, columns) for n in sizes)
@@ -63,7 +62,7 @@ def _tiles(format: Format) -> Iterator[tuple[int, int, int]]:
             yield rows, width * 2 if format == INT4 else width, warps
 
 
-def random_weights(shape: Shape, generator: torch.Generator) -> tuple[list[Tensor], ...]:
+def random_weights(shape: LinearsShape, generator: torch.Generator) -> tuple[list[Tensor], ...]:
     """What `gather_gemv` or `gather_quantized_gemv` takes for the weights of a shape, in its order."""
     channels, sizes, format = shape
     if isinstance(format, torch.dtype):
@@ -80,36 +79,69 @@ def random_weights(shape: Shape, generator: torch.Generator) -> tuple[list[Tenso
     return codes, [torch.full((n,), 1e-3, device="cuda") for n in sizes], []
 
 
-def _product(format: Format) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """What multiplies by weights of a format, and its meaning in plain PyTorch."""
-    if isinstance(format, torch.dtype):
+def _product(shape: Shape) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """What multiplies by weights of a shape, and its meaning in plain PyTorch."""
+    plain = isinstance(shape.format, torch.dtype)
+    if isinstance(shape, ExpertsShape):
+        if plain:
+            return gather_experts.gather_experts, gather_experts.reference
+        return gather_experts.gather_quantized_experts, gather_experts.quantized_reference
+    if plain:
         return gather_gemv.gather_gemv, gather_gemv.reference
     return gather_quantized_gemv.gather_quantized_gemv, gather_quantized_gemv.reference
 
 
 def _cases(shape: Shape, sparsity: float, most: int) -> list[tuple[Any, ...]]:
     """Arguments of the product before its splits, of so many calls or as many as fill ROTATED_BYTES."""
-    channels, sizes, format = shape
+    format = shape.format
     dtype = format if isinstance(format, torch.dtype) else torch.bfloat16
     generator = torch.Generator("cuda").manual_seed(0)
     cases: list[tuple[Any, ...]] = []
     size = 0
     while len(cases) < min(most, 2) or (len(cases) < most and size < ROTATED_BYTES):
-        x = torch.randn(1, channels, device="cuda", generator=generator).to(dtype)
-        threshold = x.float().abs().flatten().kthvalue(max(1, round(sparsity * channels))).values.expand(channels)
-        thresholds = [threshold.contiguous() if sparsity else torch.full_like(threshold, -1.0)] * len(sizes)
-        weights = random_weights(shape, generator)
-        size += sum(tensor.nbytes for tensors in weights for tensor in tensors)
-        index, count = compaction(x, thresholds, triton.next_power_of_2(channels))
-        cases.append((x, index, count, *weights, thresholds))
+        x = torch.randn(1, shape.channels, device="cuda", generator=generator).to(dtype)
+        threshold = x.float().abs().flatten().kthvalue(max(1, round(sparsity * shape.channels))).values
+        threshold = threshold.expand(shape.channels).contiguous() if sparsity else torch.full_like(x[0].float(), -1.0)
+        make = _experts_case if isinstance(shape, ExpertsShape) else _linears_case
+        case, weights = make(shape, x, threshold, generator)
+        size += sum(tensor.nbytes for tensor in weights if tensor is not None)
+        cases.append(case)
     return cases
+
+
+def _linears_case(
+    shape: LinearsShape, x: Tensor, threshold: Tensor, generator: torch.Generator
+) -> tuple[tuple[Any, ...], list[Tensor | None]]:
+    """Arguments of a product, and the weights among them."""
+    thresholds = [threshold] * len(shape.sizes)
+    weights = random_weights(shape, generator)
+    index, count = compaction(x, thresholds, triton.next_power_of_2(shape.channels))
+    return (x, index, count, *weights, thresholds), [each for those in weights for each in those]
+
+
+def _experts_case(
+    shape: ExpertsShape, x: Tensor, threshold: Tensor, generator: torch.Generator
+) -> tuple[tuple[Any, ...], list[Tensor | None]]:
+    """The same of as many experts as are chosen."""
+    one = LinearsShape(shape.channels, (shape.outputs,), shape.format)
+    parts = zip(*(random_weights(one, generator) for _ in shape.sizes), strict=True)  # of every expert
+    stacked: list[Tensor | None] = []
+    for part in parts:
+        tensors = [each for those in part for each in those]
+        if isinstance(shape.format, torch.dtype):
+            stacked.append(torch.stack([each.mT for each in tensors]).mT)  # input-major
+        else:
+            stacked.append(torch.stack(tensors) if tensors else None)
+    experts = torch.arange(shape.pairs, device="cuda")
+    listed = compact_experts(x, threshold.expand(shape.pairs, -1).contiguous(), experts)
+    return (x, *listed, *stacked, experts), stacked
 
 
 @torch.no_grad()
 def correct(shape: Shape, configs: Sequence[GemvConfig]) -> list[GemvConfig]:
     """Those of which the product is right: Triton 3.6 was seen to miscompile one of two hundred."""
     (case,) = _cases(shape, 0.5, 1)
-    product, reference = _product(shape[2])
+    product, reference = _product(shape)
     expected = reference(*case, 1).sum(0)
     found = []
     for config in configs:
@@ -122,7 +154,7 @@ def correct(shape: Shape, configs: Sequence[GemvConfig]) -> list[GemvConfig]:
 @torch.no_grad()
 def measure(shape: Shape, configs: Sequence[GemvConfig], sparsity: float, repetitions: int) -> list[float]:
     """Microseconds of each configuration at one sparsity, median of so many graph replays."""
-    product, _ = _product(shape[2])
+    product, _ = _product(shape)
     cases = _cases(shape, sparsity, MOST_COPIES)
     times: list[float] = []
     for first in range(0, len(configs), BATCH):
@@ -139,11 +171,11 @@ def tune_shape(shape: Shape, sparsities: Sequence[float] = SPARSITIES) -> tuple[
 
     All candidates are timed at the middle one, the best dozen of them at every one.
     """
-    _, sizes, _ = shape
+    several = isinstance(shape, LinearsShape) and len(shape.sizes) > 1
     configs = correct(shape, candidates(shape, torch.cuda.get_device_properties("cuda").multi_processor_count))
 
     def reading(config: GemvConfig) -> float:
-        return MICROSECONDS_PER_SPLIT * config.splits * sizes[0] / 4096 if len(sizes) == 1 else 0.0
+        return 0.0 if several else MICROSECONDS_PER_SPLIT * config.splits * shape.sizes[0] / 4096
 
     middle = sorted(sparsities)[len(sparsities) // 2]
     first = measure(shape, configs, middle, 3)

@@ -216,7 +216,6 @@ def test_what_surrounds_a_norm(listed, change, fused, added, reason):
             ),
             NO_NORM,
         ),
-        (lambda: Written(lambda h, w: torch.sin(w * standard(h).to(h.dtype))), NO_NORM),
     ],
 )
 def test_other_norms_are_left_alone_with_a_reason(listed, norm, reason):
@@ -243,3 +242,14 @@ def test_more_siblings_than_a_call_takes(listed):
 def test_pass_can_be_left_out(listed):
     module = listed(Block(LlamaRMSNorm(K)), SCHEDULE, *inputs(), disable=("fuse_rms_norms",))
     assert norms(module) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_that_is_not_listed_adds_the_linear_before(listed, dtype):
+    norm = Written(lambda h, w: torch.sin(w * standard(h).to(h.dtype)))
+    module = listed(Block(norm, dtype=dtype), SCHEDULE, *inputs(dtype))
+    (node,) = norms(module)
+    assert node.args[1] is not None
+    assert node.args[4] == []
+    assert module.context.counts["fused norms"] == 1
+    assert "rsqrt" not in {str(target) for target in module.targets}

@@ -7,7 +7,7 @@ import torch
 
 from was_fx.compat.generation import cache_argument
 from was_fx.generate.compiled_step import CompiledStep
-from was_fx.kernels.parts.gemv_config import Format
+from was_fx.kernels.parts.gemv_config import Shape
 from was_fx.measure.sequential import uniform_while_dropping
 from was_fx.measure.speed import random_model
 from was_fx.sparse.quantize import quantize
@@ -16,10 +16,8 @@ from was_fx.sparse.weight_plan import Weights
 
 
 @torch.no_grad()
-def gemv_shapes(
-    config: Any, dtype: torch.dtype = torch.bfloat16, weights: Weights | None = None
-) -> list[tuple[int, tuple[int, ...], Format]]:
-    """(K, (N_1, …), format) of every product, found by decoding a token with two blocks of random weights.
+def gemv_shapes(config: Any, dtype: torch.dtype = torch.bfloat16, weights: Weights | None = None) -> list[Shape]:
+    """The shape of every product, found by decoding a token with two blocks of random weights.
 
     Args:
         config: a causal LM's configuration.

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import triton
 
-from was_fx.kernels.parts.gemv_config import device_file, shape_key, tuned, user_folder
-from was_fx.kernels.tune.tile_sizes import Shape, tune_shape
+from was_fx.kernels.parts.gemv_config import Shape, device_file, tuned, user_folder
+from was_fx.kernels.tune.tile_sizes import tune_shape
 from was_fx.schedules.files.atomic import write_atomically
 from was_fx.schedules.progress import Progress, report
 
@@ -19,7 +19,7 @@ def tune(shapes: Sequence[Shape], *, again: bool = False, progress: Progress | N
     The file is written after every shape, so an interrupted run goes on where it stopped.
 
     Args:
-        shapes: (K, (N_1, …), format) each; the format is a dtype, "int8" or "int4".
+        shapes: of Linears and of chosen experts.
         again: measure shapes anew that the file holds already.
         progress: called with (shapes done, all shapes).
 
@@ -36,7 +36,7 @@ def tune(shapes: Sequence[Shape], *, again: bool = False, progress: Progress | N
     content = json.loads(path.read_text()) if path.is_file() else {"configurations": {}, "microseconds": {}}
     for done, shape in enumerate(shapes):
         report(progress, done, len(shapes))
-        key = shape_key(*shape)
+        key = shape.key
         if key in content["configurations"] and not again:
             continue
         config, times = tune_shape(shape)

@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from was_fx.kernels.parts import gemv_config
-from was_fx.kernels.parts.gemv_config import GemvConfig
+from was_fx.kernels.parts.gemv_config import ExpertsShape, GemvConfig, LinearsShape
 from was_fx.measure import gemv_shapes, tuning
 
-SHAPES = [(64, (96, 32), "int8"), (64, (128,), "int4"), (64, (32,), torch.bfloat16)]
+SHAPES = [
+    LinearsShape(64, (96, 32), "int8"),
+    LinearsShape(64, (128,), "int4"),
+    LinearsShape(64, (32,), torch.bfloat16),
+    ExpertsShape(64, 96, 2, "int8"),
+]
 
 
 @pytest.fixture
@@ -28,7 +33,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(gemv_shapes, "gemv_shapes", shapes)
     monkeypatch.setattr(tuning, "tune", tune)
-    keys = [gemv_config.shape_key(*shape) for shape in SHAPES]
+    keys = [shape.key for shape in SHAPES]
     monkeypatch.setattr(gemv_config, "tuned", lambda _: dict.fromkeys(keys, GemvConfig(64, 32, 3, 4)))
     return found
 
@@ -38,7 +43,7 @@ def test_shapes_of_quantised_weights_are_tuned_by_their_format(was, other_model,
     assert outcome.code == 0, outcome.stderr
     assert asked["shapes"] == ("llama", torch.bfloat16, {"*": "int8", "*.up_proj": "int4"})
     assert asked["tuned"] == SHAPES
-    assert list(outcome.json["configurations"]) == ["64,96+32,int8", "64,128,int4", "64,32,bfloat16"]
+    assert list(outcome.json["configurations"]) == ["64,96+32,int8", "64,128,int4", "64,32,bfloat16", "64,2*96,int8"]
 
 
 def test_without_weights_it_is_the_plain_product(was, other_model, asked):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from was_fx.kernels.parts import gemv_config
-from was_fx.kernels.parts.gemv_config import GemvConfig, heuristic, shape_key, tuned
+from was_fx.kernels.parts.gemv_config import ExpertsShape, GemvConfig, LinearsShape, heuristic, tuned
 
 ENTRY = {"rows": 16, "columns": 64, "splits": 3, "warps": 8}
 OTHER = {**ENTRY, "splits": 5}
@@ -83,8 +83,9 @@ def test_rule_serves_every_shape(channels, sizes, format):
 
 
 def test_key_and_file_name_are_readable(monkeypatch):
-    assert shape_key(4096, [4096, 1024], torch.bfloat16) == "4096,4096+1024,bfloat16"
-    assert shape_key(4096, [4096, 1024], "int4") == "4096,4096+1024,int4"
+    assert LinearsShape(4096, (4096, 1024), torch.bfloat16).key == "4096,4096+1024,bfloat16"
+    assert LinearsShape(4096, (4096, 1024), "int4").key == "4096,4096+1024,int4"
+    assert ExpertsShape(2048, 1536, 8, "int8").key == "2048,8*1536,int8"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert gemv_config.device_file("cuda") == "nvidia_h100_80gb_hbm3.json"
     assert gemv_config.device_file("cpu") == "cpu.json"

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from was_fx.kernels.parts.gemv_config import GemvConfig, tuned
+from was_fx.kernels.parts.gemv_config import GemvConfig, LinearsShape, tuned
 from was_fx.measure import tuning
 from was_fx.measure.gemv_shapes import gemv_shapes
 
-SHAPES = [(64, (32,), torch.bfloat16), (64, (32, 16), torch.bfloat16)]
+SHAPES = [LinearsShape(64, (32,), torch.bfloat16), LinearsShape(64, (32, 16), torch.bfloat16)]
 
 
 @pytest.fixture

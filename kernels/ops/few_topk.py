@@ -1,0 +1,106 @@
+"""The k largest of each of a few short rows, by one kernel: `torch.ops.was.few_topk`.
+
+    values[r, i], index[r, i] = the i-th largest of x[r, :] and its column              x [R, E]
+
+A router chooses among some hundred experts. An entry's place is the number of entries that come before it: the greater
+ones, and of equal ones those to its left. As for torch.topk, NaN is the greatest.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from was_fx.kernels.parts.registration import register_op
+from was_fx.kernels.parts.triton_parts import begin, launch_options, serves
+
+# Each entry is compared with every other.
+MAX_ENTRIES = 1024
+MAX_ROWS = 8
+
+_AT_ONCE = 64
+
+
+@triton.jit
+def _key(x):
+    """int32 that is ordered as x is, NaN above all."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0
+    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit
+def _few_topk(
+    x_ptr,  # [R, E]
+    value_ptr,  # [R, k]
+    index_ptr,  # [R, k] int64
+    E,
+    k,
+    ENTRIES: tl.constexpr,  # E as a power of two
+    AT_ONCE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    row = tl.program_id(0)
+    entries = tl.arange(0, ENTRIES)
+    x = tl.load(x_ptr + row * E + entries, mask=entries < E, other=0.0)
+    own = _key(x.to(tl.float32))
+    place = tl.zeros([ENTRIES], tl.int32)
+    for first in tl.static_range(0, ENTRIES, AT_ONCE):
+        others = first + tl.arange(0, AT_ONCE)
+        other = _key(tl.load(x_ptr + row * E + others, mask=others < E, other=0.0).to(tl.float32))
+        before = (other[None, :] > own[:, None]) | (
+            (other[None, :] == own[:, None]) & (others[None, :] < entries[:, None])
+        )
+        place += tl.sum((before & (others < E)[None, :]).to(tl.int32), axis=1)
+    chosen = (entries < E) & (place < k)
+    tl.store(value_ptr + row * k + place, x, mask=chosen)
+    tl.store(index_ptr + row * k + place, entries.to(tl.int64), mask=chosen)
+
+
+def supports(x: Tensor, k: int) -> bool:
+    """Whether the kernel takes the k largest of the rows of x [..., E]."""
+    entries = x.shape[-1] if x.dim() else 0
+    return serves(x) and 1 <= k <= entries <= MAX_ENTRIES and x.numel() <= MAX_ROWS * entries
+
+
+def reference(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The op's meaning in plain PyTorch.
+
+    Args:
+        x: [..., E] of a floating dtype.
+        k: how many, 1 … E.
+
+    Returns:
+        values [..., k] of x's dtype, the largest first, and their columns [..., k] int64.
+    """
+    values, index = torch.sort(x, dim=-1, descending=True, stable=True)
+    return values[..., :k].contiguous(), index[..., :k].contiguous()
+
+
+def few_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See `reference`; by Triton where it serves."""
+    if not supports(x, k):
+        return reference(x, k)
+    values, index = fake(x, k)
+    entries = triton.next_power_of_2(x.shape[-1])
+    _few_topk[(x.numel() // x.shape[-1],)](
+        x.contiguous(),
+        values,
+        index,
+        x.shape[-1],
+        k,
+        ENTRIES=entries,
+        AT_ONCE=min(_AT_ONCE, entries),
+        num_warps=4 if entries <= 256 else 8,
+        **launch_options(x),
+    )
+    return values, index
+
+
+def fake(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What the op returns, uninitialised."""
+    shape = (*x.shape[:-1], k)
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
+
+
+few_topk_op = register_op("few_topk(Tensor x, int k) -> (Tensor, Tensor)", few_topk, fake)
