@@ -29,6 +29,9 @@ GROUP = 32
 # programs each read all of them. Products that several programs read (gate and up) cost less.
 MICROSECONDS_PER_SPLIT = 0.2
 
+# Parts that no kernel of ours adds: Inductor adds up to eight of them where it reads them, and more by a kernel of 7 µs.
+MOST_FOR_INDUCTOR = 8
+
 # Candidates timed together, in turns.
 BATCH = 16
 
@@ -36,6 +39,7 @@ BATCH = 16
 def candidates(shape: Shape, multiprocessors: int) -> list[GemvConfig]:
     """Configurations worth measuring for a shape, on a GPU with so many multiprocessors."""
     channels, sizes = shape.channels, shape.sizes
+    most = 16 if isinstance(shape, LinearsShape) and len(sizes) < 3 else MOST_FOR_INDUCTOR
     found = []
     for rows, columns, warps in _tiles(shape.format):
         if columns > 2 * triton.next_power_of_2(max(sizes)):
@@ -43,7 +47,7 @@ def candidates(shape: Shape, multiprocessors: int) -> list[GemvConfig]:
         tiles = sum(triton.cdiv(n, columns) for n in sizes)
         for programs in (1, 2, 3, 4) if warps == 4 else (2, 4, 8):
             splits = max(1, round(programs * multiprocessors / tiles))
-            if splits <= 16 and splits * 32 <= max(channels, 32):
+            if splits <= most and splits * 32 <= max(channels, 32):
                 found.append(GemvConfig(rows, columns, splits, warps))
     return list(dict.fromkeys(found))
 
@@ -171,11 +175,11 @@ def tune_shape(shape: Shape, sparsities: Sequence[float] = SPARSITIES) -> tuple[
 
     All candidates are timed at the middle one, the best dozen of them at every one.
     """
-    several = isinstance(shape, LinearsShape) and len(shape.sizes) > 1
+    outputs = 0 if isinstance(shape, LinearsShape) and len(shape.sizes) > 1 else sum(shape.sizes)
     configs = correct(shape, candidates(shape, torch.cuda.get_device_properties("cuda").multi_processor_count))
 
     def reading(config: GemvConfig) -> float:
-        return 0.0 if several else MICROSECONDS_PER_SPLIT * config.splits * shape.sizes[0] / 4096
+        return MICROSECONDS_PER_SPLIT * config.splits * outputs / 4096
 
     middle = sorted(sparsities)[len(sparsities) // 2]
     first = measure(shape, configs, middle, 3)
