@@ -29,7 +29,7 @@ GROUP = 32
 # programs each read all of them. Products that several programs read (gate and up) cost less.
 MICROSECONDS_PER_SPLIT = 0.2
 
-# Parts that no kernel of ours adds: Inductor adds up to eight of them where it reads them, and more by a kernel of 7 µs.
+# Where no kernel of ours adds the parts, Inductor adds up to eight where it reads them, and more by a kernel of 7 µs.
 MOST_FOR_INDUCTOR = 8
 
 # Candidates timed together, in turns.
