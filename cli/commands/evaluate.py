@@ -1,17 +1,19 @@
-"""`was eval`: tasks of lm-eval, dense and with schedules."""
+"""`was eval`: tasks of lm-eval, dense and with schedules, in formats of weights."""
 
 import hashlib
-import json as json_module
 import logging
 import os
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from was_fx.cli.input import options
-from was_fx.cli.input.files import load_schedule
+from was_fx.cli.input.files import load_schedule, short_name
 from was_fx.cli.input.models import load_model
+from was_fx.cli.input.weights import parse_formats
 from was_fx.cli.render.console import note, print_json, say, stderr, stdout
 from was_fx.cli.render.tables import new_table, percent
 
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
 EXAMPLES = options.examples(
     "was eval embedded  [dim]the 200 sentence pairs that come with was-fx[/]",
     "was eval embedded --schedule s50.was.safetensors --schedule s75.was.safetensors --pairs blimp.jsonl",
-    "was eval embedded --schedule s50.was.safetensors --log eval.jsonl  [dim]can be interrupted and continued[/]",
-    "was eval ./llama --schedule s.was.safetensors --task hellaswag --task arc_easy --limit 200",
+    "was eval embedded --schedule s50.was.safetensors --weights int8 --log eval.jsonl  "
+    "[dim]each format dense and sparse; can be interrupted and continued[/]",
+    "was eval ./llama --schedule s.was.safetensors --task piqa,arc_easy,arc_challenge,hellaswag,winogrande",
+    "was eval ./llama --schedule s.was.safetensors --task gsm8k,mmlu --fewshot 5 --limit 200",
 )
 
 
@@ -30,7 +34,13 @@ def evaluate(
     model: options.Model,
     schedule: options.Schedules = None,
     task: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A task of lm-eval by name; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            "--task",
+            "--tasks",
+            metavar="NAME[,NAME]…",
+            help="Tasks of lm-eval by name; may be given several times.",
+        ),
     ] = None,
     pairs: Annotated[
         list[Path] | None,
@@ -42,10 +52,24 @@ def evaluate(
     ] = None,
     include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder with more tasks (YAML).")] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="At most so many documents per task.")] = None,
+    fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Examples in the prompt. By default what a task says, else none."),
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Write prompts as the tokenizer's chat template has them.")
+    ] = False,
     prefill: options.PrefillOption = options.Prefill.sparse,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Texts per forward pass.")] = 16,
     lowering: options.LoweringOption = None,
-    weights: options.Weights = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FORMAT[,PATTERN=FORMAT]…",
+            help="Measure the model in this format of weights too, beside that of the checkpoint; may be given several "
+            "times. int8, int4, int4-64, int4-128, with exceptions as elsewhere: int4,*.down_proj=int8.",
+        ),
+    ] = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     allow_other_model: options.OtherModel = False,
@@ -53,92 +77,145 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Keep each schedule's result as a line of JSON, and take from there what has been measured before.",
+            help="Keep the result of each task of each variant as a line of JSON, and take from there what has been "
+            "measured before.",
         ),
     ] = None,
     json: options.Json = False,
 ) -> None:
     """Compare a model, dense and with schedules, on tasks of EleutherAI's lm-eval.
 
-    Needs lm-eval: [bold]pip install "was-fx[eval]"[/]. Realised sparsity is measured on the tasks' own texts.
+    Each format of weights is measured dense and with every schedule. What a task lost against the dense model of the
+    checkpoint stands beside it, in points and in standard errors: of the differences document by document where
+    lm-eval gives them. Needs lm-eval: [bold]pip install "was-fx[eval]"[/]. Realised sparsity is measured on the tasks'
+    own texts.
     """
+    formats: dict[str | None, Any] = {None: None, **parse_formats(weights)}
     schedules = {path: load_schedule(path) for path in schedule or []}
-    every: list[Path | None] = [None, *schedules]  # the dense model first
     _quiet()
     try:
         from was_fx.plugins import lm_eval
     except ImportError as error:
         raise ValueError(str(error)) from error
-    files = [lm_eval.minimal_pairs(path) for path in pairs or []]
-    tasks: list[Any] = [*(task or []), *files] or [lm_eval.minimal_pairs()]
-    settings: dict[str, Any] = {
+    from was_fx.choosing.results_log import ResultsLog
+
+    names = [name.strip() for each in task or [] for name in each.split(",") if name.strip()]
+    tasks: list[Any] = [*names, *(lm_eval.minimal_pairs(path) for path in pairs or [])] or [lm_eval.minimal_pairs()]
+    manager = lm_eval.task_manager(tasks, include_path)
+    known = ResultsLog(log) if log else None
+    setting: dict[str, Any] = {
+        "command": "was eval",
         "model": model,
         "prefill": prefill.value,
         "limit": limit,
+        "fewshot": fewshot,
+        "chat_template": chat_template,
         "dtype": dtype.value,
-        "tasks": tasks,
     }
-    if weights:
-        settings["weights"] = weights
-    known = _read_log(log, settings) if log else {}
-    missing = [path for path in every if _key(path) not in known]
-    lm: Any = None
-    if missing:
-        loaded = load_model(model, dtype, device, weights=weights)
-        lm = lm_eval.WasLM(
-            loaded.model,
-            tokenizer=loaded.tokenizer,
-            batch_size=batch_size,
-            prefill=prefill.value,
-            lowering=lowering.value if lowering else None,
-            allow_other_model=allow_other_model,
-        )
-    for path in missing:
-        note(f"Evaluating {path or 'dense'} …", style="")
-        lm.use(schedules[path] if path else None)
-        results = lm_eval.run_tasks(lm, tasks, limit=limit, include_path=include_path)
-        known[_key(path)] = {**_sparsity(lm), "tasks": results}
-        if log:
-            _append(log, {"settings": settings, "key": _key(path), **known[_key(path)]})
-    rows = [{"schedule": str(path) if path else None, **known[_key(path)]} for path in every]
+    measured: dict[tuple[str | None, Path | None], dict[str, Any]] = {}
+    for format in formats:
+        lm: Any = None
+        for path in (None, *schedules):
+            found: dict[str, Any] = {}
+            for each in tasks:
+                what = {**setting, "weights": format, "schedule": _key(path), "task": each}
+                result = known.get(what) if known else None
+                if result is None:
+                    if lm is None:
+                        loaded = load_model(model, dtype, device, weights=format.split(",") if format else None)
+                        lm = lm_eval.WasLM(
+                            loaded.model,
+                            tokenizer=loaded.tokenizer,
+                            batch_size=batch_size,
+                            prefill=prefill.value,
+                            lowering=lowering.value if lowering else None,
+                            allow_other_model=allow_other_model,
+                        )
+                    title = each if isinstance(each, str) else each["task"]
+                    note(f"Evaluating {_label(format, path)} on {title} …", style="")
+                    with warnings.catch_warnings():
+                        if format is not None:  # it is asked for, and said below the table
+                            warnings.filterwarnings("ignore", message="the schedule was made with weights")
+                        lm.use(schedules[path] if path else None)
+                    scores = lm_eval.run_tasks(
+                        lm,
+                        [each],
+                        limit=limit,
+                        fewshot=fewshot,
+                        chat_template=chat_template,
+                        manager=manager,
+                        documents=True,
+                    )
+                    result = _plain({**_sparsity(lm), "tasks": scores})
+                    result = known.add(what, result) if known else result
+                found.setdefault("parts", []).append(result)
+            measured[format, path] = _joined(found["parts"])
+    rows = [_row(format, path, found, measured[None, None]) for (format, path), found in measured.items()]
     if json:
-        found = {"model": model, "weights": weights, "prefill": prefill.value, "limit": limit, "results": rows}
-        print_json(found)
+        asked = {key: setting[key] for key in ("model", "prefill", "limit", "fewshot", "chat_template")}
+        print_json({**asked, "weights": weights, "results": rows})
         return
-    named = model if not weights else f"{model}, weights {' '.join(weights)}"
-    _show(rows, f"{named}, prefill {prefill.value}" + (f", first {limit} documents" if limit else ""))
+    _show(rows, f"{model}, prefill {prefill.value}" + (f", first {limit} documents" if limit else ""))
+
+
+def _label(format: str | None, path: Path | None) -> str:
+    """What a variant is called."""
+    parts = [format, "dense" if path is None else short_name(path)]
+    return ", ".join(part for part in parts if part)
 
 
 def _key(path: Path | None) -> str:
     """What a schedule file holds, whatever it is called."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path else "dense"
+    if path is None:
+        return "dense"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(path)
 
 
-def _read_log(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The results of a log that were measured with these settings, by key.
-
-    Raises:
-        ValueError: the file is no such log.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json_module.loads(line)
-            row_settings, key = row.pop("settings"), row.pop("key")
-        except (ValueError, KeyError, AttributeError):
-            raise ValueError(f"{path}, line {number}, is no result of `was eval`; give another --log") from None
-        if row_settings == settings:
-            found[key] = row
-    return found
+def _plain(found: Any) -> Any:
+    """Results as JSON has them: of numbers that are none, None."""
+    if isinstance(found, dict):
+        return {key: _plain(each) for key, each in found.items()}
+    if isinstance(found, list):
+        return [_plain(each) for each in found]
+    if isinstance(found, float) and found != found:
+        return None
+    return found if isinstance(found, (str, int, float, bool)) or found is None else str(found)
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
-    """Add a line, so that the file never holds a part of one."""
-    from was_fx.schedules.files.atomic import write_atomically
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One variant's results over its tasks; its sparsity is their mean."""
+    shares = {key: sum(part[key] for part in parts) / len(parts) for key in ("nominal", "realised", "bytes_saved")}
+    return {**shares, "tasks": {name: found for part in parts for name, found in part["tasks"].items()}}
 
-    before = path.read_bytes() if path.exists() else b""
-    write_atomically(path, before + json_module.dumps(row).encode() + b"\n")
+
+def _row(format: str | None, path: Path | None, found: dict[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:
+    """What `--json` prints of a variant."""
+    from was_fx.choosing.score_changes import first_metric, metrics_of, score_change
+
+    tasks = found["tasks"]
+    changes = {
+        task: {
+            metric: {"change": each.change, "error": each.error, "errors": each.errors, "paired": each.paired}
+            for metric in metrics_of(scores)
+            for each in [score_change(scores, dense["tasks"][task], metric)]
+        }
+        for task, scores in tasks.items()
+    }
+    firsts = [scores[metric] for scores in tasks.values() if (metric := first_metric(scores))]
+    return {
+        "weights": format,
+        "schedule": str(path) if path else None,
+        **{key: found[key] for key in ("nominal", "realised", "bytes_saved")},
+        "mean": sum(firsts) / len(firsts) if firsts else None,
+        "tasks": {
+            name: {key: each for key, each in scores.items() if key != "documents"} for name, scores in tasks.items()
+        },
+        "changes": changes,
+    }
+
+
+def _without_documents(scores: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: each for key, each in scores.items() if key != "documents"}
 
 
 def _quiet() -> None:
@@ -161,24 +238,59 @@ def _sparsity(harness: "WasLM") -> dict[str, float]:
 
 
 def _show(rows: list[dict[str, Any]], title: str) -> None:
-    columns = [
-        (task, metric)
-        for task, found in rows[0]["tasks"].items()
-        for metric, value in found.items()
-        if isinstance(value, float) and "_stderr," not in metric
-    ]
-    headings = [f"{task} {metric.removesuffix(',none')}" for task, metric in columns]
-    table = new_table("schedule", *headings, "nominal", "realised", "bytes saved")
-    for row in rows:
-        scores = [_score(row["tasks"][task], metric) for task, metric in columns]
-        shares = [percent(row[key]) if row["schedule"] else "–" for key in ("nominal", "realised", "bytes_saved")]
-        table.add_row(row["schedule"] or "dense", *scores, *shares)
     say(title, style="bold")
+    labels = [_label(row["weights"], Path(row["schedule"]) if row["schedule"] else None) for row in rows]
+    table = new_table("task", "variant", "score", "change", "in errors", texts=2)
+    for task, metric in _columns(rows):
+        for row, label in zip(rows, labels, strict=True):
+            if metric not in row["tasks"].get(task, {}):
+                continue
+            name = f"{task} {metric.removesuffix(',none')}" if row is rows[0] else ""
+            table.add_row(name, label, _score(row["tasks"][task], metric), *_change(row, task, metric))
     stdout().print(table)
+    if len(rows) == 1:
+        return
+    summary = new_table("variant", "mean score", "change", "nominal", "realised", "bytes saved")
+    for row, label in zip(rows, labels, strict=True):
+        shares = [percent(row[key]) if row["schedule"] else "–" for key in ("nominal", "realised", "bytes_saved")]
+        known = row["mean"] is not None and row is not rows[0]
+        change = _points(row["mean"] - rows[0]["mean"]) if known else "–"
+        summary.add_row(label, "–" if row["mean"] is None else f"{row['mean']:.3f}", change, *shares)
+    stdout().print(summary)
+    note("Changes are against the first row; accuracies in points. More than 2 errors are hardly chance.", style="dim")
+    if any(row["weights"] and row["schedule"] for row in rows):
+        note("A schedule's thresholds fit best on the format of weights that they were measured in.", style="dim")
+
+
+def _columns(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    from was_fx.choosing.score_changes import metrics_of
+
+    for task, scores in rows[0]["tasks"].items():
+        for metric in metrics_of(scores):
+            yield task, metric
+
+
+def _change(row: dict[str, Any], task: str, metric: str) -> tuple[str, str]:
+    """What was lost, with its error, and how many errors that is."""
+    if row["schedule"] is None and row["weights"] is None:
+        return "–", "–"
+    found = row["changes"][task][metric]
+    value, error = found["change"], found["error"]
+    share = 0 <= row["tasks"][task][metric] <= 1
+    change = _points(value) if share else f"{value:+.3f}"
+    if error is None:
+        return change, "–"
+    spread = f"{100 * error:.1f}" if share else f"{error:.3f}"
+    return f"{change} ± {spread}", "–" if found["errors"] is None else f"{found['errors']:+.1f}"
+
+
+def _points(change: float) -> str:
+    return f"{100 * change:+.1f}"
 
 
 def _score(found: dict[str, Any], metric: str) -> str:
     """A metric with its standard error, if lm-eval gives one: `0.812 ± 0.004`."""
-    name, comma, rest = metric.partition(",")
-    error = found.get(f"{name}_stderr{comma}{rest}")
+    from was_fx.choosing.score_changes import error_key
+
+    error = found.get(error_key(metric))
     return f"{found[metric]:.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")

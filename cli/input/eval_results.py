@@ -23,7 +23,7 @@ class TaskResults:
 
     Attributes:
         setting: model and how it was measured, in a sentence.
-        names: "dense" and the schedules' paths, in the file's order.
+        names: "dense" and the schedules' names, behind that of a format of weights, in the file's order.
         scores: by (task, metric) and name.
     """
 
@@ -61,7 +61,8 @@ def read_eval(path: Path) -> TaskResults:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return "dense" if row["schedule"] is None else short_name(row["schedule"])
+    name = "dense" if row["schedule"] is None else short_name(row["schedule"])
+    return f"{row['weights']}, {name}" if row.get("weights") else name
 
 
 def _scores(metrics: Mapping[str, Any]) -> dict[str, Score]:

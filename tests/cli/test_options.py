@@ -17,6 +17,7 @@ ALIKE = (
     *("--json", "--quiet", "--device", "--dtype", "--revision", "--trust-remote-code", "--device-map"),
     *("--length", "--lowering", "--include", "--exclude", "--allow-other-model"),
 )
+ALSO = {"--task": ["--tasks"]}  # as lm-eval's own command calls it
 METAVARS = {"--target": {"SHARE"}, "--seed": {"N"}, "--schedule": {"FILE"}, "--out": {"FILE", "DIR"}}
 # What others call them; here they would be a second spelling.
 OTHER_SPELLINGS = {
@@ -68,7 +69,7 @@ def test_all_commands_are_walked():
 def test_an_option_has_one_letter_and_one_kind(name):
     found = everywhere(name)
     letters = {path: sorted(set(param.opts) - {name}) for path, param in found.items()}
-    expected = [LETTERS[name]] if name in LETTERS else []
+    expected = [LETTERS[name]] if name in LETTERS else ALSO.get(name, [])
     assert letters == dict.fromkeys(found, expected)
     assert len({bool(param.is_flag) for param in found.values()}) == 1, found
     if name in METAVARS:

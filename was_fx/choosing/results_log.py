@@ -38,7 +38,7 @@ class ResultsLog:
                 self._results[_key(record["what"])] = record["result"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path}, line {number}, is no result ({error!r}); move the file away, or give another --out"
+                    f"{path}, line {number}, is no result ({error!r}); move the file away, or give another name"
                 ) from error
         if whole != data:
             os.truncate(path, len(whole))

@@ -25,6 +25,7 @@ from was_fx.coverage.variants import differences
 from was_fx.kernels.parts.served import noting_served
 from was_fx.measure.calibrate import calibrate
 from was_fx.measure.realised import counting
+from was_fx.modules.auto_class import auto_class
 from was_fx.modules.linears import (
     body_linears,
     dense_expert_parameters,
@@ -161,7 +162,7 @@ def cover(model_type: str, *, graphs: bool = True) -> Coverage:
         graphs: look at what `torch.compile` makes of it, which takes most of the time.
     """
     name = "unknown"
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"multimodal": auto_class(model_type, whole=True) is not auto_class("")}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the model's own code, and of Dynamo about it

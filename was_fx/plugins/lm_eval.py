@@ -21,6 +21,7 @@ from torch import nn
 from was_fx.measure.realised import Counting, Realised
 from was_fx.modules.token_rule import Prefill
 from was_fx.schedules.files.schedule import Schedule
+from was_fx.schedules.names import suggestion
 from was_fx.sparse.sparsify import densify, sparsify
 from was_fx.sparse.state import sparse_state
 
@@ -129,29 +130,16 @@ def minimal_pairs(path: str | Path | None = None) -> dict[str, Any]:
     }
 
 
-def run_tasks(
-    model: Any,
-    tasks: Sequence[str | dict[str, Any]],
-    *,
-    limit: int | None = None,
-    include_path: str | Path | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Run tasks of lm-eval, with its own seeds and its own number of examples in the prompt: none, unless a task says
-    otherwise.
+def task_manager(tasks: Sequence[str | dict[str, Any]], include_path: str | Path | None = None) -> Any:
+    """What loads tasks: lm-eval's `TaskManager`, with its own thousands of tasks where a name asks for one.
 
     Args:
-        model: a `WasLM`, or any other model of lm-eval.
-        tasks: names that lm-eval knows, or tasks as `minimal_pairs` gives them.
-        limit: at most so many documents of each task.
+        tasks: names, or tasks as `minimal_pairs` gives them.
         include_path: a folder with more tasks, as YAML files.
-
-    Returns:
-        By task: its metrics, such as "acc,none" and "acc_stderr,none".
 
     Raises:
         ValueError: lm-eval doesn't know a task.
     """
-    from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     names = [task for task in tasks if isinstance(task, str)]
@@ -159,22 +147,83 @@ def run_tasks(
     manager = TaskManager(include_path=folder, include_defaults=False)
     if not all(manager.match_tasks([name]) for name in names):
         manager = TaskManager(include_path=folder)  # reads thousands of files
-    unknown = [name for name in names if not manager.match_tasks([name])]
-    if unknown:
-        raise ValueError(
-            f"lm-eval has no task {', '.join(map(repr, unknown))}; `lm-eval ls tasks` lists them, and include_path "
-            "adds a folder of your own"
-        )
+    for name in names:
+        if not manager.match_tasks([name]):
+            raise ValueError(
+                f"lm-eval has no task {name!r}{suggestion(name, manager.all_tasks)}; `lm-eval ls tasks` lists them, "
+                "and include_path adds a folder of your own"
+            )
+    return manager
+
+
+def run_tasks(
+    model: Any,
+    tasks: Sequence[str | dict[str, Any]],
+    *,
+    limit: int | None = None,
+    fewshot: int | None = None,
+    chat_template: bool = False,
+    include_path: str | Path | None = None,
+    manager: Any = None,
+    documents: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Run tasks of lm-eval, with its own seeds.
+
+    Args:
+        model: a `WasLM`, or any other model of lm-eval.
+        tasks: names that lm-eval knows, or tasks as `minimal_pairs` gives them.
+        limit: at most so many documents of each task.
+        fewshot: examples in the prompt. By default what a task says, else none.
+        chat_template: write prompts as the tokenizer's chat template has them, examples as turns.
+        include_path: a folder with more tasks, as YAML files.
+        manager: of `task_manager`, so that it is not made for every call.
+        documents: give the value of each document too.
+
+    Returns:
+        By task: its metrics, such as "acc,none" and "acc_stderr,none"; with `documents`, "documents" too, which has
+        the values of each metric by the same key, in the order of the documents.
+
+    Raises:
+        ValueError: lm-eval doesn't know a task, or there is no chat template.
+    """
+    from lm_eval.evaluator import evaluate
+
+    if chat_template and not getattr(model.tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template; leave the chat template out, or take an instruct model")
+    manager = manager or task_manager(tasks, include_path)
     # As `simple_evaluate` does, which asks git and the whole machine about themselves too.
     random.seed(0)
     torch.manual_seed(_SEED)
     loaded: Any = manager.load(list(tasks))
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=_SEED)
+        if fewshot is not None and task.get_config("num_fewshot") != 0:  # a task of 0 can't be given any
+            task.set_config(key="num_fewshot", value=fewshot)
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-    found: Any = evaluate(lm=model, task_dict=loaded, limit=limit, log_samples=False, verbosity="ERROR")
-    return found["results"]
+    found: Any = evaluate(
+        lm=model,
+        task_dict=loaded,
+        limit=limit,
+        log_samples=documents,
+        apply_chat_template=chat_template,
+        fewshot_as_multiturn=chat_template,
+        verbosity="ERROR",
+    )
+    results: dict[str, dict[str, Any]] = found["results"]
+    for task, samples in (found.get("samples") or {}).items() if documents else ():
+        results[task] = {**results[task], "documents": _by_metric(samples)}
+    return results
+
+
+def _by_metric(samples: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """The values of lm-eval's samples by the key of their metric; of metrics that are a number of each document."""
+    found: dict[str, list[float]] = {}
+    for sample in sorted(samples, key=lambda each: each["doc_id"]):
+        for metric in sample["metrics"]:
+            if isinstance(sample[metric], (int, float)):
+                found.setdefault(f"{metric},{sample['filter']}", []).append(float(sample[metric]))
+    return found
 
 
 if __name__ == "__main__":
