@@ -240,7 +240,7 @@ def _sparsity(harness: "WasLM") -> dict[str, float]:
 def _show(rows: list[dict[str, Any]], title: str) -> None:
     say(title, style="bold")
     labels = [_label(row["weights"], Path(row["schedule"]) if row["schedule"] else None) for row in rows]
-    table = new_table("task", "variant", "score", "change", "in errors", texts=2)
+    table = new_table("task", "variant", "score", "change", "errors", texts=2)
     for task, metric in _columns(rows):
         for row, label in zip(rows, labels, strict=True):
             if metric not in row["tasks"].get(task, {}):
@@ -250,14 +250,18 @@ def _show(rows: list[dict[str, Any]], title: str) -> None:
     stdout().print(table)
     if len(rows) == 1:
         return
-    summary = new_table("variant", "mean score", "change", "nominal", "realised", "bytes saved")
+    summary = new_table("variant", "mean", "change", "nominal", "realised", "saved")
     for row, label in zip(rows, labels, strict=True):
         shares = [percent(row[key]) if row["schedule"] else "–" for key in ("nominal", "realised", "bytes_saved")]
         known = row["mean"] is not None and row is not rows[0]
         change = _points(row["mean"] - rows[0]["mean"]) if known else "–"
         summary.add_row(label, "–" if row["mean"] is None else f"{row['mean']:.3f}", change, *shares)
     stdout().print(summary)
-    note("Changes are against the first row; accuracies in points. More than 2 errors are hardly chance.", style="dim")
+    note(
+        "Changes are against the first row, of accuracies in points, and in standard errors: more than 2 are hardly "
+        "chance. The mean is over tasks; saved is of the bytes of all weights.",
+        style="dim",
+    )
     if any(row["weights"] and row["schedule"] for row in rows):
         note("A schedule's thresholds fit best on the format of weights that they were measured in.", style="dim")
 

@@ -112,7 +112,7 @@ def test_tasks_schedules_and_formats_in_one_run(was, schedule, tasks):
     text = " ".join(shown.stdout.split())
     assert "int8, dense" in text
     assert "int8, s50" in text
-    assert "mean score" in text
+    assert "realised" in text
 
 
 def test_what_a_kill_left_is_measured_only(was, schedule, tasks):
