@@ -121,7 +121,10 @@ def _program(calls: Sequence[_Call], inputs: Sequence[Tensor], output: Tensor) -
     arena = _Arena(kept, storages)
     steps: list[Step] = []
     changed = False
+    missing: set[int] = set()  # storages of results that no instruction writes, such as a layer norm's mean
     for call in kept:
+        if call.storages_read & missing:
+            raise Unsupported(f"{call.operator} reads a result that is not computed")
         if call.operator in _READ:
             if changed:
                 raise Unsupported("a value is read into Python after something was changed")
@@ -129,8 +132,15 @@ def _program(calls: Sequence[_Call], inputs: Sequence[Tensor], output: Tensor) -
             steps.append(Step("expect", None, [View(arena.place(tensor))], (1,), float(call.out)))
             continue
         arguments, keywords, out = arena.place_all((call.arguments, call.keywords, call.out))
-        steps += translate(call.operator, arguments, keywords, out)
+        made = translate(call.operator, arguments, keywords, out)
+        steps += made
+        if len(_tensors(out)) > 1:
+            written = {step.out.tensor.data_ptr() for step in made if step.out is not None}
+            results = zip(_tensors(call.out), _tensors(out), strict=True)
+            missing |= {storage_of(each) for each, placed in results if placed.data_ptr() not in written}
         changed = changed or any(storage_of(each) in storages.outside for each in call.written)
+    if storage_of(output) in missing:
+        raise Unsupported("the result is one that is not computed")
     names = {storage_of(arena.memory): "arena", storage_of(output): "output"}
     names |= {storage_of(each): f"input {i}" for i, each in enumerate(inputs)}
     signature = [_signature(step, names, storages) for step in steps]

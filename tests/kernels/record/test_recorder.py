@@ -169,6 +169,8 @@ def test_an_index_out_of_range_is_told():
         (lambda x: torch.ones(4, 6) * 2, "does not depend"),
         (lambda x: torch.zeros(4, 6).add_(x), "changed afterwards"),
         (lambda x: x.mean(0), "another dimension"),
+        (lambda x: x * torch.native_layer_norm(x, (6,), None, None, 1e-5)[1], "not computed"),
+        (lambda x: torch.native_layer_norm(x, (6,), None, None, 1e-5)[2], "not computed"),
     ],
 )
 def test_what_cannot_be_recorded_is_said(function, words):
