@@ -11,6 +11,7 @@ import typer
 from was_fx.cli.commands import (
     bench,
     calibrate,
+    chat,
     check,
     compare,
     coverage,
@@ -114,6 +115,7 @@ _add("eval", evaluate.evaluate, evaluate.EXAMPLES)
 _add("report", report.report, report.EXAMPLES)
 _add("coverage", coverage.coverage, coverage.EXAMPLES)
 _add("generate", generate.generate, generate.EXAMPLES)
+_add("chat", chat.chat, chat.EXAMPLES)
 _add("check", check.check, check.EXAMPLES)
 _add("bench", bench.bench, bench.EXAMPLES)
 _add("tune", tune.tune, tune.EXAMPLES)
