@@ -88,3 +88,11 @@ def plain_text(messages: list[dict[str, str]]) -> str:
     """Messages as one text: an answer follows its question, and after each answer and the system's comes a new line."""
     parts = [each["content"] + ("" if each["role"] == "user" else "\n") for each in messages]
     return "".join(parts)
+
+
+def plain_template(tokenizer: Any) -> str:
+    """`plain_text` as a chat template, with the token that a tokenizer puts before a text."""
+    ids = tokenizer("x")["input_ids"]
+    begins = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    messages = "{% for m in messages %}{{ m['content'] }}{% if m['role'] != 'user' %}\n{% endif %}{% endfor %}"
+    return ("{{ bos_token }}" if begins else "") + messages
