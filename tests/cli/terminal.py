@@ -28,7 +28,7 @@ class Terminal:
         if self._pid == 0:
             os.execve(sys.executable, [sys.executable, *map(str, arguments)], environment)
         fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-        self.shown = ""
+        self.shown, self._waited = "", 0
 
     def __enter__(self) -> "Terminal":
         return self
@@ -40,12 +40,13 @@ class Terminal:
         os.close(self._fd)
 
     def until(self, text: str, seconds: float = 100) -> str:
-        """Wait until `text` is drawn; what was drawn since the last time."""
-        begin, end = len(self.shown), time.monotonic() + seconds
-        while text not in self.shown[begin:]:
+        """Wait until `text` is drawn, after what was waited for before; what was drawn from there to its end."""
+        begin, end = self._waited, time.monotonic() + seconds
+        while (found := self.shown.find(text, begin)) < 0:
             assert time.monotonic() < end, f"no {text!r} in {self.shown[begin:]!r}"
             assert self._read(), f"it ended without {text!r}: {self.shown!r}"
-        return self.shown[begin:]
+        self._waited = found + len(text)
+        return self.shown[begin : self._waited]
 
     def type(self, text: str) -> None:
         """Press keys; `\\x03` is Ctrl-C, `\\x04` Ctrl-D."""

@@ -25,6 +25,9 @@ def run_server(name: str, model: Any, processor: Any, host: str, port: int) -> N
     from transformers.cli.serve import Serve
     from transformers.cli.serving.model_manager import ModelManager
 
+    if not hasattr(ModelManager, "list_models"):  # /v1/models of 5.17 lists what the Hub's cache holds
+        listed = {"id": name, "object": "model", "created": 0, "owned_by": "local"}
+        ModelManager.get_gen_models = staticmethod(lambda *_: [listed])  # type: ignore[attr-defined]
     # The manager loads by name what it serves, and again after its /reset.
     before = ModelManager._load_model, ModelManager._load_processor
     ModelManager._load_model = lambda *_, **__: model  # type: ignore[method-assign]

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,7 +59,7 @@ def running(*command: object) -> Iterator[tuple[Any, Any]]:
     ):
         try:
             end = time.monotonic() + 100
-            while not _listens(client):
+            while not _listens(port):
                 assert process.poll() is None, process.communicate()
                 assert time.monotonic() < end
                 time.sleep(0.2)
@@ -67,12 +68,11 @@ def running(*command: object) -> Iterator[tuple[Any, Any]]:
             process.kill()
 
 
-def _listens(client: Any) -> bool:
-    import openai
-
+def _listens(port: int) -> bool:
     try:
-        return bool(client.models.list().data)
-    except openai.APIConnectionError:
+        with urllib.request.urlopen(f"http://localhost:{port}/health", timeout=10) as response:
+            return response.status == 200
+    except OSError:
         return False
 
 
