@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.text import Text
 from typer.core import TyperGroup
 
-from was_fx.cli.render.console import stderr
+from was_fx.cli.render.console import print_labelled, stderr
 from was_fx.schedules.names import suggestion, visible
 
 INTERRUPTED = 130
@@ -102,7 +101,7 @@ def report(error: BaseException) -> None:
     text = text.replace("`allow_other_model=True`", "--allow-other-model")
     text = re.sub(r"weights=\{(.+?)\}", _weights_options, text)
     # A `ScheduleError` alone has several lines, and sees to it that names add none.
-    _print_labelled("Error:", "bold red", text if hasattr(error, "problems") else visible(text))
+    print_labelled("Error:", "bold red", text if hasattr(error, "problems") else visible(text))
 
 
 def _weights_options(found: re.Match[str]) -> str:
@@ -117,7 +116,7 @@ def report_interrupt(interrupt: BaseException | None = None) -> None:
     """Say that Ctrl-C was heard, that files are whole, and how to go on: the notes that the interrupt carries."""
     stderr().print()
     notes = " ".join(getattr(interrupt, "__notes__", []))
-    _print_labelled("Interrupted.", "bold yellow", visible(f"Nothing was left half-written. {notes}".rstrip()))
+    print_labelled("Interrupted.", "bold yellow", visible(f"Nothing was left half-written. {notes}".rstrip()))
 
 
 def _hush_libraries() -> None:
@@ -130,8 +129,4 @@ def _hush_libraries() -> None:
 def _show_warning(message: Any, category: type[Warning], filename: str, *rest: Any) -> None:
     """Our own warnings in one line; those of libraries only with WAS_DEBUG."""
     if Path(filename).resolve().is_relative_to(_OURS) or os.environ.get("WAS_DEBUG"):
-        _print_labelled("Warning:", "bold yellow", str(message))
-
-
-def _print_labelled(label: str, style: str, text: str) -> None:
-    stderr().print(Text(label, style=style), text, soft_wrap=True)
+        print_labelled("Warning:", "bold yellow", str(message))

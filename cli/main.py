@@ -11,6 +11,7 @@ import typer
 from was_fx.cli.commands import (
     bench,
     calibrate,
+    chat,
     check,
     compare,
     coverage,
@@ -28,6 +29,7 @@ from was_fx.cli.commands import (
     recommend,
     report,
     search,
+    serve,
     tune,
 )
 from was_fx.cli.errors import INTERRUPTED, Commands, report_interrupt
@@ -114,6 +116,8 @@ _add("eval", evaluate.evaluate, evaluate.EXAMPLES)
 _add("report", report.report, report.EXAMPLES)
 _add("coverage", coverage.coverage, coverage.EXAMPLES)
 _add("generate", generate.generate, generate.EXAMPLES)
+_add("chat", chat.chat, chat.EXAMPLES)
+_add("serve", serve.serve, serve.EXAMPLES)
 _add("check", check.check, check.EXAMPLES)
 _add("bench", bench.bench, bench.EXAMPLES)
 _add("tune", tune.tune, tune.EXAMPLES)

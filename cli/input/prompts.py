@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from dataclasses import dataclass
 from typing import Any
 
 from was_fx.cli.input.models import Loaded
@@ -46,30 +47,65 @@ def continuation(
     Returns:
         text (without the prompt), tokens, and ms_per_token: the median step after the first new token.
     """
+    sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
+    inputs = prompt_tokens(loaded, prompt, max_new_tokens)
+    found = written(loaded, inputs, max_new_tokens=max_new_tokens, seed=seed, sampling=sampling, printer=printer)
+    return {"text": found.text, "tokens": len(found.ids), "ms_per_token": found.ms_per_token}
+
+
+class StoppedError(Exception):
+    """Raised by a streamer to end a text where it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """What a model wrote.
+
+    Attributes:
+        ids: LongTensor [n], on the CPU.
+        text: of them.
+        ms_per_token: the median step after the first new token; None where there are too few.
+        stopped: a streamer ended it.
+    """
+
+    ids: Any
+    text: str
+    ms_per_token: float | None
+    stopped: bool
+
+
+def written(
+    loaded: Loaded,
+    inputs: Any,
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    sampling: dict[str, Any],
+    printer: Any = None,
+) -> Written:
+    """What comes after a prompt: `inputs` of a tokenizer [1, seq]. `sampling` are arguments of `generate()`."""
     import torch
 
     from was_fx.measure.token_clock import TokenClock
 
-    inputs = prompt_tokens(loaded, prompt, max_new_tokens)
-    given = inputs["input_ids"].shape[1]
-    sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
     settings = loaded.model.generation_config
     padding = settings.pad_token_id if settings.pad_token_id is not None else loaded.tokenizer.eos_token_id
     clock = TokenClock(printer)
     torch.manual_seed(seed)
-    ids = loaded.model.generate(
-        inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        pad_token_id=padding,
-        streamer=clock,
-        **sampling,
-    )
-    new = ids[0, given:]
+    try:
+        loaded.model.generate(
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=padding,
+            streamer=clock,
+            **sampling,
+        )
+        stopped = False
+    except StoppedError:
+        stopped = True
+    ids = torch.cat(clock.tokens) if clock.tokens else torch.empty(0, dtype=torch.long)
     # The first step of a decode compiles.
     steps = clock.steps()[1:]
-    return {
-        "text": loaded.tokenizer.decode(new, skip_special_tokens=True),
-        "tokens": len(new),
-        "ms_per_token": statistics.median(steps) if steps else None,
-    }
+    text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
+    return Written(ids, text, statistics.median(steps) if steps else None, stopped)

@@ -71,11 +71,18 @@ def note(text: str, style: str = "dim") -> None:
     stderr().print(visible(text), style=style, soft_wrap=True)
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON object on stdout, without colour or wrapping. NaN and infinity become null."""
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+def print_labelled(label: str, style: str, text: str) -> None:
+    """Print a line on stderr, whatever is quiet: `Error:` and what is wrong, or the like."""
+    stderr().print(Text(label, style=style), text, soft_wrap=True)
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """Print one JSON object on stdout, without colour or wrapping; in one line without an indent. NaN and infinity
+    become null."""
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
     # JSON itself escapes only some of the control characters.
     sys.stdout.write(re.sub(r"[^\n\x20-\x7e]", _json_escaped, text) + "\n")
+    sys.stdout.flush()
 
 
 def _json_escaped(found: re.Match[str]) -> str:

@@ -30,9 +30,10 @@ class Outcome:
         return self.stderr[self.stderr.index("Error: ") :]
 
 
-def call(*arguments: object) -> Outcome:
-    """Run `was` in this process, as from a shell with 80 columns and no terminal."""
-    result = CliRunner(env={"COLUMNS": "80", "WAS_DEBUG": None}).invoke(app, [str(each) for each in arguments])
+def call(*arguments: object, piped: str | None = None) -> Outcome:
+    """Run `was` in this process, as from a shell with 80 columns and no terminal; `piped` is its stdin."""
+    runner = CliRunner(env={"COLUMNS": "80", "WAS_DEBUG": None})
+    result = runner.invoke(app, [str(each) for each in arguments], input=piped)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Outcome(result.exit_code, result.stdout, result.stderr)

@@ -36,6 +36,8 @@ PARSED = {
     "was quantize ./llama --weights int4 --text": "fits every Linear; test_quantize.py does it on a smaller model",
     "was eval ./llama --schedule s.was.safetensors --task": "tasks of the Hub",
     "was generate meta-llama": "a model of 7 billion parameters",
+    "was serve": "waits for clients; test_serve.py is one",
+    "was chat": "waits for questions; test_chat.py asks them",
     "was generate MODEL": "a placeholder for your own",
 }
 # Options that cut work short, added where a command has them and the example does not.
@@ -157,7 +159,7 @@ def shortened(words: list[str], command: Any) -> list[str]:
 @pytest.mark.filterwarnings("ignore:the schedule was made with weights")
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_runs(example, was, shelf, hub, tmp_path, monkeypatch):
-    words = shlex.split(example.partition(" > ")[0])[1:]
+    words = shlex.split(re.split(" [<>] ", example)[0])[1:]
     command, given = parsed(words)
     assert given
     if why_parsed(example):

@@ -16,7 +16,7 @@ from was_fx.cli.render import console
 COMMAND = [sys.executable, "-m", "was_fx.cli.main"]
 COMMANDS = [
     *("calibrate", "make", "search", "recommend", "recalibrate", "inspect", "compare", "import", "ppl", "eval"),
-    *("generate", "bench", "tune", "demo", "report"),
+    *("generate", "chat", "bench", "tune", "demo", "report"),
 ]
 
 

@@ -12,14 +12,18 @@ class TokenClock:
 
     Attributes:
         times: seconds, by `time.perf_counter`; the first entry is the prompt, the second the first new token.
+        tokens: LongTensors [B] of new tokens, as they came.
     """
 
     def __init__(self, inner: Any = None) -> None:
         self.times: list[float] = []
+        self.tokens: list[Tensor] = []
         self._inner = inner
 
     def put(self, tokens: Tensor) -> None:
         """Called by `generate()` with the prompt, and then with each new token on the CPU."""
+        if self.times:
+            self.tokens.append(tokens.clone())  # whose memory may be used again
         self.times.append(time.perf_counter())
         if self._inner is not None:
             self._inner.put(tokens)

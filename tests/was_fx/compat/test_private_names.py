@@ -23,12 +23,14 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cli.serve import Serve
+from transformers.cli.serving.model_manager import ModelManager
 from transformers.generation import utils as generation
 from transformers.integrations import moe as experts_registry
 from transformers.quantizers import auto as quantizers
 from transformers.quantizers.base import HfQuantizer
 
-from was_fx.compat import dynamo, graphs, saving, tensors
+from was_fx.compat import dynamo, graphs, saving, serving, tensors
 from was_fx.compat import experts as our_experts
 from was_fx.compat import generation as our_generation
 from was_fx.compat import quantizers as our_quantizers
@@ -262,6 +264,12 @@ def source_of(function: Any) -> str:
     return inspect.getsource(inspect.getmodule(function) or function)
 
 
+def arguments_of(function: Any) -> set[str]:
+    import inspect
+
+    return set(inspect.signature(function).parameters)
+
+
 CHECKS: dict[str, Callable[[Captured], object]] = {
     # torch
     "_C": lambda _: torch._C,
@@ -326,6 +334,8 @@ CHECKS: dict[str, Callable[[Captured], object]] = {
         our_generation.attention_of(SimpleNamespace(config=transformers.LlamaConfig(attn_implementation="sdpa")))
         == "sdpa"
     ),
+    "_load_model": lambda _: "self._load_model(" in source_of(ModelManager),
+    "_load_processor": lambda _: "self._load_processor(" in source_of(ModelManager),
     "_commit_hash": lambda _: "_commit_hash" in source_of(transformers.PretrainedConfig),
     "_hf_peft_config_loaded": lambda _: (
         PreTrainedModel._hf_peft_config_loaded is False and not saving.saves_adapters_only(nn.Linear(1, 1))
@@ -354,6 +364,8 @@ UNDOCUMENTED: dict[str, Callable[[], object]] = {
         isinstance(quantizers.LOADING_ATTRIBUTES_CONFIG_TYPES, tuple)
         and "LOADING_ATTRIBUTES_CONFIG_TYPES" in our_quantizers.let_given_attributes_win.__code__.co_names
     ),
+    "transformers.cli.serve.Serve": lambda: {"force_model", "host", "port", "log_level"} <= arguments_of(Serve),
+    "transformers.utils.import_utils.is_serve_available": lambda: isinstance(serving.missing_for_server(), str),
     "transformers.cache_utils.StaticLayer": lambda: transformers.cache_utils.StaticLayer,
     **{
         f"{kind.__name__}.{name}": lambda kind=kind, name=name: callable(getattr(kind, name))
