@@ -32,7 +32,7 @@ SWITCHES = {
     "/full": "answer again, with the weights as they were saved",
     "/int8": "answer again, with weights of int8",
     "/int4": "answer again, with weights of int4",
-    "/compare": "the dense model's answer, its weights as they were saved, and this variant's below it",
+    "/compare": "the plain dense model's answer, and this one below it",
     "/again": "answer again",
     "/new": "begin another chat",
     "/help": "these lines",
@@ -256,6 +256,7 @@ def _typed(session: _Session) -> Iterator[str]:
     with suppress(ImportError):
         import readline  # noqa: F401  # lets input() edit the line and know those before it
     while True:
+        stderr().print()
         try:
             line = _input()
         except EOFError:
