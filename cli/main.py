@@ -16,6 +16,7 @@ from was_fx.cli.commands import (
     coverage,
     demo,
     diff,
+    doctor,
     evaluate,
     generate,
     import_artifacts,
@@ -99,6 +100,7 @@ def _add(name: str, command: Callable[..., None], epilog: str, group: typer.Type
 
 
 _add("demo", demo.demo, demo.EXAMPLES)
+_add("doctor", doctor.doctor, doctor.EXAMPLES)
 _add("calibrate", calibrate.calibrate, calibrate.EXAMPLES)
 _add("make", make.make, make.EXAMPLES)
 _add("search", search.search, search.EXAMPLES)
