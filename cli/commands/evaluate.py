@@ -11,7 +11,7 @@ import typer
 
 from was_fx.cli.input import options
 from was_fx.cli.input.files import load_schedule
-from was_fx.cli.input.models import load_model
+from was_fx.cli.input.models import load_model, lowering_name
 from was_fx.cli.render.console import note, print_json, say, stderr, stdout
 from was_fx.cli.render.tables import new_table, percent
 
@@ -62,6 +62,7 @@ def evaluate(
 
     Needs lm-eval: [bold]pip install "was-fx[eval]"[/]. Realised sparsity is measured on the tasks' own texts.
     """
+    decoding = lowering_name(lowering, device, counted=True)
     schedules = {path: load_schedule(path) for path in schedule or []}
     every: list[Path | None] = [None, *schedules]  # the dense model first
     _quiet()
@@ -90,7 +91,7 @@ def evaluate(
             tokenizer=loaded.tokenizer,
             batch_size=batch_size,
             prefill=prefill.value,
-            lowering=lowering.value if lowering else None,
+            lowering=decoding,
             allow_other_model=allow_other_model,
         )
     for path in missing:
