@@ -77,9 +77,9 @@ def show_plan(console: Console, model: str, plan: "Sequence[KernelUse]") -> None
     for use in plan:
         if not use.sparse:
             _line(console, f"{use.name} × {len(use.linears)} dense: {use.reason}")
-    slow = sum(len(use.linears) for use in plan if not use.served)
-    if slow:
-        _line(console, f"{slow} Linears would be right but not faster: no kernel skips their rows here")
+    count = sum(len(use.linears) for use in plan if not use.served)
+    if count:
+        _line(console, f"{count} Linears would be right but not faster: no kernel skips their rows here")
 
 
 def verdict(console: Console, problems: Sequence[str]) -> None:

@@ -11,8 +11,10 @@ from was_fx.kernels.cpu.library import KINDS, LIMIT, kind, origin
 from was_fx.measure.machine import processor_name
 
 # As Linux calls them, for x86 and ARM.
-_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx_vnni")
-_FEATURES += ("avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")
+_FEATURES = (
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx_vnni", "avx512_bf16"),
+    *("amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm"),
+)
 
 
 @dataclass(frozen=True)

@@ -74,16 +74,16 @@ def self_test(device: torch.device, progress: Progress | None = None) -> list[Se
 def _tried(weights: str, dtype: str, shape: tuple[int, int, int], device: torch.device) -> SelfTest:
     tokens, channels, outputs = shape
     named = dtype if weights == "dense" else weights
-    known: tuple[Any, ...] = (f"{named} dense" if weights == "dense" else named, dtype, tokens, (outputs, channels))
+    label, size = f"{named} dense" if weights == "dense" else named, (outputs, channels)
     implementation, tolerance = "", _TOLERANCES["int4" if weights == "int4" else dtype]
     try:
         implementation, run, meaning = _product(weights, DTYPES[dtype], shape, device)
         expected = meaning()
         error = ((run().float() - expected).abs().max() / expected.abs().max()).item()
-        return SelfTest(*known, implementation, error, tolerance, _time(run, device), "")
+        return SelfTest(label, dtype, tokens, size, implementation, error, tolerance, _time(run, device), "")
     except Exception as error:  # whatever a compiler or a driver raises is what is looked for
         text = " ".join(str(error).split()) or type(error).__name__
-        return SelfTest(*known, implementation, None, tolerance, None, text[:300])
+        return SelfTest(label, dtype, tokens, size, implementation, None, tolerance, None, text[:300])
 
 
 def _product(
