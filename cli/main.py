@@ -17,6 +17,7 @@ from was_fx.cli.commands import (
     coverage,
     demo,
     diff,
+    doctor,
     evaluate,
     generate,
     import_artifacts,
@@ -101,6 +102,7 @@ def _add(name: str, command: Callable[..., None], epilog: str, group: typer.Type
 
 
 _add("demo", demo.demo, demo.EXAMPLES)
+_add("doctor", doctor.doctor, doctor.EXAMPLES)
 _add("calibrate", calibrate.calibrate, calibrate.EXAMPLES)
 _add("make", make.make, make.EXAMPLES)
 _add("search", search.search, search.EXAMPLES)

@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"was_fx/sparse"},
     {"was_fx/measure"},
     {"was_fx/embedded"},
-    {"was_fx/choosing", "was_fx/searching", "was_fx/plugins", "was_fx/coverage"},
+    {"was_fx/choosing", "was_fx/searching", "was_fx/plugins", "was_fx/coverage", "was_fx/doctor"},
     {"was_fx"},
     {"cli/input", "cli/render"},
     {"cli/page"},

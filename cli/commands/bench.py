@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from was_fx.cli.input import options
-from was_fx.cli.input.models import load_model, torch_device, torch_dtype
+from was_fx.cli.input.models import load_model, lowering_name, torch_device, torch_dtype
 from was_fx.cli.input.weights import parse_weights
 from was_fx.cli.render.console import print_json, progress, say, stdout
 from was_fx.cli.render.tables import new_table, percent
@@ -18,6 +18,7 @@ EXAMPLES = options.examples(
     "was bench embedded",
     "was bench ./llama --target 50% --target 75%  [dim]a checkpoint[/]",
     "was bench ./llama --weights int8 --target 0% --target 50%  [dim]what int8 wins, and sparsity on top[/]",
+    "was bench ./smollm2 --weights int8 --lowering recorded  [dim]steps without Python, on a CPU[/]",
     "was bench llama-3-8b  [dim]shapes with random weights: llama-3-8b, llama-3.2-1b, llama-2-13b, mistral-7b, "
     "qwen2.5-7b[/]",
 )
@@ -36,6 +37,7 @@ def bench(
     ] = None,
     tokens: Annotated[int, typer.Option(min=25, metavar="N", help="New tokens per repetition.")] = 32,
     repetitions: Annotated[int, typer.Option(min=1, metavar="N", help="How often each is timed.")] = 5,
+    lowering: options.LoweringOption = None,
     weights: options.Weights = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
@@ -45,18 +47,28 @@ def bench(
 
     The text is random, and thresholds are read off the model's own activations: this is about speed, not quality. On a
     GPU the cache is static and decode steps are CUDA graphs, dense and sparse; the speed-up is that of a step. On a CPU
-    the cache is dynamic, the dense model is compiled, and the sparse one runs eagerly, as it does after `sparsify`.
+    the cache is dynamic, the dense model is compiled, and the sparse one runs eagerly, as it does after `sparsify`;
+    with --lowering recorded its cache is static.
     With --weights the sparse model is quantised and the dense one is not; --target 0% is quantised alone.
     """
     from was_fx.measure.speed import decode_speed
 
+    decoding = lowering_name(lowering, device)
     targets = [options.parse_share(each) for each in target or ["50%", "75%"]]
     plan = parse_weights(weights)
     loaded = _model(model, dtype, device)
     with progress("Compiling, then timing in turns") as advance:
-        rows = decode_speed(loaded, targets, tokens=tokens, repetitions=repetitions, weights=plan, progress=advance)
+        rows = decode_speed(
+            loaded,
+            targets,
+            tokens=tokens,
+            repetitions=repetitions,
+            lowering=decoding,
+            weights=plan,
+            progress=advance,
+        )
     if json:
-        print_json({"model": model, "weights": weights, "rows": [asdict(row) for row in rows]})
+        print_json({"model": model, "weights": weights, "lowering": decoding, "rows": [asdict(row) for row in rows]})
         return
     _show(model if not weights else f"{model}, weights {' '.join(weights)}", rows)
 

@@ -8,7 +8,7 @@ import typer
 
 from was_fx.cli.input import options
 from was_fx.cli.input.files import load_schedule
-from was_fx.cli.input.models import load_model
+from was_fx.cli.input.models import load_model, lowering_name
 from was_fx.cli.render.console import print_json, progress, say, stdout
 from was_fx.cli.render.tables import new_table, percent
 
@@ -39,14 +39,16 @@ def check(
 
     The exit code is 1 if a scheduled Linear ran dense.
     """
-    if weights and schedule is None:
-        raise typer.BadParameter("give the schedule too, with --schedule", param_hint="'--weights'")
+    for given, option in ((weights, "--weights"), (lowering, "--lowering")):
+        if given and schedule is None:
+            raise typer.BadParameter("give the schedule too, with --schedule", param_hint=f"'{option}'")
+    decoding = lowering_name(lowering, device, counted=True)
     found = load_schedule(schedule) if schedule else None
     loaded = load_model(model, dtype, device, weights=weights, tokenizer=False, keep_schedule=schedule is None).model
     import was_fx
 
     if found is not None:
-        was_fx.sparsify(loaded, found, lowering=lowering.value if lowering else None)
+        was_fx.sparsify(loaded, found, lowering=decoding)
     with progress("Generating"):
         report = was_fx.check(loaded, new_tokens=new_tokens)
     if json:

@@ -1,5 +1,6 @@
 """`was demo`: the whole of was-fx in one run, offline."""
 
+import copy
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from was_fx.cli.render import demo_screens as screens
 from was_fx.cli.render.console import print_json, progress, stdout
 
 if TYPE_CHECKING:
-    from was_fx import Evaluation, Schedule
+    from was_fx import Calibration, Evaluation, Schedule
     from was_fx.measure.speed import SpeedRow
 
 EXAMPLES = options.examples(
@@ -22,6 +23,8 @@ EXAMPLES = options.examples(
     "was demo --json > demo.json",
 )
 SCORES = ("was", "teal")
+# The level of what is shown at one only.
+LEVEL = 0.5
 PROMPT = "It was a cold evening, and the old man"
 
 
@@ -37,6 +40,7 @@ class Size:
         levels: model sparsities.
         blocks: blocks of the speed test's model; 0 leaves the test out.
         speed_levels: sparsities of the speed test.
+        int8_levels: of the speed test with weights of int8.
     """
 
     calibration: int
@@ -46,6 +50,7 @@ class Size:
     levels: tuple[float, ...]
     blocks: int
     speed_levels: tuple[float, ...] = (0.5, 0.75)
+    int8_levels: tuple[float, ...] = (0.0, 0.5)
 
 
 FULL = Size(calibration=32, recalibration=16, stride=2, limit=56, levels=(0.25, 0.4, 0.5, 0.6, 0.75), blocks=2)
@@ -56,7 +61,7 @@ def demo(
     fast: Annotated[bool, typer.Option("--fast", help="Less text, and no speed test.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Calibrate, compare, generate and time: everything at once, without a network.
+    """Calibrate, compare, quantise, generate and time: everything at once, without a network.
 
     Quality is shown on the language model inside was-fx (5.8 M parameters), speed on a stack of random weights with
     the shapes of Llama-3.2-1B.
@@ -65,36 +70,42 @@ def demo(
     console = stdout()
     if not json:
         screens.opening(console)
-    rows = timed(size) if size.blocks else []
+    rows = timed(size) if size.blocks else {}
     if rows and not json:
         screens.speed(console, rows, size.blocks)
     loaded = load_model(options.EMBEDDED, device="cpu")
-    schedules = calibrated(loaded, size)
+    calibration, schedules = calibrated(loaded, size)
     quality = measured(loaded, schedules, size)
     if not json:
         screens.quality(console, quality, SCORES)
-    texts = samples(loaded, schedules["was"][0.5])
+    better = improved(loaded, calibration, quality["was", LEVEL], size)
+    if not json:
+        screens.better(console, quality["dense", 0.0], better, LEVEL)
+    texts = samples(loaded, schedules["was"][LEVEL])
     if not json:
         screens.samples(console, PROMPT, texts)
     if json:
-        print_json(_as_json(quality, texts, rows))
+        print_json(_as_json(quality, better, texts, rows))
         return
     screens.closing(console)
 
 
-def calibrated(loaded: Loaded, size: Size) -> "dict[str, dict[float, Schedule]]":
-    """Uniform schedules by score and level, with thresholds from the model as it runs sparsely."""
+def calibrated(loaded: Loaded, size: Size) -> "tuple[Calibration, dict[str, dict[float, Schedule]]]":
+    """The calibration with the WAS score and Fisher weights; and uniform schedules by score and level, with thresholds
+    from the model as it runs sparsely."""
     from was_fx import embedded
 
     ids = embedded.tokens("calibration", 512, size.calibration)
     found: dict[str, dict[float, Schedule]] = {}
+    calibrations: dict[str, Calibration] = {}
     for name in SCORES:
         with progress(f"Calibrating with the {name.upper()} score") as advance:
-            calibration = was_fx.calibrate(
+            calibration = calibrations[name] = was_fx.calibrate(
                 loaded.model,
                 ids,
                 score=was_fx.Score.named(name),
                 text="embedded:calibration",
+                fisher=name == "was",
                 batch_size=4,
                 progress=advance,
             )
@@ -105,6 +116,34 @@ def calibrated(loaded: Loaded, size: Size) -> "dict[str, dict[float, Schedule]]"
                 found[name][level] = was_fx.recalibrate(
                     loaded.model, schedule, ids[: size.recalibration], batch_size=4, progress=advance
                 )
+    return calibrations["was"], found
+
+
+def improved(
+    loaded: Loaded, calibration: "Calibration", uniform: "Evaluation", size: Size
+) -> "dict[str, tuple[Evaluation, int]]":
+    """The recipe `fisher`, weights of int8, and both: each with the bytes of weights that a dense token reads."""
+    from was_fx import embedded
+    from was_fx.modules.linears import weight_bytes_per_token
+
+    ids = embedded.tokens("calibration", 512, size.recalibration)
+    test = embedded.tokens("test", 512)[:: size.stride][: size.limit]
+    schedule = was_fx.fisher(calibration, LEVEL)
+    found = {"uniform": (uniform, weight_bytes_per_token(loaded.model))}
+    int8 = copy.deepcopy(loaded.model)
+    with progress("Quantising to int8"):
+        was_fx.quantize(int8, "int8")
+    for name, model in (("fisher", loaded.model), ("int8", int8), ("int8, fisher", int8)):
+        if "fisher" in name:
+            with progress(f"Recalibrating {name}") as advance:
+                fitted = was_fx.recalibrate(model, schedule, ids, batch_size=4, progress=advance)
+            was_fx.sparsify(model, fitted)
+        with progress(f"Scoring the test text, {name}") as advance:
+            found[name] = (
+                was_fx.evaluate(model, test, batch_size=4, progress=advance),
+                weight_bytes_per_token(model),
+            )
+    was_fx.densify(loaded.model)
     return found
 
 
@@ -139,11 +178,12 @@ def samples(loaded: Loaded, schedule: "Schedule") -> dict[str, str]:
     return texts
 
 
-def timed(size: Size) -> "list[SpeedRow]":
-    """Decode speed of a few blocks with the shapes of Llama-3.2-1B, random bf16 weights and a small vocabulary."""
+def timed(size: Size) -> "dict[str, SpeedRow]":
+    """Decode speed of a few blocks with the shapes of Llama-3.2-1B, random weights of bf16 and of int8 and a small
+    vocabulary; the first row is the dense one."""
     from transformers import LlamaConfig
 
-    from was_fx.measure.speed import decode_speed
+    from was_fx.measure.speed import decode_speed, random_model
 
     config = LlamaConfig(
         hidden_size=2048,
@@ -155,15 +195,36 @@ def timed(size: Size) -> "list[SpeedRow]":
         vocab_size=4096,
         tie_word_embeddings=True,
     )
+    model = random_model(config)
+    found: dict[str, SpeedRow] = {}
+    how: dict[str, Any] = {"tokens": 17, "repetitions": 3, "lowering": "eager"}
     with progress("Timing dense and sparse in turn") as advance:
-        return decode_speed(config, size.speed_levels, tokens=17, repetitions=5, lowering="eager", progress=advance)
+        dense, *rows = decode_speed(model, size.speed_levels, progress=advance, **how)
+    found["dense"] = dense
+    found |= {f"{100 * row.target:.0f} %": row for row in rows}
+    with progress("Timing it with weights of int8") as advance:
+        _, *rows = decode_speed(model, size.int8_levels, weights="int8", progress=advance, **how)
+    found |= {f"int8, {100 * row.target:.0f} %" if row.target else "int8": row for row in rows}
+    return found
 
 
 def _as_json(
-    quality: "dict[tuple[str, float], Evaluation]", texts: dict[str, str], rows: "list[SpeedRow]"
+    quality: "dict[tuple[str, float], Evaluation]",
+    better: "dict[str, tuple[Evaluation, int]]",
+    texts: dict[str, str],
+    rows: "dict[str, SpeedRow]",
 ) -> dict[str, Any]:
     evaluations = [
         {"score": score, "target": level, "perplexity": result.perplexity, **asdict(result)}
         for (score, level), result in quality.items()
     ]
-    return {"quality": evaluations, "samples": {"prompt": PROMPT, **texts}, "speed": [asdict(row) for row in rows]}
+    improvements = [
+        {"what": what, "perplexity": result.perplexity, "bytes": size * (1 - result.bytes_saved), **asdict(result)}
+        for what, (result, size) in better.items()
+    ]
+    return {
+        "quality": evaluations,
+        "better": improvements,
+        "samples": {"prompt": PROMPT, **texts},
+        "speed": [{"what": what, **asdict(row)} for what, row in rows.items()],
+    }

@@ -12,7 +12,7 @@ import typer
 
 from was_fx.cli.input import options
 from was_fx.cli.input.files import load_schedule, short_name
-from was_fx.cli.input.models import load_model
+from was_fx.cli.input.models import load_model, lowering_name
 from was_fx.cli.input.weights import parse_formats
 from was_fx.cli.render.console import note, print_json, say, stderr, stdout
 from was_fx.cli.render.tables import new_table, percent
@@ -91,6 +91,7 @@ def evaluate(
     own texts.
     """
     formats: dict[str | None, Any] = {None: None, **parse_formats(weights)}
+    decoding = lowering_name(lowering, device, counted=True)
     schedules = {path: load_schedule(path) for path in schedule or []}
     _quiet()
     try:
@@ -128,7 +129,7 @@ def evaluate(
                             tokenizer=loaded.tokenizer,
                             batch_size=batch_size,
                             prefill=prefill.value,
-                            lowering=lowering.value if lowering else None,
+                            lowering=decoding,
                             allow_other_model=allow_other_model,
                         )
                     title = each if isinstance(each, str) else each["task"]

@@ -8,7 +8,7 @@ import typer
 import was_fx
 from was_fx.cli.input import options
 from was_fx.cli.input.files import load_schedule
-from was_fx.cli.input.models import Loaded, load_model
+from was_fx.cli.input.models import Loaded, load_model, lowering_name
 from was_fx.cli.input.prompts import continuation, prompt_tokens
 from was_fx.cli.render.console import note, print_json, stdout
 
@@ -16,6 +16,8 @@ EXAMPLES = options.examples(
     'was generate embedded --prompt "It was a dark night"  [dim]dense[/]',
     'was generate embedded --schedule s.was.safetensors --prompt "It was" --sample --temperature 0.8 --seed 3',
     'was generate ./llama --schedule s.was.safetensors --prompt "Hello" --dense-too',
+    'was generate ./llama --schedule s.was.safetensors --prompt "Hello" --lowering recorded  '
+    "[dim]fastest for a small model on a CPU[/]",
 )
 
 
@@ -44,6 +46,9 @@ def generate(
 
     The prompt is read densely; each new token is sparse. On a GPU the first ones wait for the compiler.
     """
+    if lowering and schedule is None:
+        raise typer.BadParameter("give a schedule too, with --schedule", param_hint="'--lowering'")
+    decoding = lowering_name(lowering, device)
     found = load_schedule(schedule) if schedule else None
     if not prompt:
         raise typer.BadParameter("the prompt is empty", param_hint="'--prompt'")
@@ -59,7 +64,7 @@ def generate(
         was_fx.sparsify(
             loaded.model,
             found,
-            lowering=lowering.value if lowering else None,
+            lowering=decoding,
             allow_other_model=allow_other_model,
         )
         heading = f"sparse, {100 * found.sparsity:.0f} % nominal" if headings else None

@@ -15,7 +15,7 @@ from was_fx.cli.input import options
 from was_fx.cli.input.compare_inputs import read_trials
 from was_fx.cli.input.eval_results import read_eval
 from was_fx.cli.input.files import check_output, load_calibration, load_schedule, short_name
-from was_fx.cli.input.models import DTYPE_NAMES, Loaded, load_model, torch_device
+from was_fx.cli.input.models import DTYPE_NAMES, Loaded, load_model, lowering_name, torch_device
 from was_fx.cli.input.prompts import beginnings, continuation, prompt_tokens
 from was_fx.cli.input.texts import read_text, windows
 from was_fx.cli.input.weights import parse_formats
@@ -104,6 +104,7 @@ def report(
     Every measurement is kept in a file beside the page (report.jsonl) as soon as it is made: the same command goes on
     from there, and redraws the page in no time. Remove that file to measure anew.
     """
+    decoding = lowering_name(lowering, device)
     formats = parse_formats(weights)
     check_output(out, force)
     source = read_text(text, model, "test")
@@ -132,9 +133,7 @@ def report(
         "prompts": prompts,
         "max_new_tokens": max_new_tokens,
     }
-    method = Method(
-        prefill.value, batch_size, speed, repetitions, lowering.value if lowering else None, allow_other_model
-    )
+    method = Method(prefill.value, batch_size, speed, repetitions, decoding, allow_other_model)
     log = ResultsLog(out.with_suffix(".jsonl"))
 
     @functools.cache

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from was_fx.cli.input.options import EMBEDDED, Dtype
+import typer
+
+from was_fx.cli.input.options import EMBEDDED, Dtype, Lowering
 from was_fx.cli.input.shared_options import Loading, loading
 from was_fx.cli.input.weights import parse_weights, quantise
 from was_fx.cli.render.console import note, progress
@@ -181,6 +183,33 @@ def torch_device(name: str) -> Any:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch finds no CUDA device here; use --device cpu")
     return device
+
+
+def lowering_name(lowering: Lowering | None, device: str, *, counted: bool = False) -> Any:
+    """What `--lowering` gave, by the name that `sparsify` takes.
+
+    Args:
+        lowering: what was given.
+        device: what `--device` gave.
+        counted: the command counts dropped channels in each step, which is not recorded.
+
+    Raises:
+        ValueError: decode steps can't run so on this device.
+        typer.BadParameter: they can't in this command.
+    """
+    from was_fx.generate.generation import check_lowering
+
+    if counted and lowering is Lowering.recorded:
+        raise typer.BadParameter(
+            "recorded steps can't count what they drop, which this command does; leave it out here. It is for "
+            "was generate, was bench and was report",
+            param_hint="'--lowering'",
+        )
+
+    name = None if lowering is None else lowering.value
+    if not loading().device_map:  # which `sparsify` looks at
+        check_lowering(name, torch_device(device))
+    return name
 
 
 def torch_dtype(dtype: Dtype) -> Any:

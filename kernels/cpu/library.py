@@ -36,30 +36,40 @@ LIMIT = "WAS_FX_CPU_KERNELS"
 # What the library calls the dtypes of x and the weights.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_COST = "on this CPU every token takes about twice as long"
-
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels, or None where there are none (said once, with what it costs)."""
+    loaded, _, missing = _find()
+    if loaded is None:
+        log.warning("on this CPU every token takes about twice as long: %s", missing)
+    return loaded
+
+
+def origin() -> tuple[Path | None, str]:
+    """The file that holds the kernels; or None, and why there is none and what to do. Looks anew, and may compile."""
+    _, path, missing = _find()
+    return path, missing
+
+
+def _find() -> tuple[ctypes.CDLL | None, Path | None, str]:
+    """The kernels, their file, and where there are none a sentence that says why and what to do."""
     source = source_hash()
     for path in FOLDER.glob("cpu_kernels*" + (sysconfig.get_config_var("SHLIB_SUFFIX") or ".so")):
         loaded = _load(path, source)
         if loaded is not None:
-            return loaded
+            return loaded, path, ""
     try:
         built = compiled(source)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         output = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
-        log.warning("the C++ kernels can't be compiled; %s:\n%s", _COST, output[-2000:])
-        return None
+        return None, None, f"the C++ kernels can't be compiled; set CXX to another compiler. It said:\n{output[-2000:]}"
     if built is None:
-        log.warning("no C++ compiler found; %s. Install g++, or set CXX to a compiler", _COST)
-        return None
+        return None, None, "no C++ compiler found; install g++, or set CXX to a compiler"
     loaded = _load(built, source)
     if loaded is None:
-        log.warning("the C++ kernels in %s can't be loaded; %s. Delete the file to compile them anew", built, _COST)
-    return loaded
+        return None, None, f"the C++ kernels in {built} can't be loaded; delete the file to compile them anew"
+    return loaded, built, ""
 
 
 @functools.cache

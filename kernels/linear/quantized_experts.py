@@ -14,8 +14,20 @@ from was_fx.kernels.linear import quantized_linear
 from was_fx.kernels.linear.sparse_experts import biases_of, check_pairs, products_by_expert
 from was_fx.kernels.parts.private_names import calls_plainly
 from was_fx.kernels.parts.registration import register_op
-from was_fx.kernels.parts.served import note_served
+from was_fx.kernels.parts.served import Choice, note_served
 from was_fx.kernels.quantized.rows import expert_rows, outputs_of
+
+
+def choose(
+    x: Tensor, codes: Tensor, scales: Tensor, groups: Tensor | None, experts: Tensor, tokens: Tensor | None
+) -> Choice:
+    """What serves a call. Nothing is read but shapes, dtypes, strides and devices."""
+    if x.is_cuda and tokens is None:
+        from was_fx.kernels.linear import gpu_experts  # imports triton
+
+        if gpu_experts.supports_quantized(x, codes, scales, groups, experts):
+            return Choice("gpu_quantized_experts", "few tokens on a GPU, rows of codes", gpu_experts.quantized_experts)
+    return Choice("by_expert", "each expert's rows are a product of their own", None)
 
 
 def compute(
@@ -33,14 +45,13 @@ def compute(
     _check(x, codes, shape, bias, threshold, experts, tokens)
     if not len(experts):
         return x.new_empty(0, shape[1])
-    if x.is_cuda and tokens is None:
-        from was_fx.kernels.linear import gpu_experts  # imports triton
-
-        if gpu_experts.supports_quantized(x, codes, scales, groups, experts):
-            note_served((codes,), "gpu_quantized_experts", "few tokens on a GPU, rows of codes")
-            # |x| is never below -1.
-            limits = x.new_full((len(codes), x.shape[1]), -1, dtype=torch.float32) if threshold is None else threshold
-            return gpu_experts.quantized_experts(x, codes, scales, groups, bias, limits, experts)
+    choice = choose(x, codes, scales, groups, experts, tokens)
+    if choice.function is not None:
+        note_served((codes,), choice.name, choice.reason)
+        # |x| is never below -1.
+        limits = x.new_full((len(codes), x.shape[1]), -1, dtype=torch.float32) if threshold is None else threshold
+        y: Tensor = choice.function(x, codes, scales, groups, bias, limits, experts)
+        return y
 
     def product(rows: Tensor, chosen: Sequence[int], each: Tensor | None) -> Tensor:
         weights = [expert_rows(codes, scales, groups, e) for e in chosen]

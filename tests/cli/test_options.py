@@ -192,3 +192,22 @@ def test_what_was_mistyped_gets_a_suggestion(was, arguments, expected):
 
 def test_what_is_like_nothing_gets_none(was):
     assert "did you mean" not in was("ppl", "embedded", "--zzzz").stderr.lower()
+
+
+@pytest.mark.parametrize("command", ["check", "eval"])
+def test_recorded_steps_are_refused_where_channels_are_counted(was, schedule, command):
+    outcome = was(command, "embedded", "--schedule", schedule, "--lowering", "recorded")
+    assert outcome.code == 2
+    assert "can't count what they drop" in " ".join(outcome.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("bench",), ("report", "--out", "x.html")])
+def test_recorded_steps_are_refused_on_a_gpu_before_anything_is_loaded(was, schedule, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    given = () if command[0] == "bench" else ("--schedule", schedule)
+    name, *rest = command
+    outcome = was(name, "embedded", *given, *rest, "--lowering", "recorded", "--device", "cuda")
+    assert outcome.code == 1
+    assert outcome.error.startswith("Error: lowering 'recorded' is for a CPU, and the model is on cuda; leave it out")
+    assert "Loading" not in outcome.stderr

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from was_fx.choosing.results_log import ResultsLog
-from was_fx.compile.options import Lowering
+from was_fx.compile.options import ModelLowering
 from was_fx.measure.evaluate import evaluate
 from was_fx.measure.speed import SpeedRow, decode_speed
 from was_fx.modules.linears import weight_bytes_per_token
@@ -92,7 +92,7 @@ class Method:
     batch_size: int = 4
     speed: bool = True
     repetitions: int = 5
-    lowering: Lowering | None = None
+    lowering: ModelLowering | None = None
     allow_other_model: bool = False
 
 

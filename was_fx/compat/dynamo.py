@@ -139,3 +139,10 @@ def set_compiled_call(model: Any, call: Any) -> None:
         vars(model).pop("_compiled_call_impl", None)  # the class has a None
     else:
         model._compiled_call_impl = call
+
+
+def inductor_cache() -> str:
+    """The folder in which Inductor keeps what it compiled."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()

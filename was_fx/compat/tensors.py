@@ -1,5 +1,6 @@
 """Private names of torch's tensors, each with what it is for. `tests/was_fx/compat` fails when one is gone."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -24,3 +25,10 @@ def take_strides(tensor: Any, again: Any) -> None:
     """Let a DTensor have the data and the strides of another one; `.data` alone leaves it with its old strides."""
     tensor.data = again
     tensor._spec = again._spec
+
+
+def without_memory() -> AbstractContextManager[Any]:
+    """While it lasts, tensors that are made have a shape, a dtype, strides and a device, and no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()

@@ -28,8 +28,12 @@ _OTHER_LOOPS = ("custom_generate", "assistant_model", "prompt_lookup_num_tokens"
 _CACHE_SHARE, _KEPT_SHARE = 0.25, 0.01
 
 
-def check_lowering(model: nn.Module, lowering: str | None) -> None:
+def check_lowering(lowering: str | None, device: torch.device | None) -> None:
     """Whether decode steps of a model can be run so.
+
+    Args:
+        lowering: as for `sparsify`.
+        device: where the model is or will be; None if it is nowhere.
 
     Raises:
         ValueError: no such lowering, or it needs something that isn't there.
@@ -38,9 +42,8 @@ def check_lowering(model: nn.Module, lowering: str | None) -> None:
         raise ValueError(f"lowering is {lowering!r}; it must be one of {', '.join(map(repr, get_args(ModelLowering)))}")
     if lowering != "recorded":
         return
-    first = next(model.parameters(), None)
-    if first is not None and first.device.type != "cpu":
-        raise ValueError(f"lowering 'recorded' is for a CPU, and the model is on {first.device}; leave it out there")
+    if device is not None and device.type != "cpu":
+        raise ValueError(f"lowering 'recorded' is for a CPU, and the model is on {device}; leave it out there")
     if library() is None:
         raise ValueError("lowering 'recorded' needs the C++ kernels: install g++, or set CXX to a compiler")
 

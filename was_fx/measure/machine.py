@@ -13,7 +13,7 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
     """The processor or GPU by name, threads, and versions."""
     gpu = torch.device(device).type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if gpu else _processor(),
+        "device": torch.cuda.get_device_name(device) if gpu else processor_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -21,7 +21,8 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """What the processor is called."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

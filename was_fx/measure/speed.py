@@ -4,14 +4,14 @@ import contextlib
 import copy
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from was_fx.compat.dynamo import compiled_call, set_compiled_call, settings_for_models
-from was_fx.compile.options import Lowering
+from was_fx.compile.options import ModelLowering
 from was_fx.generate.compiled_step import CompiledStep
 from was_fx.measure.sequential import realised_sparsity, uniform_while_dropping
 from was_fx.measure.timed_model import WARM_UP, Load, TimedModel, Turn
@@ -97,7 +97,7 @@ def decode_speed(
     dense_mode: str = "reduce-overhead",
     weights: Weights | None = None,
     seed: int = 0,
-    lowering: Lowering | None = None,
+    lowering: ModelLowering | None = None,
     allow_other_model: bool = False,
     progress: Progress | None = None,
 ) -> list[SpeedRow]:
@@ -116,11 +116,13 @@ def decode_speed(
             to drop what they would.
         text: LongTensor [n, seq] to take prompts from, which are no longer than it; by default random tokens.
         prompt: tokens before those that are decoded; by default 128 on a GPU, 16 on a CPU.
-        tokens: new tokens per repetition; at least 2, on a GPU 25; by default 64 on a GPU, 32 on a CPU.
+        tokens: new tokens per repetition; at least 2, on a GPU and of recorded steps 25; by default 64 on a GPU,
+            32 on a CPU.
         long_prompt: tokens of the prompt whose forward is timed alone; by default 2048 on a GPU, 128 on a CPU, and no
             more than the model has positions.
         repetitions: how often each is timed.
-        cache: "static" or "dynamic", the KV cache; by default static on a GPU, dynamic on a CPU.
+        cache: "static" or "dynamic", the KV cache; by default static on a GPU, dynamic on a CPU, where that of a model
+            with recorded steps is static.
         score: of the thresholds; WAS's by default.
         with_dense: time the dense model too; without it, `ratio` is None.
         dense_mode: the mode of torch.compile for the dense model's decode steps on a GPU.
@@ -142,7 +144,7 @@ def decode_speed(
         raise ValueError("the model is sparsified; the dense one is needed: was_fx.densify(model) first")
     on_gpu = input_device(model).type == "cuda"
     prompt, tokens = prompt or (128 if on_gpu else 16), tokens or (64 if on_gpu else 32)
-    least = 3 * WARM_UP + 1 if on_gpu else 2
+    least = 3 * WARM_UP + 1 if on_gpu or lowering == "recorded" else 2
     if tokens < least or prompt < 1 or repetitions < 1:
         raise ValueError(
             f"tokens is {tokens}, prompt {prompt} and repetitions {repetitions}; expected at least {least}, 1 and 1"
@@ -157,9 +159,12 @@ def decode_speed(
     subjects: list[Schedule | None] = [*([None] if with_dense else []), *schedules]
     with _compiled_dense(model, load, lowering, dense_mode) as dense_step:
         sparse_step = sparse if lowering == "eager" else CompiledStep(sparse, {})
+        sparse_load = load
+        if lowering == "recorded":
+            sparse_load = replace(load, warm_up=WARM_UP, cache=cache or "static")
         runs = _Runs(
             TimedModel(model, load, dense_step),
-            TimedModel(sparse, load, sparse_step),
+            TimedModel(sparse, sparse_load, sparse_step),
             subjects,
             repetitions,
             {"lowering": lowering, "allow_other_model": allow_other_model},
@@ -192,12 +197,13 @@ def _load(
         width = min(width, text.numel())
         ids = text.flatten()[: text.numel() // width * width].view(-1, width)[:4]
     row = ids[:1].to(device)
-    load = Load(row[:, :prompt], row[:, :length], tokens, cache or ("static" if on_gpu else "dynamic"))
+    cache = cache or ("static" if on_gpu else "dynamic")
+    load = Load(row[:, :prompt], row[:, :length], tokens, cache, WARM_UP if on_gpu else 0)
     return ids[:, : min(128, longest)], load
 
 
 @contextlib.contextmanager
-def _compiled_dense(model: Any, load: Load, lowering: Lowering | None, mode: str) -> Iterator[Any]:
+def _compiled_dense(model: Any, load: Load, lowering: ModelLowering | None, mode: str) -> Iterator[Any]:
     """Compile the dense model as its users would while the context lasts; gives what makes its decode steps."""
     if lowering == "eager":
         yield model

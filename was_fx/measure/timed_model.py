@@ -14,8 +14,8 @@ from was_fx.compat.dynamo import graphs_compiled
 from was_fx.compat.generation import cache_argument
 from was_fx.measure.token_clock import TokenClock
 
-# New tokens on a GPU that don't count at the start of a sequence: the first steps capture a CUDA graph, and Python is
-# not yet ahead of the GPU.
+# New tokens that don't count at the start of a sequence where the first steps are other ones: on a GPU they capture a
+# CUDA graph, and Python is not yet ahead of the GPU; on a CPU they may be recorded.
 WARM_UP = 8
 
 # How long the GPU waits for each step that is to be timed, so that Python has queued it by then.
@@ -31,12 +31,14 @@ class Load:
         long_prompt: the same, of the prompt whose forward is timed alone.
         tokens: new tokens of a repetition.
         cache: "static" or "dynamic".
+        warm_up: how many of the tokens don't count in `Turn.token_ms`.
     """
 
     prompt: Tensor
     long_prompt: Tensor
     tokens: int
     cache: str
+    warm_up: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,8 @@ class TimedModel:
         """Time everything once."""
         clock = TokenClock()
         text = self.generate(streamer=clock)
-        skipped = WARM_UP if self.on_gpu else 0
         step_ms = self.steps()[0] if self.has_steps else None
-        return Turn(statistics.fmean(clock.steps()[skipped:]), step_ms, self.prompt_ms(), text)
+        return Turn(statistics.fmean(clock.steps()[self.load.warm_up :]), step_ms, self.prompt_ms(), text)
 
     def generate(self, new: int | None = None, prompt: Tensor | None = None, streamer: Any = None) -> Tensor:
         """Tokens [1, prompt and new] by greedy decoding; the load's prompt and number of tokens by default."""

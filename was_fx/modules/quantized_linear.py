@@ -87,13 +87,23 @@ def empty_rows(name: str, module: Any, format: str) -> QuantizedRows:
     """
     weight = module.weight
     channels, outputs = weight.shape if hasattr(module, "nf") else weight.shape[::-1]
+    return empty_rows_of(name, (outputs, channels), format, weight.device)
+
+
+def empty_rows_of(name: str, shape: tuple[int, int], format: str, device: torch.device) -> QuantizedRows:
+    """The same by the shape (N, K) of the weight.
+
+    Raises:
+        ValueError: the groups of int4 don't divide N.
+    """
+    outputs, channels = shape
     if format == INT8:
         padded = outputs + -outputs % 32
-        codes = torch.empty(channels, padded, dtype=torch.int8, device=weight.device)
-        return QuantizedRows(codes, torch.empty(outputs, device=weight.device, dtype=torch.float32), None)
+        codes = torch.empty(channels, padded, dtype=torch.int8, device=device)
+        return QuantizedRows(codes, torch.empty(outputs, device=device, dtype=torch.float32), None)
     group = group_of(format)
     check_group(name, outputs, group)
-    return empty_int4(outputs, channels, group, weight.device)
+    return empty_int4(outputs, channels, group, device)
 
 
 def group_of(format: str) -> int:

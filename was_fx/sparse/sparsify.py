@@ -83,7 +83,8 @@ def sparsify(
     adopt_foreign(model)
     linears = find_linears(model)
     rule = TokenRule(prefill)
-    check_lowering(model, lowering)
+    first = next(model.parameters(), None)
+    check_lowering(lowering, None if first is None else first.device)
     options = BackendOptions.parse(
         {"disable": tuple(disable), "lowering": "eager" if lowering == "eager" else "inductor", **mode_options(mode)}
     )

@@ -41,6 +41,16 @@ def test_a_table_within_eighty_columns(was, timed, rows):
     assert f"sparse {rows[1].prompt_ms:.0f} ms" in outcome.stdout
 
 
+def test_the_lowering_is_passed_on(was, monkeypatch):
+    asked = []
+    monkeypatch.setattr(speed, "decode_speed", lambda *_, **given: asked.append(given["lowering"]) or CPU)
+    assert (
+        was("bench", "embedded", "--device", "cpu", "--lowering", "recorded", "--json").json["lowering"] == "recorded"
+    )
+    assert was("bench", "embedded", "--device", "cpu", "--json").json["lowering"] is None
+    assert asked == ["recorded", None]
+
+
 def test_json_holds_every_field(was, timed):
     timed(GPU)
     found = was("bench", "embedded", "--device", "cpu", "--json").json

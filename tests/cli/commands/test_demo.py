@@ -1,11 +1,15 @@
 """`was demo`: its parts, and the whole of `--fast`."""
 
 import io
+import shlex
+import signal
+import sys
 
 import pytest
 import torch
 
-from was_fx import Evaluation
+from was_fx import Evaluation, embedded
+from was_fx.cli.main import main
 from was_fx.cli.render import demo_screens as screens
 from was_fx.cli.render.console import PlainConsole
 from was_fx.measure.speed import SpeedRow, decode_speed
@@ -20,6 +24,11 @@ def test_fast_runs_and_gives_json(was):
     assert dense < found["was", 0.25]["perplexity"] < found["was", 0.5]["perplexity"] < found["was", 0.75]["perplexity"]
     assert found["teal", 0.5]["realised"] == pytest.approx(0.5, abs=0.05)
     assert outcome.json["samples"]["dense"]
+    better = {row["what"]: row for row in outcome.json["better"]}
+    assert better["uniform"]["perplexity"] == found["was", 0.5]["perplexity"]
+    assert better["fisher"]["perplexity"] < better["uniform"]["perplexity"]
+    assert better["int8"]["perplexity"] == pytest.approx(dense, rel=0.02)
+    assert better["int8, fisher"]["bytes"] < better["int8"]["bytes"] < better["uniform"]["bytes"]
     assert outcome.json["speed"] == []
 
 
@@ -33,14 +42,49 @@ def test_screens_fit_eighty_columns():
     }
     screens.opening(console)
     screens.quality(console, rows, ("was", "teal"))
+    screens.better(
+        console,
+        rows["dense", 0.0],
+        {"fisher": (rows["was", 0.5], 2 * 10**9), "uniform": (rows["was", 0.5], 10**9)},
+        0.5,
+    )
     screens.samples(console, "It was", {"dense": " a [bold]night[/].", "sparse": " a day."})
-    times = [SpeedRow(s, s, 10.0, (10.0,) * 5, 1.0, 10**9) for s in (0.0, 0.5)]
+    times = {name: SpeedRow(s, s, 10.0, (10.0,) * 5, 1.0, 10**9) for name, s in (("dense", 0.0), ("int8, 50 %", 0.5))}
     screens.speed(console, times, 2)
     screens.closing(console)
     drawn = console.file.getvalue()
     assert max(map(len, drawn.splitlines())) <= 80
     assert "[bold]night[/]" in drawn
     assert "1,000.0 MB" in drawn
+    assert "int8, 50 %" in drawn
+    assert "1,200.0 MB" in drawn
+
+
+# What makes the commands at the end of the demo quick.
+SHORT = {
+    "search": ("--tokens", "256", "--length", "64"),
+    "report": ("--limit", "1", "--length", "64", "--max-new-tokens", "3", "--repetitions", "1", "--lowering", "eager"),
+    "bench": ("--repetitions", "1", "--lowering", "eager"),
+    "generate": ("--max-new-tokens", "3"),
+}
+
+
+@pytest.mark.slow
+def test_the_commands_at_its_end_lead_to_a_schedule_a_report_and_speed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    (tmp_path / "MODEL").symlink_to(embedded.path(), target_is_directory=True)
+    for name, part in (("book.txt", "calibration"), ("other.txt", "test")):
+        (tmp_path / name).write_text(embedded.text(part)[:4000], encoding="utf-8")
+    for _, command in screens.NEXT:
+        _, name, *rest = shlex.split(command)
+        monkeypatch.setattr(sys, "argv", ["was", name, *rest, *SHORT[name]])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code in (0, None), capsys.readouterr().err
+        assert capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} >= {"schedule.was.safetensors", "report.html"}
+    assert len(screens.NEXT) == 4
 
 
 @pytest.fixture(scope="module")

@@ -35,9 +35,22 @@ def test_the_seed_decides_the_sample(was):
     assert first == again != other
 
 
+def test_recorded_steps_give_a_text_and_are_recorded(was, schedule, monkeypatch):
+    from was_fx.generate.recorded_step import RecordedStep
+
+    made, init = [], RecordedStep.__init__
+    monkeypatch.setattr(RecordedStep, "__init__", lambda self, *a, **k: (init(self, *a, **k), made.append(self))[0])
+    plain = was("generate", "embedded", "--schedule", schedule, *PROMPT, "--json").json
+    assert made == []
+    recorded = was("generate", "embedded", "--schedule", schedule, *PROMPT, "--lowering", "recorded", "--json").json
+    assert [step.declined for step in made] == [""]
+    assert recorded["text"] == plain["text"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (["embedded", "--prompt", "x", "--lowering", "recorded"], 2, "give a schedule too"),
         (["embedded"], 2, "--prompt"),
         (["embedded", "--prompt", ""], 2, "the prompt is empty"),
         (["embedded", "--prompt", "x", "--max-new-tokens", "5000"], 1, "more than the 1024"),

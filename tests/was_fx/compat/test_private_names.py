@@ -220,6 +220,12 @@ def tells_storages_apart() -> bool:
     return apart and same
 
 
+def makes_tensors_without_memory() -> bool:
+    with tensors.without_memory():
+        huge = torch.empty(1 << 30, 1 << 10, dtype=torch.bfloat16).t()
+    return huge.is_cpu and huge.stride() == (1, 1 << 10)
+
+
 def tells_what_watches() -> bool:
     x, plainly = torch.zeros(2), private_names.calls_plainly
     with torch.no_grad(), FakeTensorMode():
@@ -306,6 +312,7 @@ CHECKS: dict[str, Callable[[Captured], object]] = {
     "_inductor": lambda _: (
         "max_autotune" in dynamo.inductor_options() and dynamo.mode_options("max-autotune-no-cudagraphs"),
         torch._inductor.compile_fx.compile_fx,
+        Path(dynamo.inductor_cache()).is_absolute(),
     ),
     "_local_tensor": lambda _: "_local_tensor" in dtensor().__slots__,
     "_ops": lambda _: (
@@ -317,6 +324,7 @@ CHECKS: dict[str, Callable[[Captured], object]] = {
         and graphs.schema_of(torch.add) is None
     ),
     "_sleep": lambda _: callable(torch.cuda._sleep),
+    "_subclasses": lambda _: makes_tensors_without_memory(),
     "_spec": lambda _: "_spec" in dtensor().__slots__,
     "_version": lambda _: counts_versions(),
     # transformers

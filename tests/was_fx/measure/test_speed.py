@@ -84,6 +84,20 @@ def test_a_static_cache_on_a_cpu(tiny):
     assert all(row.step_ms is None and row.ms_per_token > 0 for row in rows)
 
 
+def test_recorded_steps_have_a_static_cache_and_their_first_ones_do_not_count(tiny, monkeypatch):
+    from was_fx.generate.recorded_step import RecordedStep
+
+    made, init = [], RecordedStep.__init__
+    monkeypatch.setattr(RecordedStep, "__init__", lambda self, *a, **k: (init(self, *a, **k), made.append(self))[0])
+    settings = {"prompt": 4, "repetitions": 1, "with_dense": False, "lowering": "recorded"}
+    (row,) = decode_speed(tiny, [0.5], tokens=25, **settings)
+    assert made
+    assert {step.declined for step in made} == {""}
+    assert row.ms_per_token > 0
+    with pytest.raises(ValueError, match="at least 25"):
+        decode_speed(tiny, [0.5], tokens=24, **settings)
+
+
 @pytest.mark.parametrize("arguments", [{"tokens": 1}, {"prompt": -1}, {"repetitions": 0}], ids=str)
 def test_too_little_to_time_is_refused(tiny, arguments):
     with pytest.raises(ValueError, match="at least 2, 1 and 1"):
