@@ -118,7 +118,7 @@ def closing(console: Console) -> None:
     _heading(console, "Next: your own model")
     for what, command in NEXT:
         console.print(f"  {what}", style="dim")
-        console.print(f"  {command}", style="cyan")
+        console.print(f"    {command}", style="cyan")
     console.print()
     _paragraph(
         console,
