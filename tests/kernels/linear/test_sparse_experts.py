@@ -205,7 +205,7 @@ def test_the_gpu_path_computes_the_op(case, device, dtype, error):
     x, weight, bias, threshold, experts = (None if each is None else each.to(device) for each in moved)
     y = gpu_experts.sparse_experts(x, weight.mT, bias, threshold, experts, None)
     assert y.dtype == dtype
-    assert error(y.cpu(), exact) < max(2e-3, TOLERANCE[dtype])
+    assert error(y.cpu(), exact) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(
