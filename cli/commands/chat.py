@@ -95,7 +95,7 @@ def chat(
     watched = sys.stdin.isatty()
     if not has_chat_template(variants.loaded.tokenizer):
         note(f"{model} has no chat template: it goes on from your text as it stands.")
-    session = _Session(variants, Conversation(system), how, json)
+    session = _Session(variants, Conversation(system), how, json, watched)
     if watched:
         note(f"{variants.name()} (weights in memory: {_memory(variants)}). /help lists what can be switched.")
     with _interrupts(signal.default_int_handler):
@@ -109,6 +109,8 @@ def chat(
                     raise
                 print_labelled("Error:", "bold red", visible(error))
             except KeyboardInterrupt:
+                if not watched:
+                    raise
                 if session.interrupted:
                     break
                 session.interrupted = True
@@ -120,10 +122,14 @@ class _Session:
 
     Attributes:
         interrupted: Ctrl-C was the last that was heard.
+        watched: somebody types.
     """
 
-    def __init__(self, variants: Variants, conversation: Conversation, how: dict[str, Any], json: bool) -> None:
+    def __init__(
+        self, variants: Variants, conversation: Conversation, how: dict[str, Any], json: bool, watched: bool
+    ) -> None:
         self.variants, self.conversation, self.how, self.json = variants, conversation, how, json
+        self.watched = watched
         self.interrupted = False
 
     def take(self, line: str) -> None:
@@ -209,7 +215,7 @@ class _Session:
         printer = AnswerPrinter(loaded.tokenizer, quiet=self.json)
 
         def stop(*_: object) -> None:
-            if printer.stop:
+            if printer.stop or not self.watched:
                 raise KeyboardInterrupt
             printer.stop = self.interrupted = True
 

@@ -74,7 +74,7 @@ class Variants:
         before, self.now = self.now, wanted
         try:
             self._settle()
-        except ValueError:
+        except BaseException:
             self.now = before
             raise
         return new

@@ -1,6 +1,9 @@
 """`was chat`."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -170,3 +173,22 @@ def test_ctrl_d_leaves():
         terminal.type("\x04")
         assert terminal.ended() == 0
     assert "Traceback" not in terminal.shown
+
+
+@pty
+def test_an_interrupt_ends_what_is_piped():
+    command = [sys.executable, "-m", "was_fx.cli.main", "chat", "embedded", "--max-new-tokens", "900"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        try:
+            process.stdin.write("It was\nThen\n")
+            process.stdin.flush()
+            assert process.stdout.read(2)
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "Interrupted." in stderr
+    assert "Traceback" not in stderr
