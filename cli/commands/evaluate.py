@@ -93,7 +93,7 @@ def evaluate(
     tasks' own texts.
     """
     quiet()
-    formats: dict[str | None, Any] = {None: None, **parse_formats(weights)}
+    formats: list[str | None] = [None, *parse_formats(weights)]
     schedules = {path: load_schedule(path) for path in schedule or []}
     try:
         from was_fx.plugins import lm_eval

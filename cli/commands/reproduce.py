@@ -73,9 +73,7 @@ def reproduce(
         int | None,
         typer.Option(min=1, metavar="N", help="At most so many sequences of a data set and documents of a task."),
     ] = None,
-    length: Annotated[
-        int | None, typer.Option(min=2, metavar="N", help="Shorter sequences of data sets than the table's.")
-    ] = None,
+    length: options.Length = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Texts per forward pass.")] = 4,
     lowering: options.LoweringOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -93,7 +91,7 @@ def reproduce(
     """Measure a published table again: its schedules on its model, by its conventions, beside its numbers.
 
     Data sets and tasks come from the Hugging Face Hub, and need [bold]pip install "was-fx\\[eval]"[/]. With --limit,
-    with --length or with schedules of your own, numbers are not the table's.
+    with a --length below the convention's own or with schedules of your own, numbers are not the table's.
     """
     from was_fx.schedules.released.tables import published_table
 
