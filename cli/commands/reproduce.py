@@ -151,7 +151,7 @@ class _Run:
         allow_other_model: bool,
     ) -> None:
         self.table, self.model, self.limit, self.length = table, model, limit, length
-        self.shorter = length is not None
+        self.shorter = False
         self._loading, self._batch_size, self._allow = loading, batch_size, allow_other_model
         self._loaded: Loaded | None = None
         self._log: Any = None
