@@ -29,6 +29,7 @@ from was_fx.cli.commands import (
     recalibrate,
     recommend,
     report,
+    reproduce,
     search,
     serve,
     tune,
@@ -115,6 +116,7 @@ _add("diff", diff.diff, diff.EXAMPLES)
 _add("import", import_artifacts.import_artifacts, import_artifacts.EXAMPLES)
 _add("ppl", ppl.ppl, ppl.EXAMPLES)
 _add("eval", evaluate.evaluate, evaluate.EXAMPLES)
+_add("reproduce", reproduce.reproduce, reproduce.EXAMPLES)
 _add("report", report.report, report.EXAMPLES)
 _add("coverage", coverage.coverage, coverage.EXAMPLES)
 _add("generate", generate.generate, generate.EXAMPLES)

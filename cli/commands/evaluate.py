@@ -29,6 +29,8 @@ EXAMPLES = options.examples(
     "was eval ./llama --schedule s.was.safetensors --task gsm8k,mmlu --fewshot 5 --limit 200",
 )
 
+ROOMY = 76  # columns of a terminal from which on tables have all of theirs
+
 
 def evaluate(
     model: options.Model,
@@ -87,13 +89,13 @@ def evaluate(
 
     Each format of weights is measured dense and with every schedule. What a task lost against the dense model of the
     checkpoint stands beside it, in points and in standard errors: of the differences document by document where
-    lm-eval gives them. Needs lm-eval: [bold]pip install "was-fx[eval]"[/]. Realised sparsity is measured on the tasks'
-    own texts.
+    lm-eval gives them. Needs lm-eval: [bold]pip install "was-fx\\[eval]"[/]. Realised sparsity is measured on the
+    tasks' own texts.
     """
-    formats: dict[str | None, Any] = {None: None, **parse_formats(weights)}
+    quiet()
+    formats: list[str | None] = [None, *parse_formats(weights)]
     decoding = lowering_name(lowering, device, counted=True)
     schedules = {path: load_schedule(path) for path in schedule or []}
-    _quiet()
     try:
         from was_fx.plugins import lm_eval
     except ImportError as error:
@@ -119,7 +121,7 @@ def evaluate(
         for path in (None, *schedules):
             found: dict[str, Any] = {}
             for each in tasks:
-                what = {**setting, "weights": format, "schedule": _key(path), "task": each}
+                what = {**setting, "weights": format, "schedule": schedule_key(path), "task": each}
                 result = known.get(what) if known else None
                 if result is None:
                     if lm is None:
@@ -128,6 +130,7 @@ def evaluate(
                             loaded.model,
                             tokenizer=loaded.tokenizer,
                             batch_size=batch_size,
+                            bars=stderr().is_terminal,
                             prefill=prefill.value,
                             lowering=decoding,
                             allow_other_model=allow_other_model,
@@ -147,7 +150,7 @@ def evaluate(
                         manager=manager,
                         documents=True,
                     )
-                    result = _plain({**_sparsity(lm), "tasks": scores})
+                    result = plain({**_sparsity(lm), "tasks": scores})
                     result = known.add(what, result) if known else result
                 found.setdefault("parts", []).append(result)
             measured[format, path] = _joined(found["parts"])
@@ -165,19 +168,19 @@ def _label(format: str | None, path: Path | None) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _key(path: Path | None) -> str:
+def schedule_key(path: Path | None) -> str:
     """What a schedule file holds, whatever it is called."""
     if path is None:
         return "dense"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(path)
 
 
-def _plain(found: Any) -> Any:
+def plain(found: Any) -> Any:
     """Results as JSON has them: of numbers that are none, None."""
     if isinstance(found, dict):
-        return {key: _plain(each) for key, each in found.items()}
+        return {key: plain(each) for key, each in found.items()}
     if isinstance(found, list):
-        return [_plain(each) for each in found]
+        return [plain(each) for each in found]
     if isinstance(found, float) and found != found:
         return None
     return found if isinstance(found, (str, int, float, bool)) or found is None else str(found)
@@ -215,11 +218,7 @@ def _row(format: str | None, path: Path | None, found: dict[str, Any], dense: Ma
     }
 
 
-def _without_documents(scores: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: each for key, each in scores.items() if key != "documents"}
-
-
-def _quiet() -> None:
+def quiet() -> None:
     """Keep the notes and, without a terminal, the bars of lm-eval and its libraries away from ours."""
     if not stderr().is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -241,26 +240,31 @@ def _sparsity(harness: "WasLM") -> dict[str, float]:
 def _show(rows: list[dict[str, Any]], title: str) -> None:
     say(title, style="bold")
     labels = [_label(row["weights"], Path(row["schedule"]) if row["schedule"] else None) for row in rows]
-    table = new_table("task", "variant", "score", "change", "errors", texts=2)
+    roomy = stdout().width >= ROOMY
+    columns = ("task", "variant", "score", "change", "in errors")[: 5 if roomy else 4]
+    table = new_table(*columns, texts=2)
     for task, metric in _columns(rows):
         for row, label in zip(rows, labels, strict=True):
             if metric not in row["tasks"].get(task, {}):
                 continue
             name = f"{task} {metric.removesuffix(',none')}" if row is rows[0] else ""
-            table.add_row(name, label, _score(row["tasks"][task], metric), *_change(row, task, metric))
+            cells = (name, label, _score(row["tasks"][task], metric), *_change(row, task, metric))
+            table.add_row(*cells[: len(columns)])
     stdout().print(table)
     if len(rows) == 1:
         return
-    summary = new_table("variant", "mean", "change", "nominal", "realised", "saved")
+    named = ("nominal", "realised", "bytes saved") if roomy else ("nominal", "realised")
+    summary = new_table("variant", "mean score", "change", *named)
     for row, label in zip(rows, labels, strict=True):
         shares = [percent(row[key]) if row["schedule"] else "–" for key in ("nominal", "realised", "bytes_saved")]
         known = row["mean"] is not None and row is not rows[0]
         change = _points(row["mean"] - rows[0]["mean"]) if known else "–"
-        summary.add_row(label, "–" if row["mean"] is None else f"{row['mean']:.3f}", change, *shares)
+        mean = "–" if row["mean"] is None else f"{row['mean']:.3f}"
+        summary.add_row(label, mean, change, *shares[: len(named)])
     stdout().print(summary)
     note(
         "Changes are against the first row, of accuracies in points, and in standard errors: more than 2 are hardly "
-        "chance. The mean is over tasks; saved is of the bytes of all weights.",
+        "chance. The mean is over tasks; bytes saved are of all weights.",
         style="dim",
     )
     if any(row["weights"] and row["schedule"] for row in rows):

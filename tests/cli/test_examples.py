@@ -32,6 +32,7 @@ PARSED = {
     "was import": "needs a folder that TEAL or WAS released; test_import_artifacts.py makes one",
     "was search": "a minute each; test_search.py runs the recipes",
     "was recommend": "minutes; test_recommend.py runs it",
+    "was reproduce was-": "models of 7 billion parameters; test_reproduce.py runs it on another",
     "was report": "minutes; test_report.py runs it",
     "was quantize ./llama --weights int4 --text": "fits every Linear; test_quantize.py does it on a smaller model",
     "was eval ./llama --schedule s.was.safetensors --task": "tasks of the Hub",

@@ -47,6 +47,7 @@ class WasLM(HFLM):
             last half (TEAL's), "all" every one. Not "dense": tasks that compare likelihoods consist of prompts only.
         lowering: as for `sparsify`.
         allow_other_model: as for `sparsify`.
+        bars: show lm-eval's progress bars.
         arguments: lm-eval's own, such as device, dtype and batch_size.
 
     Raises:
@@ -61,6 +62,7 @@ class WasLM(HFLM):
         prefill: Prefill = "sparse",
         lowering: Any = None,
         allow_other_model: bool = False,
+        bars: bool = True,
         **arguments: Any,
     ) -> None:
         if prefill == "dense":
@@ -70,6 +72,7 @@ class WasLM(HFLM):
 
             pretrained = str(embedded.path())
         super().__init__(pretrained, **arguments)  # type: ignore[arg-type]
+        self._bars = bars
         self._how = {"prefill": prefill, "lowering": lowering, "allow_other_model": allow_other_model}
         self._counts = Counting(self.model)
         known = sparse_state(self.model)
@@ -85,6 +88,18 @@ class WasLM(HFLM):
         else:
             sparsify(self.model, schedule, **self._how)  # type: ignore[arg-type]
         self._counts = Counting(self.model)
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        """lm-eval's own, with or without bars."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self._bars)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        """lm-eval's own, with or without bars."""
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not self._bars)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        """lm-eval's own, with or without bars."""
+        return super().generate_until(requests, disable_tqdm=disable_tqdm or not self._bars)
 
     def _create_model(self, *arguments: Any, **keywords: Any) -> None:
         """Without the warning that the checkpoint says already how it decodes: that is where lm-eval read it."""
