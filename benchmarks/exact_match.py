@@ -3,8 +3,8 @@
     python scripts/real_models.py qwen2.5-coder-0.5b --to models
     python benchmarks/exact_match.py models/qwen2.5-coder-0.5b --text wikitext2.valid.txt.xz --targets 0.25 0.4 0.5 0.6
 
-Two tasks that a model of half a billion parameters can do, made from numbers of a seed. "lookup": a list of names with a
-number each, then one of the names; the answer is its number. "steps": a few additions and subtractions of numbers below
+Two tasks that a model of half a billion parameters can do, made from numbers of a seed. "lookup": a list of names with
+a number each, then one of the names; the answer is its number. "steps": a few additions and subtractions of numbers below
 20, written out one below the other as in the examples before it; the answer is the last result. Answers are generated
 greedily, token by token through the decode steps, prompts dense. A mean of losses hardly shows what they show: every
 token of an answer must be right, and each is read by those after it.
@@ -28,7 +28,7 @@ from rich.table import Table
 import was_fx
 from was_fx.cli.input.texts import read_file
 
-NAMES = "Ada Ben Cleo Dan Eva Finn Gia Hugo Ida Jan Kim Leo Mia Noah Olga Paul".split()
+NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Ida", "Jan", "Kim", "Leo", "Mia", "Noah", "Olga"]
 SHOTS = 2
 
 

@@ -11,7 +11,7 @@ The product with the weight may also come before the cast, or be (1 + weight). W
 and there is no partial. A norm of such a sum whose output is not listed, as before experts, lists nothing: t… is empty.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,12 +92,13 @@ def fuse_rms_norms(context: Context) -> None:
         context.replace_outputs(listed, lists_of_x)
         _erase(context, x, norm)
     for x in list(context.module.graph.nodes):
-        if is_erased(x) or not x.users or not isinstance(norm := match(context, x), RMSNorm):
+        alone = None if is_erased(x) or not x.users else match(context, x)
+        if not isinstance(alone, RMSNorm):
             continue
-        before = _linear_before(context, norm, written)
-        if before is not None and value(norm.h).numel() == value(x).shape[-1] and storage(x) not in written:
-            _rewrite(context, x, [], norm, before)
-            _erase(context, x, norm)
+        before = _linear_before(context, alone, written)
+        if before is not None and value(alone.h).numel() == value(x).shape[-1] and storage(x) not in written:
+            _rewrite(context, x, [], alone, before)
+            _erase(context, x, alone)
 
 
 def _weight(scale: Any) -> tuple[Any, bool]:
@@ -145,7 +146,7 @@ def _last(mean: Node) -> bool:
     return len(shape) == value(mean.args[0]).dim() and shape[-1] == 1 and mean.args[1:2] in ((-1,), ([-1],))
 
 
-def _linear_before(context: Context, norm: RMSNorm, written: Collection[int]) -> tuple[Node, Part] | None:
+def _linear_before(context: Context, norm: RMSNorm, written: set[int]) -> tuple[Node, Part] | None:
     """(residual, the Linear's parts) when the norm is of their sum."""
     if kind(norm.h) != "add":
         return None

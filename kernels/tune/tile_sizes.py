@@ -106,8 +106,10 @@ def _cases(shape: Shape, sparsity: float, most: int) -> list[tuple[Any, ...]]:
         x = torch.randn(1, shape.channels, device="cuda", generator=generator).to(dtype)
         threshold = x.float().abs().flatten().kthvalue(max(1, round(sparsity * shape.channels))).values
         threshold = threshold.expand(shape.channels).contiguous() if sparsity else torch.full_like(x[0].float(), -1.0)
-        make = _experts_case if isinstance(shape, ExpertsShape) else _linears_case
-        case, weights = make(shape, x, threshold, generator)
+        if isinstance(shape, ExpertsShape):
+            case, weights = _experts_case(shape, x, threshold, generator)
+        else:
+            case, weights = _linears_case(shape, x, threshold, generator)
         size += sum(tensor.nbytes for tensor in weights if tensor is not None)
         cases.append(case)
     return cases
