@@ -4,7 +4,7 @@
     python benchmarks/exact_match.py models/qwen2.5-coder-0.5b --text wikitext2.valid.txt.xz --targets 0.25 0.4 0.5 0.6
 
 Two tasks that a model of half a billion parameters can do, made from numbers of a seed. "lookup": a list of names with
-a number each, then one of the names; the answer is its number. "steps": a few additions and subtractions of numbers below
+a number each, then one of the names; the answer is its number. "steps": additions and subtractions of numbers below
 20, written out one below the other as in the examples before it; the answer is the last result. Answers are generated
 greedily, token by token through the decode steps, prompts dense. A mean of losses hardly shows what they show: every
 token of an answer must be right, and each is read by those after it.
@@ -30,6 +30,7 @@ from was_fx.cli.input.texts import read_file
 
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Ida", "Jan", "Kim", "Leo", "Mia", "Noah", "Olga"]
 SHOTS = 2
+LONGEST = {"lookup": 6, "steps": 40}  # tokens of an answer
 
 
 def lookup(random: random.Random) -> tuple[str, str]:
@@ -76,7 +77,9 @@ def accuracy(model: Any, tokenizer: Any, task: Any, count: int, seed: int) -> fl
     for _ in range(count):
         prompt, answer = task(draw)
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-        new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        new = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST[task.__name__], do_sample=False
+        )
         text = tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
         said = text.strip().split("\n\n")[0].split()
         right += bool(said) and said[0 if task is lookup else -1].rstrip(".") == answer
