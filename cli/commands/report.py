@@ -156,7 +156,7 @@ def report(
             watch=progress,
         )
     except KeyboardInterrupt:
-        note(f"\nMeasured results are kept in {out.with_suffix('.jsonl')}; the same command goes on from there.")
+        note(f"Measured results are kept in {out.with_suffix('.jsonl')}; the same command goes on from there.")
         raise
     decision = decide(choices, within)
     scored = f"{facts['windows'] * facts['length']:,} tokens in windows of {facts['length']}"

@@ -27,8 +27,8 @@ _ALIGNMENT = 64
 _SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 # Values of tensors that are read into Python.
 _READ = (READ_VALUE,)
-# Doing it twice is doing it once.
-_IDEMPOTENT = (aten.index_copy_.default, aten.index_put_.default, aten.copy_.default, aten.fill_.Scalar)
+# Doing it twice is doing it once. A copy may be of what was read from its target, such as a window that moves on.
+_IDEMPOTENT = (aten.index_copy_.default, aten.index_put_.default, aten.fill_.Scalar)
 
 
 @dataclass
@@ -105,6 +105,7 @@ class Recording:
         with _Recorder() as recorder:
             self.output = function(*self.inputs)
         recorder.undo()
+        self.undo = recorder.undo  # for a caller whose first run did not end
         self._program, self.signature = _program(recorder.calls, self.inputs, self.output)
 
     def run(self, *inputs: Tensor) -> bool:

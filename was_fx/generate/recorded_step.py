@@ -55,16 +55,20 @@ class RecordedStep:
         """Logits of a step through the model, which is recorded."""
         if self.declined:
             return function(*changing)
+        counting = [*self._cache.layers, *self._model.modules()]
+        before_it = numbers_of(counting)
         try:
             recording = Recording(function, changing)
+            if not recording.run(*changing):
+                recording.undo()
+                raise Unsupported("a value that is not what it was when the step was recorded")
         except Unsupported as error:
             self.declined = str(error)
             log.info("decode steps are not recorded, because of %s", self.declined)
+            for each, numbers in zip(counting, before_it, strict=True):
+                vars(each).update(numbers)  # a cache's layers may count in Python
             return function(*changing)
-        if not recording.run(*changing):
-            self.declined = "a value that changed while a step was recorded"
-            return function(*changing)
-        numbers = numbers_of([*self._cache.layers, *self._model.modules()])
+        numbers = numbers_of(counting)
         before, self._last = self._last, (recording, numbers)
         if self._structure is None or not self._structure.is_unchanged():
             self._structure = Structure(self._model)

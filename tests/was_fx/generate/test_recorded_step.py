@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import was_fx
+from was_fx.coverage.tiny_models import tiny_model
 from was_fx.generate import recorded_step
 from was_fx.kernels.cpu.library import library
 
@@ -125,3 +126,18 @@ def test_bad_lowering_is_said(llama, schedule, monkeypatch):
     monkeypatch.setattr("was_fx.generate.generation.library", lambda: None)
     with pytest.raises(ValueError, match="install g"):
         recorded(llama, schedule)
+
+
+@pytest.mark.parametrize("prompt", [3, 20])  # before and after windows of 8 are full
+@pytest.mark.parametrize("kind", ["ministral", "cohere2", "gemma3_text", "mixtral"])
+def test_what_is_not_recorded_is_done_once(kind, prompt, steps):
+    """A window that moves on, counted in Python, must not move twice because a recording was tried."""
+    model = tiny_model(kind)
+    text = torch.randint(3, 90, (4, 32), generator=torch.Generator().manual_seed(1))
+    schedule = was_fx.uniform(was_fx.calibrate(model, text), 0.5)
+    how = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+    expected = was_fx.sparsify(model, schedule).generate(text[:1, :prompt], cache_implementation="static", **how)
+    assert torch.equal(
+        was_fx.sparsify(model, schedule, lowering="recorded").generate(text[:1, :prompt], **how), expected
+    )
+    assert steps[0].declined
