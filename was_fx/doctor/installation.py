@@ -80,7 +80,10 @@ def packages() -> list[Package]:
         lines = []
         problem = "was-fx is not installed, only found on the path; run pip install . in its folder"
         found.append(Package(NAME, __version__, "", problem))
-    needed = {each.name: each for each in map(Requirement, lines)}
+    needed: dict[str, Requirement] = {}
+    for each in map(Requirement, lines):
+        if each.marker is None or each.name not in needed:  # an extra may name a package that is needed anyway
+            needed[each.name] = each
     for name in PACKAGES:
         requirement = needed.get(name)
         wanted = ",".join(sorted(map(str, requirement.specifier), reverse=True)) if requirement else ""

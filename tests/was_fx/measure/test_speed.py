@@ -137,10 +137,12 @@ def test_a_clock_hands_on_what_it_notes():
             heard.append("end")
 
     clock = TokenClock(Inner())
-    for each in ("prompt", "a", "b", "c"):
+    _, *new = given = [torch.tensor([[7, 8]]), *(torch.tensor([n]) for n in range(3))]
+    for each in given:
         clock.put(each)
     clock.end()
-    assert heard == ["prompt", "a", "b", "c", "end"]
+    assert heard == [*given, "end"]
+    assert [each.tolist() for each in clock.tokens] == [each.tolist() for each in new]
     assert len(clock.times) == 4
     assert len(clock.steps()) == 2
 
