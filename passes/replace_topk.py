@@ -9,8 +9,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from was_fx.kernels.ops.few_topk import MAX_ENTRIES, MAX_ROWS, fake, few_topk_op
-from was_fx.kernels.parts.triton_parts import DTYPES
+from was_fx.kernels.ops.few_topk import fake, few_topk_op, fits
 from was_fx.passes.graph.context import Context, value
 from was_fx.passes.graph.matching import arguments_of, kind
 
@@ -31,8 +30,7 @@ def match(context: Context, node: Node) -> tuple[Node, int] | str:
         return "the topk's results are read as one"
     if given.get("dim", -1) not in (-1, example.dim() - 1) or given.get("largest", True) is not True:
         return "the topk is not of the largest of the last dimension"
-    entries = example.shape[-1] if example.dim() else 0
-    if example.dtype not in DTYPES or not 1 <= k <= entries <= MAX_ENTRIES or example.numel() > MAX_ROWS * entries:
+    if not fits(example, k):
         return "the topk is of other numbers than a few short rows"
     return x, k
 

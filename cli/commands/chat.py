@@ -4,7 +4,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -42,15 +41,7 @@ SWITCHES = {
 
 def chat(
     model: options.Model,
-    schedule: Annotated[
-        Path | None,
-        typer.Option(
-            "--schedule",
-            "-s",
-            metavar="FILE",
-            help="A schedule; by default the one that the model was saved with, if it was. Without one it is dense.",
-        ),
-    ] = None,
+    schedule: options.ScheduleOrSaved = None,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What the model is told before the chat begins.")
     ] = None,

@@ -64,14 +64,7 @@ def evaluate(
     prefill: options.PrefillOption = options.Prefill.sparse,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Texts per forward pass.")] = 16,
     lowering: options.LoweringOption = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FORMAT[,PATTERN=FORMAT]…",
-            help="Measure the model in this format of weights too, beside that of the checkpoint; may be given several "
-            "times. int8, int4, int4-64, int4-128, with exceptions as elsewhere: int4,*.down_proj=int8.",
-        ),
-    ] = None,
+    weights: options.Formats = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     allow_other_model: options.OtherModel = False,
@@ -96,13 +89,10 @@ def evaluate(
     formats: list[str | None] = [None, *parse_formats(weights)]
     decoding = lowering_name(lowering, device, counted=True)
     schedules = {path: load_schedule(path) for path in schedule or []}
-    try:
-        from was_fx.plugins import lm_eval
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    lm_eval = harness()
     from was_fx.choosing.results_log import ResultsLog
 
-    names = [name.strip() for each in task or [] for name in each.split(",") if name.strip()]
+    names = options.parse_names(task)
     tasks: list[Any] = [*names, *(lm_eval.minimal_pairs(path) for path in pairs or [])] or [lm_eval.minimal_pairs()]
     manager = lm_eval.task_manager(tasks, include_path)
     known = ResultsLog(log) if log else None
@@ -225,6 +215,19 @@ def quiet() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def harness() -> Any:
+    """The plug-in for lm-eval.
+
+    Raises:
+        ValueError: lm-eval is missing; says how to install it.
+    """
+    try:
+        from was_fx.plugins import lm_eval
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    return lm_eval
 
 
 def _sparsity(harness: "WasLM") -> dict[str, float]:

@@ -50,14 +50,7 @@ def report(
         ),
     ],
     text: options.Text = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FORMAT[,PATTERN=FORMAT]…",
-            help="Measure the model in this format of weights too, beside that of the checkpoint; may be given several "
-            "times. int8, int4, int4-64, int4-128, with exceptions as elsewhere: int4,*.down_proj=int8.",
-        ),
-    ] = None,
+    weights: options.Formats = None,
     within: Annotated[
         float,
         typer.Option(

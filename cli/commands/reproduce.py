@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import was_fx
-from was_fx.cli.commands.evaluate import ROOMY, plain, quiet, schedule_key
+from was_fx.cli.commands.evaluate import ROOMY, harness, plain, quiet, schedule_key
 from was_fx.cli.commands.ppl import fitted
 from was_fx.cli.input import options
 from was_fx.cli.input.datasets import read_dataset
@@ -165,10 +165,7 @@ class _Run:
         Raises:
             ValueError: lm-eval is missing, or doesn't know one.
         """
-        try:
-            from was_fx.plugins import lm_eval
-        except ImportError as error:
-            raise ValueError(str(error)) from error
+        lm_eval = harness()
         self._tasks = {"manager": lm_eval.task_manager(tasks, include_path), "lowering": lowering}
 
     def keep(self, log: Path) -> None:
@@ -261,7 +258,7 @@ class _Run:
 
 def _chosen(table: "PublishedTable", only: Sequence[str] | None) -> tuple[str, ...]:
     """The measures that are asked for, in the table's order."""
-    names = [name.strip() for each in only or [] for name in each.split(",") if name.strip()]
+    names = options.parse_names(only)
     for name in names:
         if name not in table.measures:
             raise typer.BadParameter(

@@ -2,7 +2,6 @@
 
 import logging
 import socket
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,15 +25,7 @@ _MEASURED = 128
 
 def serve(
     model: options.Model,
-    schedule: Annotated[
-        Path | None,
-        typer.Option(
-            "--schedule",
-            "-s",
-            metavar="FILE",
-            help="A schedule; by default the one that the model was saved with, if it was. Without one it is dense.",
-        ),
-    ] = None,
+    schedule: options.ScheduleOrSaved = None,
     host: Annotated[
         str, typer.Option(metavar="NAME", help="Address to listen on; 0.0.0.0 for every one of this machine.")
     ] = "localhost",

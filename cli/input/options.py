@@ -1,5 +1,6 @@
 """Options and arguments that several sub-commands share."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +49,11 @@ def examples(*lines: str) -> str:
     return "\n\n".join(["[bold]Examples[/]", *lines])
 
 
+def parse_names(given: Sequence[str] | None) -> list[str]:
+    """The names of an option that takes several at once, with commas between them, and may be given several times."""
+    return [name.strip() for each in given or [] for name in each.split(",") if name.strip()]
+
+
 def parse_share(text: str) -> float:
     """A share of 1 from `0.5` or `50%`, at least 0 and below 1."""
     number = text.strip()
@@ -72,6 +78,15 @@ Model = Annotated[
 Schedules = Annotated[
     list[Path] | None,
     typer.Option("--schedule", "-s", metavar="FILE", help="A schedule to measure; may be given several times."),
+]
+ScheduleOrSaved = Annotated[
+    Path | None,
+    typer.Option(
+        "--schedule",
+        "-s",
+        metavar="FILE",
+        help="A schedule; by default the one that the model was saved with, if it was. Without one it is dense.",
+    ),
 ]
 Text = Annotated[
     str | None,
@@ -127,6 +142,14 @@ Weights = Annotated[
     typer.Option(
         metavar=WEIGHTS_METAVAR,
         help=f"Quantise the model when it is loaded; only was quantize fits int4 to a text. {WEIGHT_FORMATS}",
+    ),
+]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FORMAT[,PATTERN=FORMAT]…",
+        help="Measure the model in this format of weights too, beside that of the checkpoint; may be given several "
+        "times. int8, int4, int4-64, int4-128, with exceptions as elsewhere: int4,*.down_proj=int8.",
     ),
 ]
 DtypeOption = Annotated[

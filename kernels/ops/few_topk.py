@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from was_fx.kernels.parts.registration import register_op
-from was_fx.kernels.parts.triton_parts import begin, launch_options, serves
+from was_fx.kernels.parts.triton_parts import DTYPES, begin, launch_options, serves
 
 # Each entry is compared with every other.
 MAX_ENTRIES = 1024
@@ -57,10 +57,15 @@ def _few_topk(
     tl.store(index_ptr + row * k + place, entries.to(tl.int64), mask=chosen)
 
 
+def fits(x: Tensor, k: int) -> bool:
+    """Whether x [..., E] is of a dtype and of as few and short rows as the kernel is for, wherever it lies."""
+    entries = x.shape[-1] if x.dim() else 0
+    return x.dtype in DTYPES and 1 <= k <= entries <= MAX_ENTRIES and x.numel() <= MAX_ROWS * entries
+
+
 def supports(x: Tensor, k: int) -> bool:
     """Whether the kernel takes the k largest of the rows of x [..., E]."""
-    entries = x.shape[-1] if x.dim() else 0
-    return serves(x) and 1 <= k <= entries <= MAX_ENTRIES and x.numel() <= MAX_ROWS * entries
+    return serves(x) and fits(x, k)
 
 
 def reference(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
