@@ -52,6 +52,11 @@ class Terminal:
         """Press keys; `\\x03` is Ctrl-C, `\\x04` Ctrl-D."""
         os.write(self._fd, text.encode())
 
+    def interrupt_input(self) -> None:
+        """Press Ctrl-C at a prompt. CPython's input() shows it a moment before it can be interrupted."""
+        time.sleep(1)
+        self.type("\x03")
+
     def ended(self) -> int:
         """Wait for the end; the exit code."""
         while self._read():

@@ -156,10 +156,10 @@ def test_at_a_terminal_ctrl_c_ends_an_answer_and_then_the_chat(schedule):
         terminal.type("/nothing\n")
         terminal.until("there is no /nothing")
         terminal.until("> ")
-        terminal.type("\x03")
+        terminal.interrupt_input()
         terminal.until("Ctrl-C once more leaves")
         terminal.until("> ")
-        terminal.type("\x03")
+        terminal.interrupt_input()
         assert terminal.ended() == 0
 
 
