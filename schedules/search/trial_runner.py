@@ -1,15 +1,18 @@
 """Running trials: from the log if they are there, otherwise here or on workers that may die."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from was_fx.schedules.errors import ScheduleError
 from was_fx.schedules.search.trial_log import TrialLog
 
 Evaluate = Callable[[Mapping[str, Any]], dict[str, Any]]
+# The results of several, in their order, each as soon as it is there.
+EvaluateSeveral = Callable[[Sequence[Mapping[str, Any]]], Iterator[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class TrialRunner:
         log: where finished trials are.
         make_executor: opens the workers, and opens them anew when one died; None evaluates in this process.
         attempts: how often workers may die before the search gives up.
+        several: evaluates trials that are asked for together, in this process; by default `evaluate`, one by one.
 
     Attributes:
         tokens: forward-pass tokens of all trials so far, those read from the log included.
@@ -49,7 +53,9 @@ class TrialRunner:
         make_executor: Callable[[], Executor] | None = None,
         *,
         attempts: int = 3,
+        several: EvaluateSeveral | None = None,
     ) -> None:
+        self._several = several or partial(map, evaluate)
         self._evaluate, self.log, self._make, self._attempts = evaluate, log, make_executor, attempts
         self._executor: Executor | None = None
         self.tokens = 0
@@ -71,8 +77,8 @@ class TrialRunner:
         results = {task.key: found for task in tasks if (found := self.log.recorded(task.key, task.notes))}
         missing = [task for task in tasks if task.key not in results]
         if self._make is None or not missing:
-            for task in missing:
-                results[task.key] = self._record(task, self._evaluate(task.inputs))
+            for task, result in zip(missing, self._several([task.inputs for task in missing]), strict=True):
+                results[task.key] = self._record(task, result)
         else:
             self._run_on_workers(missing, results)
         self.seconds += time.perf_counter() - start

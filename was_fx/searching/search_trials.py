@@ -7,7 +7,7 @@ from was_fx.schedules.experts import spread
 from was_fx.schedules.files.schedule import ScheduleMetadata
 from was_fx.schedules.search.exact import Divergences
 from was_fx.schedules.search.threshold_table import ThresholdTable
-from was_fx.schedules.search.trial_runner import Evaluate, Task, TrialRunner
+from was_fx.schedules.search.trial_runner import Evaluate, EvaluateSeveral, Task, TrialRunner
 from was_fx.searching.search_context import SearchContext
 from was_fx.searching.trial_evaluation import TrialEvaluator
 from was_fx.searching.workers import RemoteEvaluator, checkpoint_of
@@ -21,9 +21,11 @@ def running(context: SearchContext, table: ThresholdTable) -> Iterator[TrialRunn
     schedule = table.schedule(dict.fromkeys(context.shapes, context.target), metadata)
     model, size = context.model, context.batch_size
     evaluate: Evaluate
+    several: EvaluateSeveral | None = None
     if context.workers is None:
         sparsify(model, schedule)
-        evaluate = TrialEvaluator(model, schedule, context.tokens, batch_size=size)
+        evaluate = evaluator = TrialEvaluator(model, schedule, context.tokens, batch_size=size)
+        several = evaluator.several
     else:
         parameter = next(model.parameters())
         evaluate = RemoteEvaluator(
@@ -36,7 +38,10 @@ def running(context: SearchContext, table: ThresholdTable) -> Iterator[TrialRunn
         )
     try:
         # What else looks at the model meanwhile sees the dense one.
-        with prompts_treated(model, "dense"), TrialRunner(evaluate, context.log, context.workers) as runner:
+        with (
+            prompts_treated(model, "dense"),
+            TrialRunner(evaluate, context.log, context.workers, several=several) as runner,
+        ):
             yield runner
             context.spent["trials"] += runner.tokens
     finally:

@@ -1,7 +1,10 @@
 """One trial of a search: thresholds into the sparsified model, in place, and text through it."""
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -9,11 +12,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from was_fx.measure.realised import Counting
-from was_fx.modules.token_rule import Prefill
+from was_fx.modules.linears import LinearModule, dropping, find_linears, looking_at_inputs
+from was_fx.modules.token_rule import Prefill, dense_length
 from was_fx.schedules.files.linear_schedule import LinearSchedule
 from was_fx.schedules.files.schedule import Schedule
+from was_fx.schedules.score import channel_norms
 from was_fx.schedules.search.racing import is_hopeless
 from was_fx.sparse.sparsify import prompts_treated, set_entries
+
+# Rows of a forward pass that evaluates several trials, and bytes that their logits may take.
+_MOST_ROWS = 32
+_LOGITS_BYTES, _LOGITS_BYTES_ELSEWHERE = 4 << 30, 1 << 29
 
 
 class TrialEvaluator:
@@ -34,6 +43,9 @@ class TrialEvaluator:
         self._counts = Counting(model)
         self._device = next(model.parameters()).device
         self._reference: tuple[Tensor, Tensor] | None = None
+        self._linears: dict[str, LinearModule] = {}
+        self._norms: dict[str, Tensor] = {}
+        self._by_rows = False
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +65,8 @@ class TrialEvaluator:
         result: dict[str, Any]
         if "window" in inputs:
             ids = self._tokens[inputs["window"], : inputs["length"]][None].to(self._device)
-            result = {"divergence": self._divergence(ids), "tokens": ids.numel()}
+            dense = self._dense(ids)
+            result = {"divergence": _divergence(self._logits(ids, "sparse")[0], dense), "tokens": ids.numel()}
         else:
             losses = self._losses(inputs["incumbent"])
             result = {"losses": losses, "tokens": len(losses) * self._tokens.shape[1]}
@@ -62,6 +75,74 @@ class TrialEvaluator:
             "realised": self._counts.realised().sparsity,
             "seconds": round(time.perf_counter() - start, 4),
         }
+
+    @torch.no_grad()
+    def several(self, trials: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """What a call returns for each of these trials.
+
+        Those of a divergence on one window go through the model together, each row of a batch dropping by thresholds
+        of its own, unless some Linears don't see the rows apart, as experts don't.
+        """
+        for window, group in groupby(trials, lambda inputs: (inputs.get("window"), inputs.get("length"))):
+            alike, size = list(group), 1
+            if None not in window:
+                ids = self._tokens[window[0], : window[1]][None].to(self._device)
+                dense = self._dense(ids)
+                size = self._most_rows(dense) if self._by_rows else 1
+            for begin in range(0, len(alike), size):
+                part = alike[begin : begin + size]
+                yield from self._together(part, ids, dense) if size > 1 else map(self, part)
+
+    def _most_rows(self, logits: Tensor) -> int:
+        """How many rows of such logits there is room for."""
+        room = _LOGITS_BYTES if self._device.type == "cuda" else _LOGITS_BYTES_ELSEWHERE
+        return max(1, min(_MOST_ROWS, room // (logits.numel() * next(self._model.parameters()).element_size())))
+
+    def _together(self, trials: Sequence[Mapping[str, Any]], ids: Tensor, dense: Tensor) -> list[dict[str, Any]]:
+        start = time.perf_counter()
+        count, skipped = len(trials), dense_length(ids.shape[1], "sparse")
+        linears = {name: self._linears[name] for name in trials[0]["linears"]}
+        thresholds = {name: self._thresholds(name, [each["linears"][name] for each in trials]) for name in linears}
+        lost = torch.zeros(count, dtype=torch.float64, device=self._device)
+
+        def add(name: str, weak: Tensor) -> None:
+            lost.add_(weak[:, skipped:].sum((1, 2)), alpha=linears[name].shape[0])
+
+        with dropping(linears, thresholds, first=skipped, dropped=add):
+            logits = self._logits(ids.expand(count, -1), "dense")
+        size = sum(math.prod(linear.shape) for linear in linears.values()) * (ids.shape[1] - skipped)
+        seconds = round((time.perf_counter() - start) / count, 4)
+        return [
+            {
+                "divergence": _divergence(row, dense),
+                "tokens": ids.numel(),
+                "realised": dropped / size,
+                "seconds": seconds,
+            }
+            for row, dropped in zip(logits, lost.tolist(), strict=True)
+        ]
+
+    def _thresholds(self, name: str, rows: Sequence[Sequence[float]]) -> Tensor:
+        """t of a Linear for each row, [B, 1, K] fp32, or [K] where they are alike."""
+        if name not in self._norms:
+            self._norms[name] = channel_norms(self._linears[name].weight, self._schedule.norm)
+        numbers = [tuple(row) for row in rows]
+        made = {each: LinearSchedule(*each).channel_thresholds(self._norms[name]) for each in dict.fromkeys(numbers)}
+        if len(made) == 1:
+            return made[numbers[0]]
+        return torch.stack([made[each] for each in numbers])[:, None]
+
+    def _dense(self, ids: Tensor) -> Tensor:
+        """Log-probabilities [seq, vocabulary] of the dense model; finds out what its Linears see of a batch."""
+        if self._reference is None or not torch.equal(self._reference[0], ids):
+            everything = find_linears(self._model)
+            self._linears = {name: everything[name] for name in self._schedule.linears}
+            plain = {name: linear for name, linear in self._linears.items() if linear.expert is None}
+            seen: list[bool] = []
+            with looking_at_inputs(plain, partial(_sees_rows, seen, ids)):
+                self._reference = (ids, self._logits(ids, "dense")[0].float().log_softmax(-1))
+            self._by_rows = all(seen) and len(plain) == len(self._linears)
+        return self._reference[1]
 
     def _set(self, linears: Mapping[str, Any]) -> None:
         entries = {name: LinearSchedule(*numbers) for name, numbers in linears.items()}
@@ -79,13 +160,18 @@ class TrialEvaluator:
                 break
         return losses
 
-    def _divergence(self, ids: Tensor) -> float:
-        if self._reference is None or not torch.equal(self._reference[0], ids):
-            self._reference = (ids, self._logits(ids, "dense")[0].float().log_softmax(-1))
-        sparse = self._logits(ids, "sparse")[0].float().log_softmax(-1)
-        return float(kl_div(sparse, self._reference[1], log_target=True, reduction="sum")) / ids.shape[1]
-
     def _logits(self, ids: Tensor, prefill: Prefill) -> Tensor:
         with prompts_treated(self._model, prefill):
             logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
         return logits
+
+
+def _divergence(logits: Tensor, dense: Tensor) -> float:
+    """KL(dense ‖ sparse), nats per token, of logits and the dense log-probabilities [seq, vocabulary]."""
+    sparse = logits.float().log_softmax(-1)
+    return float(kl_div(sparse, dense, log_target=True, reduction="sum")) / len(dense)
+
+
+def _sees_rows(seen: list[bool], ids: Tensor, name: str, x: Tensor) -> None:
+    """Note whether an input is [B, seq, K] where the ids are [B, seq]."""
+    seen.append(x.shape[:-1] == ids.shape)
