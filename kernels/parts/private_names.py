@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-__all__ = ["DispatchMode", "tree_leaves", "tree_map"]
+__all__ = ["DispatchMode", "tree_leaves", "tree_map", "tree_map_only"]
 
 # A value of a tensor is read into Python; softmax; attention as torch computes it on a CPU.
 READ_VALUE = torch.ops.aten._local_scalar_dense.default

@@ -4,13 +4,16 @@ From no sparsity at all, the Linear whose extra sparsity hurts the block's outpu
 again. A step is scaled by the Linear's number of weights, so that every step saves the same bytes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from was_fx.schedules.blocks import Block
 from was_fx.schedules.search.level_table import LevelTable, from_rows
 
-BlockError = Callable[[Mapping[str, float]], float]
+# How far the block's output is off with each of these sparsities of its Linears, in any unit.
+BlockErrors = Callable[[Sequence[Mapping[str, float]]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,12 @@ class Greedy:
             )
 
 
-def greedy_table(block: Block, error: BlockError, settings: Greedy = Greedy(), *, until: float = 1.0) -> LevelTable:
+def greedy_table(block: Block, errors: BlockErrors, settings: Greedy = Greedy(), *, until: float = 1.0) -> LevelTable:
     """The level table of a block.
 
     Args:
         block: its Linears.
-        error: how far the block's output is off, in any unit, when its Linears have these sparsities (all are given).
+        errors: called with all candidates of a step at once; each gives all sparsities.
         settings: step and limit.
         until: stop once the block's level has reached this; by default go on until every Linear is at the limit.
 
@@ -61,7 +64,8 @@ def greedy_table(block: Block, error: BlockError, settings: Greedy = Greedy(), *
         if not candidates:
             break
         raised = {name: min(current[name] + steps[name], settings.limit) for name in candidates}
-        best = min(candidates, key=lambda name: error({**current, name: raised[name]}))
+        found = errors([{**current, name: raised[name]} for name in candidates])
+        best = candidates[int(np.argmin(found))]
         current[best] = raised[best]
         rows.append(list(current.values()))
     return from_rows(names, block.weights, rows)

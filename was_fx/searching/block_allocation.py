@@ -8,7 +8,7 @@ from was_fx.schedules.projection import Vector
 from was_fx.schedules.search.greedy import greedy_table
 from was_fx.schedules.search.level_table import LevelTable, from_rows, uniform_table
 from was_fx.schedules.search.threshold_table import ThresholdTable
-from was_fx.searching.block_errors import BlockError, BlockInputs, linear_errors
+from was_fx.searching.block_errors import BlockErrors, BlockInputs, linear_errors
 from was_fx.searching.search_context import SearchContext, first_tokens
 
 # Tokens for block errors: the greedy descent runs every block a thousand times on them.
@@ -72,9 +72,9 @@ class BlockAllocation:
         key = f"greedy {block.name}"
         record = context.log.recorded(key, until)
         if record is None:
-            error = BlockError(context.model, self._inputs, block, table, context.recipe.scored)
-            found = greedy_table(block, error, context.recipe.greedy, until=until)
-            tokens = error.calls * self._inputs.tokens // len(context.blocks)
+            errors = BlockErrors(context.model, self._inputs, block, table, context.recipe.scored)
+            found = greedy_table(block, errors, context.recipe.greedy, until=until)
+            tokens = errors.calls * self._inputs.tokens // len(context.blocks)
             record = context.log.add(key, until, {"names": found.names, "rows": found.rows.tolist(), "tokens": tokens})
         context.spent["blocks"] += record["tokens"]
         return from_rows(tuple(record["names"]), block.weights, record["rows"])

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -12,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from was_fx.measure.realised import Counting
-from was_fx.modules.linears import LinearModule, dropping, find_linears, looking_at_inputs
+from was_fx.modules.linears import LinearModule, dropping, find_linears
 from was_fx.modules.token_rule import Prefill, dense_length
 from was_fx.schedules.files.linear_schedule import LinearSchedule
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.score import channel_norms
 from was_fx.schedules.search.racing import is_hopeless
+from was_fx.searching.rows import thresholds_by_row, watching_rows
 from was_fx.sparse.sparsify import prompts_treated, set_entries
 
 # Rows of a forward pass that evaluates several trials, and bytes that their logits may take.
@@ -123,25 +123,18 @@ class TrialEvaluator:
         ]
 
     def _thresholds(self, name: str, rows: Sequence[Sequence[float]]) -> Tensor:
-        """t of a Linear for each row, [B, 1, K] fp32, or [K] where they are alike."""
         if name not in self._norms:
             self._norms[name] = channel_norms(self._linears[name].weight, self._schedule.norm)
-        numbers = [tuple(row) for row in rows]
-        made = {each: LinearSchedule(*each).channel_thresholds(self._norms[name]) for each in dict.fromkeys(numbers)}
-        if len(made) == 1:
-            return made[numbers[0]]
-        return torch.stack([made[each] for each in numbers])[:, None]
+        return thresholds_by_row([LinearSchedule(*numbers) for numbers in rows], self._norms[name])
 
     def _dense(self, ids: Tensor) -> Tensor:
         """Log-probabilities [seq, vocabulary] of the dense model; finds out what its Linears see of a batch."""
         if self._reference is None or not torch.equal(self._reference[0], ids):
             everything = find_linears(self._model)
             self._linears = {name: everything[name] for name in self._schedule.linears}
-            plain = {name: linear for name, linear in self._linears.items() if linear.expert is None}
-            seen: list[bool] = []
-            with looking_at_inputs(plain, partial(_sees_rows, seen, ids)):
+            with watching_rows(self._linears, (1, ids.shape[1])) as seen:
                 self._reference = (ids, self._logits(ids, "dense")[0].float().log_softmax(-1))
-            self._by_rows = all(seen) and len(plain) == len(self._linears)
+            self._by_rows = all(seen)
         return self._reference[1]
 
     def _set(self, linears: Mapping[str, Any]) -> None:
@@ -170,8 +163,3 @@ def _divergence(logits: Tensor, dense: Tensor) -> float:
     """KL(dense ‖ sparse), nats per token, of logits and the dense log-probabilities [seq, vocabulary]."""
     sparse = logits.float().log_softmax(-1)
     return float(kl_div(sparse, dense, log_target=True, reduction="sum")) / len(dense)
-
-
-def _sees_rows(seen: list[bool], ids: Tensor, name: str, x: Tensor) -> None:
-    """Note whether an input is [B, seq, K] where the ids are [B, seq]."""
-    seen.append(x.shape[:-1] == ids.shape)

@@ -11,8 +11,8 @@ BLOCK = Block("layers.0", {"layers.0.small": (10, 10), "layers.0.large": (30, 10
 
 
 def weighted(costs):
-    """An error that is the weighted sum of squares of sparsities."""
-    return lambda sparsities: sum(costs[name] * value**2 for name, value in sparsities.items())
+    """Errors that are weighted sums of squares of sparsities."""
+    return lambda candidates: [sum(costs[name] * value**2 for name, value in each.items()) for each in candidates]
 
 
 def test_steps_save_the_same_weights_whatever_the_size():
