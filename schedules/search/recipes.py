@@ -9,6 +9,7 @@ from typing import Literal
 
 from was_fx.schedules.score import Score
 from was_fx.schedules.search.exact import ExactSettings
+from was_fx.schedules.search.fisher_factors import FisherSettings
 from was_fx.schedules.search.greedy import Greedy
 
 Inside = Literal["uniform", "greedy"]
@@ -35,6 +36,7 @@ class Recipe:
         calibration_tokens: about how many tokens thresholds are measured on.
         exponents: α tried per Linear, when the score is None.
         exact: settings of the exact allocation.
+        fisher: settings of the allocation by Fisher weights.
         recalibrate: measure the final thresholds on the model as it runs sparsely.
         signed: thresholds by the signed quantile icdf(0.5 + s/2), which assumes symmetric activations.
         nearest: take the row of the greedy table nearest to a level, instead of interpolating to meet the budget.
@@ -52,6 +54,7 @@ class Recipe:
     calibration_tokens: int = 20480
     exponents: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     exact: ExactSettings = field(default_factory=ExactSettings)
+    fisher: FisherSettings = field(default_factory=FisherSettings)
     recalibrate: bool = True
     signed: bool = False
     nearest: bool = False

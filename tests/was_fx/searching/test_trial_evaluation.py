@@ -40,7 +40,7 @@ def test_rows_of_a_batch_drop_by_thresholds_of_their_own(llama, tokens, weights,
     with prompts_treated(llama, "dense"):
         together = list(evaluate.several(trials))
         assert 7 in sizes
-        monkeypatch.setattr("was_fx.searching.trial_evaluation._MOST_ROWS", 3)
+        monkeypatch.setattr("was_fx.searching.divergence._MOST_ROWS", 3)
         in_parts = list(evaluate.several(trials))
         assert 3 in sizes
         alone = [evaluate(each) for each in trials]
