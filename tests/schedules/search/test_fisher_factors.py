@@ -53,7 +53,7 @@ def test_a_group_that_costs_more_than_foreseen_gets_less():
 
 
 def test_noise_moves_no_group_far():
-    found = corrected(BEFORE, GROUPS, [-0.01, 0.02, 0.02], [0.0001, 0.02, 0.02], 1.0)
+    found = corrected(BEFORE, GROUPS, [-0.004, 0.02, 0.02], [0.0001, 0.02, 0.02], 1.0)
     assert 0.5 < found["a"] < 2
     wild = corrected(BEFORE, GROUPS, [-1.0, 0.1, 2.0], [0.01, 0.01, 0.01], 1.0)
     assert max(wild.values()) == pytest.approx(3.0)
