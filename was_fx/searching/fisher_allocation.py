@@ -2,7 +2,7 @@
 what groups of Linears cost there."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
 
@@ -13,6 +13,7 @@ from was_fx.measure.fisher import fisher_table
 from was_fx.modules.linears import find_linears
 from was_fx.schedules.experts import weights_read
 from was_fx.schedules.files.fisher_scores import FisherScores
+from was_fx.schedules.files.linear_schedule import LinearSchedule
 from was_fx.schedules.files.schedule import Schedule, ScheduleMetadata
 from was_fx.schedules.search.fisher import allocate, allocate_time, channel_costs, fisher_schedule, fisher_scores_of
 from was_fx.schedules.search.fisher_factors import corrected, foreseen, linear_groups, raised
@@ -58,11 +59,10 @@ class _FisherSearch:
         visited = [schedule]
         windows = cycle(np.random.default_rng(context.seed).permutation(len(context.tokens)).tolist())
         for number in range(settings.sweeps):
-            context.report("factors", number, settings.sweeps)
             self._sweep(f"sweep {number}", visited[-1], list(islice(windows, settings.windows)))
             visited.append(self._settled(visited[-1]))
         # A sweep can lead astray: of all points the best, on windows of their own.
-        found = self._divergences("check", visited, list(islice(windows, _CHECKS)))
+        found = self._divergences("check", [each.linears for each in visited], list(islice(windows, _CHECKS)))
         return visited[int(np.argmin(found))]
 
     def _sparsities(self) -> dict[str, float]:
@@ -73,6 +73,10 @@ class _FisherSearch:
 
     def _schedule(self, sparsities: Mapping[str, float]) -> Schedule:
         return fisher_schedule(self.scores, self.levels, self.shapes, sparsities, self.metadata)
+
+    def _linears(self, names: Iterable[str], sparsities: Mapping[str, float]) -> Mapping[str, LinearSchedule]:
+        shapes = {name: self.shapes[name] for name in names}
+        return fisher_schedule(self.scores, self.levels, shapes, sparsities, self.metadata).linears
 
     def _settled(self, schedule: Schedule) -> Schedule:
         """λ found again by the scores that are measured while the model drops by a schedule."""
@@ -90,22 +94,25 @@ class _FisherSearch:
         groups = linear_groups(self.shapes, settings.parts)
         start = {name: entry.sparsity for name, entry in schedule.linears.items()}
         points = [raised(start, set(names), settings.probe) for names in groups]
-        base, *found = self._divergences(key, [schedule, *map(self._schedule, points)], windows)
+        ways = [dict(schedule.linears)]
+        ways += [{**ways[0], **self._linears(names, each)} for names, each in zip(groups, points, strict=True)]
+        base, *found = self._divergences(key, ways, windows)
         inputs = {name: columns for name, (_, columns) in self.shapes.items()}
         shares = {name: self.read[name] / math.prod(shape) for name, shape in self.shapes.items()}
         expected = [foreseen(self.scores, self.levels, shares, inputs, start, point) for point in points]
         rises = [each - base for each in found]
         self.factors = corrected(self.factors, groups, rises, expected, settings.step)
 
-    def _divergences(self, key: str, schedules: list[Schedule], windows: list[int]) -> list[float]:
-        """Mean divergence by each schedule, nats per token, on windows of the validation tokens."""
+    def _divergences(self, key: str, ways: Sequence[Mapping[str, LinearSchedule]], windows: list[int]) -> list[float]:
+        """Mean divergence by entries of all Linears, nats per token, on windows of the validation tokens."""
         context = self.context
         record = context.log.recorded(key, windows)
         if record is None:
-            ways = [schedule.linears for schedule in schedules]
             found = np.zeros(len(ways))
-            for window in windows:
-                found += [each.nats for each in self.meter.measure(context.tokens[window], ways)]
+            for number, window in enumerate(windows):
+                for way, each in enumerate(self.meter.measure(context.tokens[window], ways)):
+                    context.report(f"divergences, {key}", number * len(ways) + way, len(windows) * len(ways))
+                    found[way] += each.nats
             tokens = len(windows) * (len(ways) + 1) * context.tokens.shape[1]
             record = context.log.add(key, windows, {"divergences": (found / len(windows)).tolist(), "tokens": tokens})
         context.spent["trials"] += record["tokens"]
