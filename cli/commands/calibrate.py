@@ -1,9 +1,10 @@
 """`was calibrate`: measure a model's activations on a text."""
 
 import shlex
+from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -115,6 +116,7 @@ def calibrate(
                 "fisher": fisher,
                 "pooled": list(result.pooled),
                 "excluded": list(result.excluded),
+                "excluded_share": _excluded_share(loaded.model, result.excluded),
                 "outside": {"linears": len(outside), "share": share},
             }
         )
@@ -131,7 +133,10 @@ def calibrate(
             f"a prompt. What lies there is {100 * share:.0f} % of the model's bytes, and no decode step reads it"
         )
     if result.excluded:
-        say(f"{len(result.excluded)} Linears of the decoder stay dense, such as {result.excluded[0]}")
+        say(
+            f"{len(result.excluded)} Linears of the decoder stay dense, such as {result.excluded[0]}: "
+            f"{100 * _excluded_share(loaded.model, result.excluded):.1f} % of the bytes of a token"
+        )
     experts = dense_expert_parameters(loaded.model)
     if experts:
         say(
@@ -141,6 +146,12 @@ def calibrate(
     if loaded.weights is not None:
         say(f"Weights: {loaded.weights}; use it with weights in the same formats")
     say(f"Next: was make {shlex.quote(str(out))} --target 50%{' --fisher' if fisher else ''}")
+
+
+def _excluded_share(model: Any, names: Collection[str]) -> float:
+    from was_fx.modules.linears import byte_share, find_linears
+
+    return byte_share(model, [linear for name, linear in find_linears(model).items() if name in names])
 
 
 def _score(name: ScoreName | None, exponent: float | None, norm: int | None) -> "Score":

@@ -1,6 +1,9 @@
 """`was calibrate`."""
 
+import re
+
 import pytest
+from transformers import AutoModelForCausalLM
 
 from was_fx import Calibration, Score
 
@@ -74,6 +77,28 @@ def test_refusals(was, tmp_path, arguments, code, message):
     assert outcome.stdout == ""
     assert "Traceback" not in outcome.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_weights_that_the_model_multiplies_by_itself_are_told_with_their_share(was, tmp_path, text):
+    from transformers import AutoTokenizer
+
+    from was_fx import embedded
+    from was_fx.coverage.tiny_models import tiny_config
+
+    config = tiny_config("mamba")
+    config.vocab_size = 4096
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
+    AutoTokenizer.from_pretrained(embedded.path()).save_pretrained(tmp_path / "mamba")
+    arguments = ("calibrate", tmp_path / "mamba", "--text", text, "--tokens", 128, "--length", 64)
+    outcome = was(*arguments, "--out", tmp_path / "c.safetensors")
+    assert outcome.code == 0, outcome.stderr
+    told = re.search(
+        r"2 Linears of the decoder stay dense, such as \S+dt_proj: ([\d.]+) % of the bytes", outcome.stdout
+    )
+    outcome = was(*arguments, "--out", tmp_path / "c.safetensors", "--force", "--json")
+    assert outcome.json["excluded"] == [f"backbone.layers.{i}.mixer.dt_proj" for i in range(2)]
+    assert float(told[1]) == pytest.approx(100 * outcome.json["excluded_share"], abs=0.06)
+    assert outcome.json["excluded_share"] > 0
 
 
 def test_a_multimodal_model_has_its_decoder_measured(was, tmp_path, text):
