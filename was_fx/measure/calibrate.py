@@ -18,9 +18,9 @@ from was_fx.modules.linears import (
     find_linears,
     looking_at_inputs,
 )
-from was_fx.modules.placement import input_device, refuse_sharded, whole_channel_norms
+from was_fx.modules.placement import refuse_sharded, whole_channel_norms
 from was_fx.modules.quantized_linear import weight_formats
-from was_fx.modules.tokens import Tokens, batches, number_of_sequences
+from was_fx.modules.tokens import Tokens, batches, number_of_sequences, placed
 from was_fx.modules.weights_read import noting_reads
 from was_fx.schedules.files.calibration import Calibration, CalibrationBuilder
 from was_fx.schedules.files.fisher_scores import FisherScores
@@ -54,7 +54,7 @@ def calibrate(
     """Measure the quantiles of the score |x_j|·g_j^α of Linears, all but the head by default.
 
     Of a multimodal model the default are the Linears of its text decoder. Linears that no token reaches, such as those
-    that read an image, are then left out, and so are those whose weight the model multiplies by itself, without a call
+    that read an image where `tokens` has none, are then left out, and so are those whose weight the model multiplies by itself, without a call
     of the Linear; the log says which, and why.
 
     Activations are counted into histograms batch by batch and never kept, so memory does not grow with the text.
@@ -62,7 +62,8 @@ def calibrate(
     Args:
         model: a dense causal LM; its dtype and device are used as they are.
         tokens: token ids: a LongTensor [n, seq], sequences of unequal length, or a tokenizer's output with
-            `input_ids` and `attention_mask`; padding is left out.
+            `input_ids` and `attention_mask`; padding is left out. Of a multimodal model also what its processor
+            returns for a conversation with images or audio (without padding), or a list of such, each run by itself.
         score: WAS's |x|·‖W‖₁ by default.
         text: what the tokens are, for the record.
         include: qualified names of the Linears to measure, or patterns of them (see `was_fx.schedules.selection`), the
@@ -78,7 +79,8 @@ def calibrate(
         A `Calibration`.
 
     Raises:
-        ValueError: the model is sparsified or has no Linears, or `tokens` has a bad shape or unknown ids.
+        ValueError: the model is sparsified or has no Linears, or `tokens` has a bad shape, unknown ids, or
+            images that the model doesn't take.
         ScheduleError: a pattern matches no Linear, or a Linear that was asked for by name saw no token, or one no
                 finite scores.
         TypeError: `tokens` is not an integer tensor.
@@ -226,8 +228,8 @@ def run_text(model: nn.Module, tokens: Tokens, batch_size: int, progress: Progre
     try:
         with prompts_treated(model, "dense"):
             for batch, done, total in batches(model, tokens, batch_size):
-                model(input_ids=batch.to(input_device(model)), use_cache=False)
-                count += batch.numel()
+                model(**placed(model, batch), use_cache=False)
+                count += batch["input_ids"].numel()
                 report(progress, done, total)
     finally:
         model.train(training)
@@ -254,7 +256,7 @@ def _say_what_is_left_out(
     unreached = [name for name in unseen if name not in read]
     if unreached:
         log.warning(
-            "%d of %d Linears are left out and stay dense, such as %s: no token of the text reaches them",
+            "%d of %d Linears are left out and stay dense, such as %s: no token reaches them",
             len(unreached),
             len(linears),
             unreached[0],
