@@ -54,8 +54,8 @@ def calibrate(
     """Measure the quantiles of the score |x_j|·g_j^α of Linears, all but the head by default.
 
     Of a multimodal model the default are the Linears of its text decoder. Linears that no token reaches, such as those
-    that read an image where `tokens` has none, are then left out, and so are those whose weight the model multiplies by itself, without a call
-    of the Linear; the log says which, and why.
+    that read an image where `tokens` has none, are then left out, and so are those whose weight the model multiplies by
+    itself, without a call of the Linear; the log says which, and why.
 
     Activations are counted into histograms batch by batch and never kept, so memory does not grow with the text.
 

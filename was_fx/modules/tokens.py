@@ -1,5 +1,5 @@
-"""Token ids as callers have them: one tensor, sequences of unequal length, a tokenizer's output, or a processor's, which
-has images or audio beside the ids."""
+"""Token ids as callers have them: one tensor, sequences of unequal length, a tokenizer's output, or a processor's,
+which has images or audio beside the ids."""
 
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
