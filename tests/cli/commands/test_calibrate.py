@@ -184,6 +184,33 @@ def test_images_of_json_lines_with_a_text(was, tmp_path, llava, photos, text):
     assert was(*arguments, "--tokens", 2).json["tokens"] < alone
 
 
+def test_a_processor_that_gives_kinds_of_tokens_too(was, tmp_path, photos):
+    """That of Gemma 3, in which image tokens see each other."""
+    from transformers import AutoModelForImageTextToText, AutoTokenizer, Gemma3ImageProcessor, Gemma3Processor
+
+    from was_fx import embedded
+    from was_fx.coverage.tiny_models import tiny_config
+
+    folder, out = tmp_path / "gemma3", tmp_path / "c.safetensors"
+    names = {"image_token": "<image>", "boi_token": "<begin>", "eoi_token": "<end>"}
+    tokenizer = AutoTokenizer.from_pretrained(embedded.path(), extra_special_tokens=names)
+    config = tiny_config("gemma3")
+    config.image_token_id = tokenizer.image_token_id
+    config.text_config.vocab_size = len(tokenizer)
+    config.text_config.max_position_embeddings = 1024
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    side = config.vision_config.image_size
+    images = Gemma3ImageProcessor(size={"height": side, "width": side})
+    template = TEMPLATE.replace("<image>", "<begin>")
+    Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=4).save_pretrained(folder)
+    outcome = was("calibrate", folder, "--images", photos, "--out", out)
+    assert outcome.code == 0, outcome.stderr
+    assert "14 Linears, " in outcome.stdout
+    assert f"tokens of {photos}, " in outcome.stdout.replace("\n", "")
+    assert "Linears outside of the text decoder are left out" in outcome.stdout
+
+
 def test_a_processor_without_a_chat_template(was, tmp_path, llava, photos):
     folder = shutil.copytree(llava, tmp_path / "plain")
     (folder / "chat_template.jinja").unlink()
