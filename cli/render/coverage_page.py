@@ -153,8 +153,9 @@ a CPU. A prompt and the steps after it are decoded with the model's own cache, e
 A class is complete when every Linear that is called, but the head, is sparse in prompts and decode steps, all
 differences (and that of the compiled model) are at most 1e-4, and dropping half of the channels moves the logits by at
 least a hundred times that. Weights that stay dense because no call of a Linear reads them don't count against it.
-A model without a cache is not complete: it has no decode steps, each token is made by reading the whole text again as
-a prompt. Logits are right all the same, sparse with `prefill="all"` and dense by default, and nothing is gained.
+A model without a cache, or one that is given all tokens again beside its cache, is not complete: it has no call that is
+known for a decode step, and each token is made by what counts as a prompt. Logits are right all the same, sparse with
+`prefill="all"` and dense by default, by which nothing is gained.
 """.strip().splitlines()
 
 
