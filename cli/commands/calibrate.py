@@ -1,21 +1,23 @@
-"""`was calibrate`: measure a model's activations on a text."""
+"""`was calibrate`: measure a model's activations on a text, or on images."""
 
 import shlex
+from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import was_fx
 from was_fx.cli.input import options
 from was_fx.cli.input.files import check_output
-from was_fx.cli.input.models import load_model
+from was_fx.cli.input.models import load_model, load_processor
 from was_fx.cli.input.texts import read_text, windows
 from was_fx.cli.render.console import print_json, progress, say
 
 if TYPE_CHECKING:
     from was_fx import Score
+    from was_fx.cli.input.models import Loaded
 
 EXAMPLES = options.examples(
     "was calibrate embedded  [dim]the model inside was-fx, on its own text[/]",
@@ -25,6 +27,7 @@ EXAMPLES = options.examples(
     "was calibrate ./llama --text book.txt --exponent 0.5 --norm 2",
     "was calibrate ./llama --text book.txt --fisher  [dim]for was make --fisher, at any target[/]",
     "was calibrate ./llama --text book.txt --weights int8  [dim]as it will run, quantised[/]",
+    "was calibrate ./llava --images photos  [dim]a multimodal model, on images with captions beside them[/]",
 )
 
 
@@ -35,6 +38,14 @@ ScoreName = StrEnum("ScoreName", ["was", "teal", "wina"])
 def calibrate(
     model: options.Model,
     text: options.Text = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER|FILE",
+            help="Images for a multimodal model, instead of a text or with it. A folder, where NAME.txt holds what the "
+            "model should say of NAME.png; or JSON lines with image, prompt and answer.",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to write the calibration.")] = Path(
         "calibration.safetensors"
     ),
@@ -54,7 +65,9 @@ def calibrate(
     tokens: Annotated[
         int | None,
         typer.Option(
-            min=2, metavar="N", help="Measure at most about so many tokens (whole windows); by default the whole text."
+            min=2,
+            metavar="N",
+            help="Measure at most about so many tokens (whole windows) of the text, and of the images; by default all.",
         ),
     ] = None,
     fisher: Annotated[
@@ -74,25 +87,25 @@ def calibrate(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Measure the activations of a model on a text: once per model and score.
+    """Measure the activations of a model on a text, or on images: once per model and score.
 
     The result holds, for each Linear, the threshold of each sparsity. [bold]was make[/] turns it into schedules.
     """
 
     chosen = _score(score, exponent, norm)
     check_output(out, force)
-    source = read_text(text, model, "calibration")
 
     from was_fx.modules.linears import dense_expert_parameters, dense_expert_share, outside_decoder
 
-    loaded = load_model(model, dtype, device, weights=weights)
-    ids = windows(loaded, source, length=length, tokens=tokens)
-    with progress(f"Calibrating on {ids.numel():,} tokens") as advance:
+    how = {"dtype": dtype, "device": device, "weights": weights}
+    loaded, given, name = _model_and_input(model, text, images, length, tokens, how)
+    count = f"{len(given)} texts and images" if images else f"{given.numel():,} tokens"
+    with progress(f"Calibrating on {count}") as advance:
         result = was_fx.calibrate(
             loaded.model,
-            ids,
+            given,
             score=chosen,
-            text=source.name,
+            text=name,
             include=include or None,
             exclude=exclude or (),
             fisher=fisher,
@@ -109,17 +122,18 @@ def calibrate(
                 "path": str(out),
                 "linears": linears,
                 "tokens": result.tokens,
-                "text": source.name,
+                "text": name,
                 "score": score_used,
                 "weights": loaded.weights,
                 "fisher": fisher,
                 "pooled": list(result.pooled),
                 "excluded": list(result.excluded),
+                "excluded_share": _excluded_share(loaded.model, result.excluded),
                 "outside": {"linears": len(outside), "share": share},
             }
         )
         return
-    say(f"Wrote {out}: {len(result.thresholds)} Linears, {result.tokens:,} tokens of {source.name}, score {chosen}")
+    say(f"Wrote {out}: {len(result.thresholds)} Linears, {result.tokens:,} tokens of {name}, score {chosen}")
     if result.pooled:
         say(
             f"{len(result.pooled)} of the matrices are experts' that saw fewer than 32 tokens, such as "
@@ -131,7 +145,10 @@ def calibrate(
             f"a prompt. What lies there is {100 * share:.0f} % of the model's bytes, and no decode step reads it"
         )
     if result.excluded:
-        say(f"{len(result.excluded)} Linears of the decoder stay dense, such as {result.excluded[0]}")
+        say(
+            f"{len(result.excluded)} Linears of the decoder stay dense, such as {result.excluded[0]}: "
+            f"{100 * _excluded_share(loaded.model, result.excluded):.1f} % of the bytes of a token"
+        )
     experts = dense_expert_parameters(loaded.model)
     if experts:
         say(
@@ -141,6 +158,33 @@ def calibrate(
     if loaded.weights is not None:
         say(f"Weights: {loaded.weights}; use it with weights in the same formats")
     say(f"Next: was make {shlex.quote(str(out))} --target 50%{' --fisher' if fisher else ''}")
+
+
+def _model_and_input(
+    model: str, text: str | None, images: Path | None, length: int | None, tokens: int | None, how: dict[str, Any]
+) -> "tuple[Loaded, Any, str]":
+    """The model, what `was_fx.calibrate` takes as tokens, and what that is called."""
+    if images is None:
+        source = read_text(text, model, "calibration")
+        loaded = load_model(model, **how)
+        return loaded, windows(loaded, source, length=length, tokens=tokens), source.name
+    from was_fx.cli.input.images import Conversations, read_examples
+
+    examples = read_examples(images)
+    words = None if text is None else read_text(text, model, "calibration")
+    processor = load_processor(model)
+    loaded = load_model(model, **how, tokenizer=words is not None, whole=True)
+    shown = Conversations(loaded, processor, examples)
+    shown = shown if tokens is None else shown.within(tokens)
+    if words is None:
+        return loaded, shown, str(images)
+    return loaded, shown.after(windows(loaded, words, length=length, tokens=tokens)), f"{words.name} and {images}"
+
+
+def _excluded_share(model: Any, names: Collection[str]) -> float:
+    from was_fx.modules.linears import byte_share, find_linears
+
+    return byte_share(model, [linear for name, linear in find_linears(model).items() if name in names])
 
 
 def _score(name: ScoreName | None, exponent: float | None, norm: int | None) -> "Score":

@@ -45,10 +45,10 @@ def coverage(
 ) -> None:
     """Try every causal LM and multimodal class of transformers: build it small, sparsify it, compare.
 
-    A class is complete when each Linear but the head (of a multimodal model, of its text decoder) is sparse in prompt
-    and decode steps, logits at 0 % are the dense model's, and at 50 % those of the model with weak channels zeroed by
-    hooks; with every cache and rotary embedding it takes. How many graphs torch.compile makes of it is told too. Exit
-    code 1 if a type that was asked for by name is not complete.
+    A class is complete when each Linear that is called, but the head (of a multimodal model, of its text decoder), is
+    sparse in prompt and decode steps, logits at 0 % are the dense model's, and at 50 % those of the model with weak
+    channels zeroed by hooks; with every cache and rotary embedding it takes. How many graphs torch.compile makes of it
+    is told too. Exit code 1 if a type that was asked for by name is not complete.
     """
     if markdown is not None:
         check_output(markdown, force)

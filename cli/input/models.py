@@ -50,6 +50,7 @@ def load_model(
     weights: Sequence[str] | None = None,
     tokenizer: bool = True,
     keep_schedule: bool = False,
+    whole: bool = False,
 ) -> Loaded:
     """Load a causal LM, or a multimodal model where its type has none, in eval mode, and say so meanwhile.
 
@@ -60,6 +61,7 @@ def load_model(
         weights: what `--weights` gave: formats to quantise the model in.
         tokenizer: load it too.
         keep_schedule: leave a model sparsified that was saved so.
+        whole: load a multimodal model with its towers also where its type has a causal LM.
 
     Raises:
         ValueError, OSError: there is no such model or device, or it is none that can be loaded or quantised.
@@ -79,7 +81,7 @@ def load_model(
             # fp32 is several times faster than bf16 for batches on most CPUs, and the model is tiny.
             model, words = embedded.load(torch_dtype(Dtype.fp32 if dtype is Dtype.auto else dtype))
         else:
-            model, words = _from_pretrained(name, dtype, tokenizer)
+            model, words = _from_pretrained(name, dtype, tokenizer, whole)
         model = model if keep_schedule else _dense(name, model)
         loaded = Loaded(name, (model if where is None else model.to(where)).eval(), words)
     if plan is not None:
@@ -105,6 +107,30 @@ def load_skeleton(name: str) -> Any:
         return auto_class(config.model_type).from_config(config, trust_remote_code=loading().trust_remote_code)
 
 
+def load_processor(name: str) -> Any:
+    """What turns images and text into the input of a multimodal model.
+
+    Raises:
+        ValueError: there is no such model, or it has none.
+    """
+    from transformers import AutoProcessor
+
+    from was_fx import embedded
+
+    check_name(name)
+    _quiet()
+    given = loading().arguments()
+    given.pop("device_map", None)
+    with _loading("processor", name):
+        processor = AutoProcessor.from_pretrained(embedded.path() if name == EMBEDDED else name, **given)
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(
+            f"{name} has no processor for images, only {type(processor).__name__}: a model of text takes none; one of "
+            "images needs the files that processor.save_pretrained writes beside it"
+        )
+    return processor
+
+
 def load_config(name: str | Path) -> Any:
     """The configuration of a model, as the command was told to load it."""
     from transformers import AutoConfig
@@ -114,7 +140,7 @@ def load_config(name: str | Path) -> Any:
     return AutoConfig.from_pretrained(name, **given)
 
 
-def _from_pretrained(name: str, dtype: Dtype, tokenizer: bool) -> tuple[Any, Any]:
+def _from_pretrained(name: str, dtype: Dtype, tokenizer: bool, whole: bool) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, PreTrainedConfig
 
     from was_fx.modules.auto_class import auto_class
@@ -123,7 +149,8 @@ def _from_pretrained(name: str, dtype: Dtype, tokenizer: bool) -> tuple[Any, Any
     with _loading("model", name):
         wanted = {option: value for option, value in given.items() if option != "device_map"}
         known, _ = PreTrainedConfig.get_config_dict(name, **wanted)
-        model = auto_class(known.get("model_type", "")).from_pretrained(name, dtype=torch_dtype(dtype), **given)
+        auto = auto_class(known.get("model_type", ""), whole=whole)
+        model = auto.from_pretrained(name, dtype=torch_dtype(dtype), **given)
     given.pop("device_map", None)
     with _loading("tokenizer", name):
         return model, AutoTokenizer.from_pretrained(name, **given) if tokenizer else None

@@ -9,6 +9,8 @@ from was_fx.schedules.names import markdown_table
 if TYPE_CHECKING:
     from was_fx.coverage.cover import Coverage
 
+_MUCH = 0.1  # of the bytes of a token
+
 COLUMNS = (
     "model type",
     "complete",
@@ -46,7 +48,7 @@ def cells(row: "Coverage") -> list[str]:
 
 
 def notes(row: "Coverage") -> str:
-    """What a row's numbers don't say: reasons, and the share of bytes in 3-D parameters that stay dense."""
+    """What a row's numbers don't say: reasons, and the share of bytes in weights that stay dense beside the head."""
     found = [row.error] if row.error else []
     found += [f"graph break: {reason}" for reason in row.graph_breaks]
     declined = sorted(row.declined.items(), key=lambda item: item[1])
@@ -54,8 +56,10 @@ def notes(row: "Coverage") -> str:
         found.append(f"{_short([name for name, _ in items])}: {reason}")
     if row.sparse and not row.decode_steps:
         found.append("each step is a prompt: no cache, or all tokens are given again")
+    if row.by_model:
+        found.append(f"{_short(row.by_model)} stay dense, read by the model itself{_of_bytes(row.by_model_share)}")
     if row.experts_dense:
-        found.append(f"{_short(row.experts)} stay dense: {100 * row.experts_dense:.1f} % of the bytes")
+        found.append(f"{_short(row.experts)} stay dense{_of_bytes(row.experts_dense)}")
     return "; ".join(found)
 
 
@@ -79,6 +83,7 @@ def page(
             "",
             f"{_counted(text)} decoder-only causal LM classes of transformers are complete, and {_counted(multimodal)}",
             "multimodal ones.",
+            *_partly(rows),
             "",
             f"Made by `was coverage {options}--markdown docs/coverage.md --force`, "
             + ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -98,6 +103,22 @@ def page(
 def _counted(rows: "Sequence[Coverage]") -> str:
     complete = sum(row.complete for row in rows)
     return f"{complete} of {len(rows)} ({100 * complete / max(len(rows), 1):.0f} %)"
+
+
+def _partly(rows: "Sequence[Coverage]") -> list[str]:
+    """How many of the complete classes keep more than the head dense, so that nobody takes them for wholly sparse."""
+    shares = [row.experts_dense + (row.by_model_share or 0.0) for row in rows if row.complete]
+    some, much = sum(share > 0 for share in shares), sum(share > _MUCH for share in shares)
+    if not some:
+        return []
+    return [
+        f"In {some} of these some weights stay dense beside the head, because the model multiplies by them without a",
+        f"Linear's module; in {much} they are more than {100 * _MUCH:.0f} % of the bytes of a token. Notes name them.",
+    ]
+
+
+def _of_bytes(share: float | None) -> str:
+    return "" if share is None else f": {100 * share:.1f} % of the bytes"
 
 
 def _table(rows: "Sequence[Coverage]") -> list[str]:
@@ -124,12 +145,17 @@ a CPU. A prompt and the steps after it are decoded with the model's own cache, e
   them. They cost speed where a model is compiled, and nothing else. A sliding window that fills up takes a second graph
   of the decode step.
 - Experts that transformers holds as one 3-D parameter are sparse where it computes them by its registry of experts
-  functions (docs/experts.md). Other weights that are held so stay dense; notes name them with their share of
-  the weight bytes of a token at full size.
+  functions (docs/experts.md). Other weights that are held so stay dense, and so do those of a Linear whose module is
+  never called, because the model reads its weight and multiplies by it itself (`self.dt_proj.weight @ x`): there is no
+  call to make sparse. Calibrations leave them out; notes name them with their share of the weight bytes of a token at
+  full size.
 
-A class is complete when every Linear but the head is sparse, all differences (and that of the compiled model) are at
-most 1e-4, and dropping half of the channels moves the logits by at least a hundred times that. A Linear whose module is
-never called, because the model multiplies by its weight itself, counts as declined.
+A class is complete when every Linear that is called, but the head, is sparse in prompts and decode steps, all
+differences (and that of the compiled model) are at most 1e-4, and dropping half of the channels moves the logits by at
+least a hundred times that. Weights that stay dense because no call of a Linear reads them don't count against it.
+A model without a cache, or one that is given all tokens again beside its cache, is not complete: it has no call that is
+known for a decode step, and each token is made by what counts as a prompt. Logits are right all the same, sparse with
+`prefill="all"` and dense by default, by which nothing is gained.
 """.strip().splitlines()
 
 

@@ -37,6 +37,7 @@ PARSED = {
     "was quantize ./llama --weights int4 --text": "fits every Linear; test_quantize.py does it on a smaller model",
     "was eval ./llama --schedule s.was.safetensors --task": "tasks of the Hub",
     "was generate meta-llama": "a model of 7 billion parameters",
+    "was calibrate ./llava": "needs a multimodal model; test_calibrate.py makes one",
     "was serve": "waits for clients; test_serve.py is one",
     "was chat": "waits for questions; test_chat.py asks them",
     "was generate MODEL": "a placeholder for your own",

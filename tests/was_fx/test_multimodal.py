@@ -1,6 +1,7 @@
 """Multimodal models: their text decoder is made sparse, their towers are left alone. Small ones with random weights."""
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -150,6 +151,97 @@ def test_linears_that_text_does_not_reach_are_left_out(caplog, text):
     was_fx.sparsify(model, was_fx.uniform(calibration, 0.5))
     with pytest.raises(was_fx.ScheduleError, match="has seen no token"):
         was_fx.calibrate(was_fx.densify(model), text, include="*")
+
+
+def about_images(model, text):
+    """What a processor would return for two conversations of different lengths."""
+    first, second = image_prompt(model, text[:1, :8]), image_prompt(model, text[1:2, :19])
+    second["pixel_values"] = second["pixel_values"].flip(-1)
+    return [first, second]
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl", "llava"])
+def test_thresholds_are_measured_on_image_tokens_too(model_type, text):
+    model = tiny_model(model_type)
+    given = about_images(model, text)
+    found = was_fx.calibrate(model, given, score=was_fx.Score(0.0, 1))
+    assert found.tokens == sum(each["input_ids"].numel() for each in given)
+    name = next(name for name in found.thresholds if name.endswith("layers.1.mlp.down_proj"))
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten()))
+    with torch.no_grad():
+        for each in given:
+            model(**each)
+    handle.remove()
+    share = (torch.cat(seen).abs() <= found.threshold(name, 0.5)).float().mean().item()
+    assert share == pytest.approx(0.5, abs=0.003)
+    alone = was_fx.calibrate(model, [each["input_ids"][0] for each in given], score=was_fx.Score(0.0, 1))
+    assert not alone.thresholds[name].equal(found.thresholds[name])
+    assert was_fx.calibrate(model, given[0]).tokens == given[0]["input_ids"].numel()
+
+
+def test_images_and_texts_together_one_by_one(gemma3, text):
+    given, asked, steps = about_images(gemma3, text), [], []
+
+    class OneByOne(Sequence):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            asked.append(index)
+            return (*given, text[2])[index]
+
+    found = was_fx.calibrate(gemma3, OneByOne(), progress=lambda *step: steps.append((*step, max(asked))))
+    assert steps == [(1, 3, 0), (2, 3, 1), (3, 3, 2)]
+    assert found.thresholds.keys() == body_linears(gemma3).keys()
+    assert found.tokens == sum(each["input_ids"].numel() for each in given) + len(text[2])
+
+
+def test_fisher_weights_and_thresholds_of_the_sparse_model_about_images(gemma3, text):
+    given = about_images(gemma3, text)
+    calibration = was_fx.calibrate(gemma3, given, fisher=True)
+    before = was_fx.fisher(calibration, 0.5)
+    after = was_fx.recalibrate(gemma3, was_fx.uniform(calibration, 0.5), given, rounds=1)
+    was_fx.sparsify(gemma3, before)
+    assert was_fx.check(gemma3).ok
+    assert after != was_fx.uniform(calibration, 0.5)
+    whole = was_fx.calibrate(was_fx.densify(gemma3), given[0], fisher=True)  # one batch, which has no third
+    assert whole.fisher is not None
+
+
+def test_pixels_get_the_dtype_of_the_model(text):
+    model = tiny_model("llava").bfloat16()
+    given = image_prompt(tiny_model("llava"), text[:1, :8])
+    assert given["pixel_values"].dtype == torch.float32
+    assert was_fx.calibrate(model, given).tokens == given["input_ids"].numel()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda each: {**each, "attention_mask": each["attention_mask"].clone().fill_(0)},
+            "has a mapping with padding",
+        ),
+        (
+            lambda each: {**each, "pixel_values": each["pixel_values"].tolist()},
+            "pixel_values is no tensor; call the pro",
+        ),
+        (lambda each: {**each, "input_features": torch.ones(1, 2, 2)}, "has input_features, which Gemma3ForCondit"),
+        (lambda each: {**each, "input_ids": each["input_ids"] + TEXT + 100}, "the model's vocabulary is 0 to 127"),
+        (lambda each: {"pixel_values": each["pixel_values"]}, "expected 'input_ids'"),
+    ],
+)
+def test_images_that_are_refused(gemma3, text, change, message):
+    given = about_images(gemma3, text)
+    for wrong in (change(given[0]), [given[1], change(given[0])]):
+        with pytest.raises(ValueError, match=message):
+            was_fx.calibrate(gemma3, wrong)
+
+
+def test_a_model_of_text_refuses_images(gemma3, text, llama):
+    with pytest.raises(ValueError, match="has pixel_values, which LlamaForCausalLM doesn't take; load the multimodal"):
+        was_fx.calibrate(llama, image_prompt(gemma3, text[:1, :8]))
 
 
 def text_only(gemma3):

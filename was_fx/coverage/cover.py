@@ -9,7 +9,7 @@ every kind of rotary embedding that the class takes, and with an image in the pr
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,7 @@ from was_fx.modules.linears import (
     looking_at_inputs,
 )
 from was_fx.modules.text_decoder import takes_more_than_text
+from was_fx.modules.weights_read import noting_reads
 from was_fx.passes.graph.context import Context
 from was_fx.passes.pipeline import observers
 from was_fx.schedules.experts import group_of, groups
@@ -75,7 +76,10 @@ class Coverage:
         linears: Linears of the model, its head among them; the experts of a parameter count as one.
         sparse: Linears whose sparse product was made wherever they were called: in the prompt, and in each decode step
             after a dense prompt.
-        declined: reason by qualified name, for every Linear but the head that is not.
+        by_model: qualified names of the Linears whose weight the model multiplies by itself, without a call of their
+            module, as it does with parameters that no Linear holds. They stay dense.
+        by_model_share: of the weight bytes of a token in a model of full size; None if that one can't be built.
+        declined: reason by qualified name, for every other Linear but the head that is not sparse.
         experts: qualified names of the weights held as 3-D parameters that stay dense.
         share: of the weight bytes of a token that lie in Linears found sparse here, in the model that the type's
             default configuration describes, of which a token reads the experts that it is sent to; None if that one
@@ -101,6 +105,8 @@ class Coverage:
     multimodal: bool = False
     linears: int = 0
     sparse: int = 0
+    by_model: tuple[str, ...] = ()
+    by_model_share: float | None = None
     declined: dict[str, str] = field(default_factory=dict)
     experts: tuple[str, ...] = ()
     share: float | None = None
@@ -119,7 +125,8 @@ class Coverage:
 
     @property
     def complete(self) -> bool:
-        """Every Linear but the head is sparse in prompt and decode steps, and logits are equal to both references."""
+        """Every Linear but the head is sparse in prompt and decode steps, wherever it is called, and logits are equal
+        to both references."""
         equal = all(each is not None and each <= TOLERANCE for each in (self.exact, self.oracle))
         others = [*self.variants.values(), *([] if self.compiled is None else [self.compiled])]
         equal = equal and all(each <= TOLERANCE for each in others)
@@ -179,7 +186,7 @@ def cover(model_type: str, *, graphs: bool = True) -> Coverage:
                 if graphs:
                     sparsify(model, schedule, prefill="all")
                     _compile(model, expected, found)
-            found |= full_size(model_type, found["declined"])
+            found |= full_size(model_type, found["declined"], found["by_model"])
     except Exception as error:
         found["error"] = _first_line(error)
     return Coverage(model_type, name, **found)
@@ -189,10 +196,12 @@ def _compare(model: nn.Module, found: dict[str, Any]) -> tuple[Schedule, Tensor]
     """Fill `found` with the fields of `Coverage` as they become known; the schedule at 50 %, and what it must give."""
     try:
         dense, unreached = _dense(model)
+        by_model = _multiplied_by_model(model, unreached)
     except Exception as error:
         raise RuntimeError(f"the dense model itself can't generate: {_first_line(error)}") from error
     reason = "no token of a text reaches it" if found["multimodal"] else "its module is never called"
-    declined = found["declined"] = dict.fromkeys(unreached, reason)
+    declined = found["declined"] = {name: reason for name in unreached if name not in by_model}
+    found["by_model"] = tuple(by_model)
     calibration = calibrate(model, TOKENS, exclude=unreached)
     for _ in range(2):  # again without what ran dense, so that the others are compared
         schedule = uniform(calibration, _TARGET, exclude=[name for name in declined if name not in unreached])
@@ -279,6 +288,16 @@ def _dense(model: nn.Module) -> tuple[Tensor, list[str]]:
     with looking_at_inputs(linears, lambda name, _: called.add(group_of(name))):
         found = logits(model)
     return found, [group for group in groups(linears) if group not in called]
+
+
+def _multiplied_by_model(model: nn.Module, uncalled: Collection[str]) -> list[str]:
+    """Those of the Linears (or groups of experts) that are not called whose weight the model reads all the same."""
+    linears = {name: each for name, each in body_linears(model).items() if group_of(name) in uncalled}
+    if not linears:
+        return []
+    with noting_reads(linears) as read:
+        logits(model)
+    return list(groups(name for name in linears if name in read))
 
 
 def _break_reason(text: str) -> str:

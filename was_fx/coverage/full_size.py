@@ -7,16 +7,17 @@ from typing import Any
 import torch
 
 from was_fx.modules.auto_class import auto_class
-from was_fx.modules.linears import body_linears, bytes_per_token, dense_expert_share, weight_bytes_per_token
+from was_fx.modules.linears import body_linears, byte_share, dense_expert_share
 from was_fx.schedules.experts import group_of
 
 
-def full_size(model_type: str, declined: Collection[str] = ()) -> dict[str, Any]:
-    """Fields of `Coverage`: share, billions, experts_dense.
+def full_size(model_type: str, declined: Collection[str] = (), by_model: Collection[str] = ()) -> dict[str, Any]:
+    """Fields of `Coverage`: share, billions, experts_dense, by_model_share.
 
     Args:
         model_type: whose default configuration is meant: that of the checkpoint which transformers names with it.
         declined: Linears of a small model that stay dense; those of the same name in any layer do here, too.
+        by_model: others that do, since the model multiplies by their weights itself.
 
     Returns:
         Nothing, where the default configuration gives no model.
@@ -28,11 +29,11 @@ def full_size(model_type: str, declined: Collection[str] = ()) -> dict[str, Any]
             model = auto_class(model_type, whole=True).from_config(CONFIG_MAPPING[model_type]())
     except Exception:
         return {}  # a composite without parts, or one that needs a package
-    dense = patterns(declined)
-    body = body_linears(model)
-    sparse = sum(bytes_per_token(model, each) for name, each in body.items() if _general(group_of(name)) not in dense)
+    body = [(_general(group_of(name)), each) for name, each in body_linears(model).items()]
+    others, dense = patterns(by_model), patterns([*declined, *by_model])
     return {
-        "share": sparse / weight_bytes_per_token(model),
+        "share": byte_share(model, [each for pattern, each in body if pattern not in dense]),
+        "by_model_share": byte_share(model, [each for pattern, each in body if pattern in others]),
         "billions": sum(each.numel() for each in model.parameters()) / 1e9,
         "experts_dense": dense_expert_share(model),
     }

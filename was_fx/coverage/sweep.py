@@ -105,7 +105,7 @@ def _read(record: Path | None) -> dict[str, Coverage]:
         try:
             entry = json.loads(line)
             if entry.pop("versions") == here:
-                entry |= {name: tuple(entry[name]) for name in ("experts", "graph_breaks")}
+                entry |= {name: tuple(entry[name]) for name in ("experts", "by_model", "graph_breaks")}
                 found[entry["model_type"]] = Coverage(**entry)
         except (ValueError, KeyError, TypeError):
             continue

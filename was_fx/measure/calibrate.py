@@ -2,7 +2,7 @@
 `recalibrate`: the same for a schedule's thresholds, while the model drops what the schedule says."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.measure.fisher import fisher_table, fisher_weights, share_of
-from was_fx.modules.linears import body_linears, dropping, find_linears, looking_at_inputs
-from was_fx.modules.placement import input_device, refuse_sharded, whole_channel_norms
+from was_fx.modules.linears import (
+    LinearModule,
+    body_linears,
+    byte_share,
+    dropping,
+    find_linears,
+    looking_at_inputs,
+)
+from was_fx.modules.placement import refuse_sharded, whole_channel_norms
 from was_fx.modules.quantized_linear import weight_formats
-from was_fx.modules.tokens import Tokens, batches, number_of_sequences
+from was_fx.modules.tokens import Tokens, batches, number_of_sequences, placed
+from was_fx.modules.weights_read import noting_reads
 from was_fx.schedules.files.calibration import Calibration, CalibrationBuilder
 from was_fx.schedules.files.fisher_scores import FisherScores
 from was_fx.schedules.files.schedule import Schedule
@@ -46,14 +54,16 @@ def calibrate(
     """Measure the quantiles of the score |x_j|·g_j^α of Linears, all but the head by default.
 
     Of a multimodal model the default are the Linears of its text decoder. Linears that no token reaches, such as those
-    that read an image, are then left out, which the log says.
+    that read an image where `tokens` has none, are then left out, and so are those whose weight the model multiplies by
+    itself, without a call of the Linear; the log says which, and why.
 
     Activations are counted into histograms batch by batch and never kept, so memory does not grow with the text.
 
     Args:
         model: a dense causal LM; its dtype and device are used as they are.
         tokens: token ids: a LongTensor [n, seq], sequences of unequal length, or a tokenizer's output with
-            `input_ids` and `attention_mask`; padding is left out.
+            `input_ids` and `attention_mask`; padding is left out. Of a multimodal model also what its processor
+            returns for a conversation with images or audio (without padding), or a list of such, each run by itself.
         score: WAS's |x|·‖W‖₁ by default.
         text: what the tokens are, for the record.
         include: qualified names of the Linears to measure, or patterns of them (see `was_fx.schedules.selection`), the
@@ -69,7 +79,8 @@ def calibrate(
         A `Calibration`.
 
     Raises:
-        ValueError: the model is sparsified or has no Linears, or `tokens` has a bad shape or unknown ids.
+        ValueError: the model is sparsified or has no Linears, or `tokens` has a bad shape, unknown ids, or
+            images that the model doesn't take.
         ScheduleError: a pattern matches no Linear, or a Linear that was asked for by name saw no token, or one no
                 finite scores.
         TypeError: `tokens` is not an integer tensor.
@@ -90,12 +101,7 @@ def calibrate(
         count = run_text(model, tokens, batch_size, partial(_in_phase, progress, 0, total))
     unseen = builder.unseen() if include is None else []
     if 0 < len(unseen) < len(linears):
-        log.warning(
-            "%d of %d Linears are left out and stay dense, such as %s: no token of the text reaches them",
-            len(unseen),
-            len(linears),
-            unseen[0],
-        )
+        _say_what_is_left_out(model, linears, unseen, tokens)
         builder.leave_out(unseen)
         linears = {name: each for name, each in linears.items() if name not in unseen}
     excluded = [name for name in body if name not in linears]
@@ -222,12 +228,39 @@ def run_text(model: nn.Module, tokens: Tokens, batch_size: int, progress: Progre
     try:
         with prompts_treated(model, "dense"):
             for batch, done, total in batches(model, tokens, batch_size):
-                model(input_ids=batch.to(input_device(model)), use_cache=False)
-                count += batch.numel()
+                model(**placed(model, batch), use_cache=False)
+                count += batch["input_ids"].numel()
                 report(progress, done, total)
     finally:
         model.train(training)
     return count
+
+
+def _say_what_is_left_out(
+    model: nn.Module, linears: Mapping[str, LinearModule], unseen: Sequence[str], tokens: Tokens
+) -> None:
+    """The reasons, for which the first sequence is run again, with the share of bytes that is dense for good."""
+    first, _, _ = next(batches(model, tokens, 1))
+    with noting_reads({name: linears[name] for name in unseen}) as read:
+        run_text(model, first, 1, None)
+    by_model = [name for name in unseen if name in read]
+    if by_model:
+        log.warning(
+            "%d of %d Linears are left out and stay dense, such as %s: the model multiplies by their weights itself, "
+            "without a call of the Linear; they are %.1f %% of the bytes of a token",
+            len(by_model),
+            len(linears),
+            by_model[0],
+            100 * byte_share(model, [linears[name] for name in by_model]),
+        )
+    unreached = [name for name in unseen if name not in read]
+    if unreached:
+        log.warning(
+            "%d of %d Linears are left out and stay dense, such as %s: no token reaches them",
+            len(unreached),
+            len(linears),
+            unreached[0],
+        )
 
 
 def _in_phase(progress: Progress | None, before: int, total: int, done: int, _of: int) -> None:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from was_fx.modules.linears import LinearModule, dropping, looking_at_inputs
 from was_fx.modules.placement import input_device
-from was_fx.modules.tokens import Tokens, batches, number_of_sequences
+from was_fx.modules.tokens import Tokens, batches, holds_more_than_text, number_of_sequences, placed
 from was_fx.schedules.blocks import find_blocks
 from was_fx.schedules.errors import ScheduleError
 from was_fx.schedules.experts import FEW_TOKENS, groups, is_member
@@ -81,7 +81,7 @@ def fisher_weights(
         stack.enter_context(_blocks_run_again(model, {name: linear.shape for name, linear in linears.items()}))
         stack.enter_context(looking_at_inputs(linears, watch))
         for batch, done, total in batches(model, tokens, batch_size):
-            logits = model(input_ids=batch.to(device), use_cache=False).logits
+            logits = model(**placed(model, batch), use_cache=False).logits
             if not logits.isfinite().all():
                 raise ScheduleError(
                     "Fisher weights cannot be measured", ["the logits are NaN or infinite"], "Measure in bf16 or fp32."
@@ -142,7 +142,7 @@ def share_of(tokens: Tokens) -> Tokens:
 
     A backward pass, with the blocks run again, costs about three forward passes.
     """
-    if number_of_sequences(tokens) <= _ALL:
+    if number_of_sequences(tokens) <= _ALL or (isinstance(tokens, Mapping) and holds_more_than_text(tokens)):
         return tokens
     return {name: each[::3] for name, each in tokens.items()} if isinstance(tokens, Mapping) else tokens[::3]
 

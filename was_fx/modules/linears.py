@@ -260,6 +260,11 @@ def bytes_per_token(model: nn.Module, linear: LinearModule) -> float:
     return linear.nbytes * min(experts_per_token(model) or count, count) / count
 
 
+def byte_share(model: nn.Module, linears: Iterable[LinearModule]) -> float:
+    """Share of the weight bytes of a decode step that lies in some of a model's Linears."""
+    return sum(bytes_per_token(model, linear) for linear in linears) / weight_bytes_per_token(model)
+
+
 def weight_bytes_per_token(model: nn.Module, linears: Iterable[LinearModule] | None = None) -> int:
     """Bytes of weights that one dense decode step reads: every parameter except input embeddings, of which it reads
     a row only, unless the head shares them, except the experts that a token is not sent to, and of a multimodal model

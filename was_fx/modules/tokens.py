@@ -1,63 +1,152 @@
-"""Token ids as callers have them: one tensor, sequences of unequal length, or a tokenizer's output."""
+"""Token ids as callers have them: one tensor, sequences of unequal length, a tokenizer's output, or a processor's,
+which has images or audio beside the ids."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from was_fx.modules.linears import embedding
+from was_fx.modules.placement import input_device
 from was_fx.modules.quantized_embedding import QuantizedEmbedding
 
-Tokens = Tensor | Sequence[Tensor | Sequence[int]] | Mapping[str, Any]
+Tokens = Tensor | Mapping[str, Any] | Sequence[Tensor | Sequence[int] | Mapping[str, Any]]
+Batch = dict[str, Any]
+
+_SPECIAL = ("token_id", "token_index")  # how names of a configuration end that stand for tokens
 
 
-def batches(model: nn.Module, tokens: Tokens, batch_size: int) -> Iterator[tuple[Tensor, int, int]]:
-    """(batch [B, S], sequences done with it, all sequences), each batch without padding.
+def batches(model: nn.Module, tokens: Tokens, batch_size: int) -> Iterator[tuple[Batch, int, int]]:
+    """(arguments of the model, sequences done with them, all sequences), each batch without padding.
 
     Args:
         model: whose vocabulary the ids must be of.
         tokens: a LongTensor [n, seq]; or n sequences of ids, of any lengths; or a mapping with `input_ids` and perhaps
-            `attention_mask`, as tokenizers return.
+            `attention_mask`, as tokenizers return. A mapping with images or audio beside the ids, as processors return,
+            is one batch and counts as one sequence, and so does each mapping among several; `tokens[i]` is then asked
+            for when its turn comes, unless they are a list.
         batch_size: sequences per batch; those of unequal length come one by one.
 
     Raises:
         TypeError: not integers.
-        ValueError: wrong rank, empty, or an id outside the vocabulary.
+        ValueError: wrong rank, empty, an id outside the vocabulary, padding beside images, or images that the model
+            doesn't take.
     """
-    rows = _without_padding(tokens)
+    rows = _rows(tokens)
     if isinstance(rows, Tensor):
         check_tokens(model, rows)
-        parts = rows.split(batch_size)
-    else:
-        parts = tuple(row[None] for row in rows)
-        if not parts:
-            raise ValueError("tokens holds no sequence")
-        for part in parts:
-            check_tokens(model, part)
-    done, total = 0, sum(len(part) for part in parts)
-    for part in parts:
-        done += len(part)
-        yield part, done, total
+        done = 0
+        for part in rows.split(batch_size):
+            done += len(part)
+            yield {"input_ids": part}, done, len(rows)
+        return
+    if not len(rows):
+        raise ValueError("tokens holds no sequence")
+    if isinstance(rows, list):
+        for row in rows:
+            _batch_of_one(model, row)
+    for done, row in enumerate(rows, start=1):
+        yield _batch_of_one(model, row), done, len(rows)
+
+
+def placed(model: nn.Module, batch: Batch) -> Batch:
+    """A batch where the model is, with what is floating in it, such as pixels, in the model's dtype."""
+    device, dtype = input_device(model), getattr(model, "dtype", None)
+
+    def place(each: Any) -> Any:
+        if isinstance(each, (list, tuple)):
+            return [place(part) for part in each]
+        if not isinstance(each, Tensor):
+            return each
+        return each.to(device, dtype if each.is_floating_point() else None)
+
+    return {name: place(each) for name, each in batch.items()}
 
 
 def number_of_sequences(tokens: Tokens) -> int:
     """How many sequences there are."""
-    return len(tokens.get("input_ids", ()) if isinstance(tokens, Mapping) else tokens)
-
-
-def _without_padding(tokens: Tokens) -> Tensor | list[Tensor]:
-    if isinstance(tokens, Tensor):
-        return tokens
     if isinstance(tokens, Mapping):
-        if tokens.get("input_ids") is None:
-            raise ValueError(f"tokens has {', '.join(map(repr, tokens))}; expected 'input_ids'")
-        ids, mask = tokens["input_ids"], tokens.get("attention_mask")
-        if mask is None:
-            return ids if isinstance(ids, Tensor) else [torch.as_tensor(row) for row in ids]
-        rows = zip(ids, mask, strict=True)
-        return [torch.as_tensor(row)[torch.as_tensor(kept).bool()] for row, kept in rows]
-    return [torch.as_tensor(row) for row in tokens]
+        return 1 if holds_more_than_text(tokens) else len(tokens.get("input_ids", ()))
+    return len(tokens)
+
+
+def holds_more_than_text(tokens: Mapping[str, Any]) -> bool:
+    """Whether what a processor returned has images or audio beside the ids."""
+    return bool(_more_than_text(tokens))
+
+
+def _more_than_text(tokens: Mapping[str, Any]) -> list[str]:
+    """The names of what is not in whole numbers: pixels, features of audio."""
+    return [name for name, each in tokens.items() if name != "attention_mask" and _is_floating(each)]
+
+
+def _is_floating(each: Any) -> bool:
+    if isinstance(each, (list, tuple)):
+        return len(each) > 0 and _is_floating(each[0])
+    if isinstance(each, Tensor):
+        return each.is_floating_point()
+    return isinstance(each, float) or getattr(getattr(each, "dtype", None), "kind", "") == "f"  # NumPy's
+
+
+def _rows(tokens: Tokens) -> Tensor | Sequence[Tensor | Sequence[int] | Mapping[str, Any]]:
+    """A tensor of ids, or what comes one by one."""
+    if not isinstance(tokens, Mapping):
+        return tokens
+    if tokens.get("input_ids") is None:
+        raise ValueError(f"tokens has {', '.join(map(repr, tokens))}; expected 'input_ids'")
+    if holds_more_than_text(tokens):
+        return [tokens]
+    ids, mask = tokens["input_ids"], tokens.get("attention_mask")
+    if mask is None:
+        return ids if isinstance(ids, Tensor) else [torch.as_tensor(row) for row in ids]
+    rows = zip(ids, mask, strict=True)
+    return [torch.as_tensor(row)[torch.as_tensor(kept).bool()] for row, kept in rows]
+
+
+def _batch_of_one(model: nn.Module, row: Tensor | Sequence[int] | Mapping[str, Any]) -> Batch:
+    if not isinstance(row, Mapping):
+        ids = torch.as_tensor(row)[None]
+        check_tokens(model, ids)
+        return {"input_ids": ids}
+    if row.get("input_ids") is None:
+        raise ValueError(f"tokens has a mapping with {', '.join(map(repr, row))}; expected 'input_ids'")
+    ids, mask = torch.as_tensor(row["input_ids"]), row.get("attention_mask")
+    ids = ids[None] if ids.dim() == 1 else ids
+    check_tokens(model, ids, special=_special_ids(model))
+    if mask is not None and not bool(torch.as_tensor(mask).all()):
+        raise ValueError(
+            "tokens has a mapping with padding, which can't be told from its images: give a list with what the "
+            "processor returns for each conversation by itself"
+        )
+    more = _more_than_text(row)
+    if not more:
+        return {"input_ids": ids}
+    takes = inspect.signature(type(model).forward).parameters
+    strange = [name for name in more if name not in takes]
+    if strange:
+        raise ValueError(
+            f"tokens has {', '.join(strange)}, which {type(model).__name__} doesn't take; load the multimodal class, "
+            "as AutoModelForImageTextToText does, or give tokens alone"
+        )
+    plain = [name for name in more if not _is_of_tensors(row[name])]
+    if plain:
+        raise ValueError(f"{', '.join(plain)} is no tensor; call the processor with return_tensors='pt'")
+    open_ended = any(each.kind is each.VAR_KEYWORD for each in takes.values())
+    given = {name: each for name, each in row.items() if each is not None and (open_ended or name in takes)}
+    return {**given, "input_ids": ids}
+
+
+def _is_of_tensors(each: Any) -> bool:
+    return all(map(_is_of_tensors, each)) if isinstance(each, (list, tuple)) else isinstance(each, Tensor)
+
+
+def _special_ids(model: Any) -> set[int]:
+    """Tokens that the configuration names, such as the one that stands for an image; some have no embedding."""
+    config = getattr(model, "config", None)
+    named = vars(config).items() if config is not None else ()
+    return {each for name, each in named if name.endswith(_SPECIAL) and isinstance(each, int)}
 
 
 def vocabulary(model: nn.Module) -> int | None:
@@ -69,8 +158,8 @@ def vocabulary(model: nn.Module) -> int | None:
     return weight.shape[0] if isinstance(weight, Tensor) else None
 
 
-def check_tokens(model: nn.Module, tokens: Tensor) -> None:
-    """Check that `tokens` is a LongTensor [n, seq] within the model's vocabulary.
+def check_tokens(model: nn.Module, tokens: Tensor, *, special: Collection[int] = ()) -> None:
+    """Check that `tokens` is a LongTensor [n, seq] within the model's vocabulary, but for some ids.
 
     Raises:
         TypeError: not an integer tensor.
@@ -83,6 +172,8 @@ def check_tokens(model: nn.Module, tokens: Tensor) -> None:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected [n ≥ 1, seq ≥ 2]")
     size = vocabulary(model)
     low, high = int(tokens.min()), int(tokens.max())
+    if size is not None and high >= size:
+        high = max((each for each in tokens.unique().tolist() if each not in special), default=0)
     if low < 0 or (size is not None and high >= size):
         raise ValueError(
             f"tokens holds ids {low} to {high}, but the model's vocabulary is 0 to {(size or 0) - 1}; "

@@ -19,6 +19,8 @@ ROWS = {
     "mamba": Coverage("mamba", "M", **{**WHOLE, "declined": {f"layers.{i}.dt_proj": REASON for i in range(2)}}),
     "ctrl": Coverage("ctrl", "C", **{**WHOLE, "decode_graphs": 0}, graph_breaks=("a | b",)),
     "gpt2": Coverage("gpt2", "G", error="ValueError: no"),
+    "jamba": Coverage("jamba", "J", **WHOLE, by_model=("layers.0.dt_proj", "layers.1.dt_proj"), by_model_share=0.005),
+    "xlstm": Coverage("xlstm", "X", **WHOLE, by_model=("layers.0.gate",)),
     "bloom": Coverage("bloom", "B", **{**WHOLE, "decode_steps": 0}),
     "llava": Coverage("llava", "L", **WHOLE, multimodal=True),
 }
@@ -57,7 +59,9 @@ def test_markdown_is_written_and_not_replaced_unasked(was, tmp_path):
     page = tmp_path / "coverage.md"
     was("coverage", *ROWS, "--markdown", str(page))
     text = page.read_text(encoding="utf-8")
-    assert "3 of 6 (50 %) decoder-only causal LM classes of transformers are complete, and 1 of 1 (100 %)" in text
+    assert "5 of 8 (62 %) decoder-only causal LM classes of transformers are complete, and 1 of 1 (100 %)" in text
+    assert "In 2 of these some weights stay dense beside the head" in text
+    assert "in 1 they are more than 10 % of the bytes" in text
     assert "| llama | yes | 15 | 14 | 0 | 98 % | 6.7 B | 1 | 1 | 0 | 1e-07 | 2e-07 | 2, 3e-07 |  |" in text
     assert text.index("| bloom |") < text.index("## Multimodal models") < text.index("| llava |")
     assert was("coverage", "llama", "--markdown", str(page)).code == 1
@@ -70,6 +74,8 @@ def test_markdown_is_written_and_not_replaced_unasked(was, tmp_path):
         ("llama", ""),
         ("mixtral", "layers.*.experts.up stay dense: 69.0 % of the bytes"),
         ("mamba", f"layers.*.dt_proj: {REASON}"),
+        ("jamba", "layers.*.dt_proj stay dense, read by the model itself: 0.5 % of the bytes"),
+        ("xlstm", "layers.*.gate stay dense, read by the model itself"),
         ("ctrl", "graph break: a | b"),
         ("gpt2", "ValueError: no"),
         ("bloom", "each step is a prompt: no cache, or all tokens are given again"),

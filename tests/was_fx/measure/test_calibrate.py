@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import was_fx
-from was_fx.modules.linears import find_linears
+from was_fx.coverage.tiny_models import tiny_model
+from was_fx.modules.linears import byte_share, find_linears
 
 
 def inputs_of(model: torch.nn.Module, name: str, tokens: torch.Tensor) -> torch.Tensor:
@@ -65,6 +66,23 @@ def test_nan_activations_are_refused_by_name(llama, tokens):
         llama.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(was_fx.ScheduleError, match=r"model\.layers\.1\.mlp\.down_proj"):
         was_fx.calibrate(llama, tokens)
+
+
+def test_a_linear_that_the_model_reads_without_a_call_is_left_out(caplog):
+    model = tiny_model("mamba")
+    text = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(1))
+    calibration = was_fx.calibrate(model, text)
+    assert calibration.excluded == tuple(f"backbone.layers.{i}.mixer.dt_proj" for i in range(2))
+    share = 100 * byte_share(model, [find_linears(model)[name] for name in calibration.excluded])
+    assert "2 of 8 Linears are left out and stay dense" in caplog.text
+    assert f"they are {share:.1f} % of the bytes of a token" in caplog.text
+    assert "no token reaches them" not in caplog.text
+    weight = model.backbone.layers[0].mixer.dt_proj.weight
+    before = weight.stride()
+    was_fx.sparsify(model, was_fx.uniform(calibration, 0.5))
+    assert model.backbone.layers[0].mixer.dt_proj.weight is weight
+    assert weight.stride() == before
+    assert was_fx.check(model).ok
 
 
 def test_recalibration_takes_thresholds_from_the_sparse_model(llama, calibration, oracle, tokens):

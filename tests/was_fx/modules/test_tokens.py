@@ -31,11 +31,15 @@ def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
+def ids_of(found) -> list[torch.Tensor]:
+    return [batch["input_ids"] for batch, _, _ in found]
+
+
 @pytest.mark.parametrize(("size", "lengths"), [(1, [1, 1, 1, 1]), (3, [3, 1]), (9, [4])])
 def test_a_tensor_comes_in_batches(llama, tokens, size, lengths):
     found = list(batches(llama, tokens, size))
-    assert [len(batch) for batch, _, _ in found] == lengths
-    assert torch.cat([batch for batch, _, _ in found]).equal(tokens)
+    assert [len(batch["input_ids"]) for batch, _, _ in found] == lengths
+    assert torch.cat(ids_of(found)).equal(tokens)
     assert [total for _, _, total in found] == [4] * len(lengths)
     assert [done for _, done, _ in found] == torch.tensor(lengths).cumsum(0).tolist()
 
@@ -56,12 +60,12 @@ def test_a_tensor_comes_in_batches(llama, tokens, size, lengths):
 )
 def test_sequences_of_unequal_length_come_one_by_one_without_their_padding(llama, rows, form):
     found = list(batches(llama, form(rows), 3))
-    assert equal([batch for batch, _, _ in found], [row[None] for row in rows])
+    assert equal(ids_of(found), [row[None] for row in rows])
     assert [(done, total) for _, done, total in found] == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_a_mapping_without_a_mask_is_its_tensor(llama, tokens):
-    assert [len(batch) for batch, _, _ in batches(llama, {"input_ids": tokens}, 3)] == [3, 1]
+    assert [len(each) for each in ids_of(batches(llama, {"input_ids": tokens}, 3))] == [3, 1]
 
 
 def test_a_tokenizers_output(embedded_model):
@@ -72,7 +76,7 @@ def test_a_tokenizers_output(embedded_model):
     tokenizer.pad_token = tokenizer.eos_token
     texts = ["It was a dark night, and", "A book.", "The end of it all"]
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
-    found = [batch for batch, _, _ in batches(embedded_model, encoded, 8)]
+    found = ids_of(batches(embedded_model, encoded, 8))
     assert equal(found, [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts])
 
 
