@@ -133,7 +133,6 @@ def allocate_time(
     read: Mapping[str, float],
     latency: LatencyTable,
     target: float,
-    multipliers: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Sparsity of each Linear by one λ, so that all together save the time that the target everywhere would save.
 
@@ -143,7 +142,7 @@ def allocate_time(
         scores, levels, read: as for `allocate`.
         shapes: (N, K) by qualified name.
         latency: curves of these shapes.
-        target, multipliers: as for `allocate`.
+        target: as for `allocate`.
 
     Raises:
         ValueError: for a target out of range.
@@ -159,8 +158,7 @@ def allocate_time(
     if wanted.sum() <= 0:
         return dict.fromkeys(read, target)
     inputs = np.array([shapes[name][1] for name in read])
-    factors = np.array([(multipliers or {}).get(name, 1.0) for name in read])
-    scale = np.sqrt(np.maximum(wanted / share / inputs, 1e-12) * factors)
+    scale = np.sqrt(np.maximum(wanted / share / inputs, 1e-12))
     curves = [scores.thresholds[name].double().numpy() for name in read]
 
     def sparsities(root: float) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from was_fx.schedules.score import Score
 from was_fx.schedules.search.exact import ExactSettings
-from was_fx.schedules.search.fisher_factors import FisherSettings
+from was_fx.schedules.search.fisher_correction import FisherSettings
 from was_fx.schedules.search.greedy import Greedy
 
 Inside = Literal["uniform", "greedy"]
@@ -36,7 +36,7 @@ class Recipe:
         calibration_tokens: about how many tokens thresholds are measured on.
         exponents: α tried per Linear, when the score is None.
         exact: settings of the exact allocation.
-        fisher: settings of the allocation by Fisher weights.
+        fisher: settings of the correction of Fisher weights.
         recalibrate: measure the final thresholds on the model as it runs sparsely.
         signed: thresholds by the signed quantile icdf(0.5 + s/2), which assumes symmetric activations.
         nearest: take the row of the greedy table nearest to a level, instead of interpolating to meet the budget.

@@ -4,11 +4,18 @@
 
 ∂L/∂x is what reaches the input of this Linear alone, (∂L/∂y) W, siblings apart. Then x_j² g_j² / 2 is the loss, to
 second order, that dropping x_j costs by itself.
+
+Where the model drops channels, others that are dropped with it count too, in its own Linear and in those before and
+after. `dropped_costs` measures what every channel costs there, by one backward pass of the divergence from the dense
+model. Its gradient passes a dropped channel as if it were kept: it then says what every Linear before would have had to
+give, also through thresholds that it would have crossed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from was_fx.modules.linears import LinearModule, dropping, looking_at_inputs
 from was_fx.modules.placement import input_device
+from was_fx.modules.token_rule import dense_length
 from was_fx.modules.tokens import Tokens, batches, holds_more_than_text, number_of_sequences, placed
 from was_fx.schedules.blocks import find_blocks
 from was_fx.schedules.errors import ScheduleError
@@ -71,21 +79,9 @@ def fisher_weights(
 
     device = input_device(model)
     generator = torch.Generator(device).manual_seed(seed)
-    training = model.training
-    model.eval()
-    with ExitStack() as stack:
-        stack.callback(model.train, training)
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(prompts_treated(model, "dense"))
-        stack.enter_context(_without_weight_gradients(model))
-        stack.enter_context(_blocks_run_again(model, {name: linear.shape for name, linear in linears.items()}))
-        stack.enter_context(looking_at_inputs(linears, watch))
+    with _backward_passes(model, linears), looking_at_inputs(linears, watch):
         for batch, done, total in batches(model, tokens, batch_size):
-            logits = model(**placed(model, batch), use_cache=False).logits
-            if not logits.isfinite().all():
-                raise ScheduleError(
-                    "Fisher weights cannot be measured", ["the logits are NaN or infinite"], "Measure in bf16 or fp32."
-                )
+            logits = _finite(model(**placed(model, batch), use_cache=False).logits)
             logits.backward(_gradient(logits.detach(), generator))
             report(progress, done, total)
     _pool(sums, counts)
@@ -108,6 +104,98 @@ def _pool(sums: dict[str, Tensor], counts: dict[str, int]) -> None:
         whole, count = torch.stack([sums[name] for name in seen]).sum(0), sum(counts[name] for name in seen)
         for name in few:
             sums[name], counts[name] = whole, count
+
+
+@dataclass(frozen=True, eq=False)
+class DroppedCosts:
+    """What a Linear's channels cost where the model drops them, per token.
+
+    Attributes:
+        nats: −x_j · ∂KL(dense ‖ sparse)/∂x_j where x_j was dropped, [K] fp32.
+        variances: of `nats`, by how it differs from token to token, [K] fp32.
+        squares: x_j² where it was dropped, [K] fp32.
+    """
+
+    nats: Tensor
+    variances: Tensor
+    squares: Tensor
+
+
+def dropped_costs(
+    model: nn.Module,
+    linears: Mapping[str, LinearModule],
+    schedule: Schedule,
+    tokens: Tokens,
+    *,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, DroppedCosts]:
+    """What dropping by a schedule costs, by channel, all but the first 1 % of each sequence's tokens sparse.
+
+    Args:
+        model, tokens, batch_size, progress: as for `fisher_weights`.
+        linears: of the model.
+        schedule: with thresholds of its own for each channel, for all of them.
+
+    Raises:
+        ScheduleError: logits that are not finite.
+    """
+    sums = {name: torch.zeros(3, linear.shape[1], device=linear.parameter.device) for name, linear in linears.items()}
+    thresholds = {
+        name: schedule.linears[name].channel_thresholds(torch.ones(1, device=each.device))
+        for name, each in sums.items()
+    }
+
+    def drop(name: str, x: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        first = dense_length(x.shape[1], "sparse") if x.dim() == 3 else 0
+        found: Tensor = _Drop.apply(x, thresholds[name], first, sums[name])
+        return found
+
+    count = 0
+    with _backward_passes(model, linears):
+        for batch, done, total in batches(model, tokens, batch_size):
+            given = placed(model, batch)
+            with torch.no_grad():
+                dense = model(**given, use_cache=False).logits
+            with looking_at_inputs(linears, drop):
+                logits = _finite(model(**given, use_cache=False).logits)
+                # The gradient of KL(dense ‖ sparse), summed over tokens.
+                difference = logits.detach().float().softmax(-1).sub_(dense.float().softmax(-1))
+                logits.backward(difference.to(logits.dtype))
+            count += given["input_ids"].numel()
+            report(progress, done, total)
+    found = {}
+    for name, each in sums.items():
+        nats, nats_squared, squares = (each / count).cpu()
+        found[name] = DroppedCosts(nats, (nats_squared - nats.square()).clamp_min(0) / count, squares)
+    return found
+
+
+class _Drop(torch.autograd.Function):
+    """Drop channels, pass the gradient of all, and add up what each costs.
+
+    What is dropped is saved as autograd saves it, so that it is not kept where blocks are run again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, first: int, sums: Tensor) -> Tensor:
+        weak = x.abs() <= threshold
+        if first:
+            weak[:, :first] = False
+        ctx.save_for_backward(x.masked_fill(~weak, 0))
+        ctx.sums = sums
+        return x.masked_fill(weak, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (dropped,) = ctx.saved_tensors
+        lost = dropped.flatten(0, -2).float()
+        nats = lost * grad.flatten(0, -2)
+        ctx.sums[0] -= nats.sum(0)
+        ctx.sums[1] += nats.square().sum(0)
+        ctx.sums[2] += lost.square().sum(0)
+        return grad, None, None, None
 
 
 @torch.no_grad()
@@ -152,6 +240,28 @@ def _gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
     p = logits.float().softmax(-1)
     labels = torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(*p.shape[:-1], 1)
     return p.scatter_add_(-1, labels, p.new_full(labels.shape, -1.0)).to(logits.dtype)
+
+
+def _finite(logits: Tensor) -> Tensor:
+    if not logits.isfinite().all():
+        raise ScheduleError(
+            "Fisher weights cannot be measured", ["the logits are NaN or infinite"], "Measure in bf16 or fp32."
+        )
+    return logits
+
+
+@contextmanager
+def _backward_passes(model: nn.Module, linears: Mapping[str, LinearModule]) -> Iterator[None]:
+    """The model evaluated densely, with gradients of what goes through it and of no weight, block by block."""
+    training = model.training
+    model.eval()
+    with ExitStack() as stack:
+        stack.callback(model.train, training)
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(prompts_treated(model, "dense"))
+        stack.enter_context(_without_weight_gradients(model))
+        stack.enter_context(_blocks_run_again(model, {name: linear.shape for name, linear in linears.items()}))
+        yield
 
 
 @contextmanager

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import was_fx
-from was_fx.measure.fisher import _gradient, fisher_weights
-from was_fx.modules.linears import body_linears
+from was_fx.measure.fisher import _gradient, dropped_costs, fisher_weights
+from was_fx.modules.linears import body_linears, looking_at_inputs
 from was_fx.schedules.errors import ScheduleError
+from was_fx.searching.divergence import DivergenceMeter
 
 
 def by_hand(model, tokens, names, seed):
@@ -84,6 +85,41 @@ def test_gradients_that_are_not_finite_are_refused(llama, tokens):
         llama.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(ScheduleError, match="are NaN or infinite"):
         fisher_weights(llama, body_linears(llama), tokens[:1])
+
+
+def test_costs_of_what_is_dropped_add_up_to_twice_the_divergence(llama, tokens):
+    """Where little is dropped the divergence is a quadratic form, and its gradient times what is dropped twice that."""
+    calibration = was_fx.calibrate(llama, tokens, fisher=True)
+    schedule = was_fx.fisher(calibration, 0.05)
+    linears = body_linears(llama)
+    costs = dropped_costs(llama, linears, schedule, tokens, batch_size=2)
+    meter = DivergenceMeter(llama, linears, calibration.fisher.weights)
+    nats = sum(next(meter.measure(row, [schedule.linears])).nats for row in tokens) / len(tokens)
+    assert sum(float(each.nats.sum()) for each in costs.values()) == pytest.approx(2 * nats, rel=0.15)
+
+
+def test_costs_are_those_of_a_gradient_that_passes_what_is_dropped(llama, tokens):
+    calibration = was_fx.calibrate(llama, tokens, fisher=True)
+    schedule, linears = was_fx.fisher(calibration, 0.4), body_linears(llama)
+    found = dropped_costs(llama, linears, schedule, tokens[:1])
+    # The same with plain autograd: x plus a constant, a leaf for each Linear whose gradient is wanted.
+    leaves, inputs = {}, {}
+
+    def drop(name, x):
+        weak = x.detach().abs() <= schedule.linears[name].channel_threshold
+        weak[:, :1] = False  # of 16 tokens
+        inputs[name] = x.detach() * weak
+        leaves[name] = (-inputs[name]).requires_grad_()
+        return x + leaves[name]
+
+    dense = llama(tokens[:1]).logits.detach().log_softmax(-1)
+    with looking_at_inputs(linears, drop):
+        sparse = llama(tokens[:1]).logits.log_softmax(-1)
+    torch.nn.functional.kl_div(sparse, dense, log_target=True, reduction="sum").backward()
+    for name, each in found.items():
+        expected = -(leaves[name].grad * inputs[name]).flatten(0, 1).sum(0) / tokens.shape[1]
+        torch.testing.assert_close(each.nats, expected, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(each.squares, inputs[name].square().flatten(0, 1).sum(0) / tokens.shape[1])
 
 
 def test_a_calibration_keeps_them(llama, tokens, tmp_path):
