@@ -106,9 +106,9 @@ def take_back(cache: Any, tokens: int) -> None:
 
 
 def keeps_a_state(model: Any) -> bool:
-    """Whether a model's cache holds a state that tokens can't be taken out of, as of Mamba: transformers refuses drafts
-    for it."""
-    return bool(getattr(model, "_is_stateful", False))
+    """Whether a model's cache holds more than keys and values of each token, such as the state of Mamba, or what an
+    indexer remembers. transformers refuses drafts for some of these, and for others writes another text with them."""
+    return bool(getattr(model, "_is_stateful", False)) or full_length_cache(model, None) is None
 
 
 def attention_of(model: Any) -> str:

@@ -165,6 +165,4 @@ def _why_theirs(model: Any, ids: Tensor, config: Any, model_kwargs: dict[str, An
         return "tokens that the dense model would not write are to be accepted"
     if len(ids) != 1 or config.max_length is None or not is_plain(config, model_kwargs):
         return "more is asked for than the tokens of one unpadded text"
-    if full_length_cache(model, None) is None:
-        return "its cache holds more than keys and values, which our loop can't take back"
     return ""

@@ -58,16 +58,16 @@ def draft(
         A model of the same class. Its `generation_config` holds `tokens` and `confidence`.
 
     Raises:
-        ValueError: the model is sparsified, so its own text would not be the dense model's; its cache holds a state,
-            from which no token can be taken back; or an argument is out of range.
+        ValueError: the model is sparsified, so its own text would not be the dense model's; its cache holds more
+            than keys and values, such as a state, so guesses can't be taken back; or an argument is out of range.
         ScheduleError: the schedule doesn't fit the model.
     """
     if sparse_state(model) is not None:
         raise ValueError("the model is sparsified, so it can't verify as the dense one: was_fx.densify(model) first")
     if keeps_a_state(model):
         raise ValueError(
-            f"{type(model).__name__} keeps a state that no token can be taken back from, so guesses can't be tried on "
-            "it: was_fx.sparsify(model, schedule) instead, which is not lossless"
+            f"the cache of {type(model).__name__} holds more than keys and values of each token, so guesses can't be "
+            "taken back: was_fx.sparsify(model, schedule) instead, which is not lossless"
         )
     if tokens < 1 or not 0 <= confidence < 1:
         raise ValueError(f"tokens is {tokens} and confidence {confidence}; expected at least 1, and 0 ≤ confidence < 1")
@@ -149,7 +149,7 @@ def acceptance(
         if not found and max_new_tokens > 1:
             raise ValueError(
                 f"nothing was counted, for {type(model).__name__} was served by transformers' own loop: either the "
-                "draft is not one that was_fx.draft(model, …) made of this very model, or the cache holds a state"
+                "draft is not one that was_fx.draft(model, …) made of this very model, or it was made dense since"
             )
         alone = model.generate(prompt, attention_mask=mask, **arguments)  # type: ignore[operator]
         tokens += text.shape[1] - prompt.shape[1] - 1
