@@ -82,11 +82,8 @@ def generate(
 
     loaded = load_model(model, dtype, device, weights=weights)
     prompt_tokens(loaded, prompt, max_new_tokens)  # says what is wrong before anything is printed
-    how: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "temperature": temperature if sample else None,
-    }
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
+    how["temperature"] = temperature if sample else None
     runs: dict[str, dict[str, Any]] = {}
     headings = dense_too and found is not None and not json
     if dense_too or found is None:
