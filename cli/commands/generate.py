@@ -10,6 +10,7 @@ from was_fx.cli.input import options
 from was_fx.cli.input.files import load_schedule
 from was_fx.cli.input.models import Loaded, load_model, lowering_name
 from was_fx.cli.input.prompts import continuation, prompt_tokens
+from was_fx.cli.input.weights import parse_weights
 from was_fx.cli.render.console import note, print_json, stdout
 
 EXAMPLES = options.examples(
@@ -18,6 +19,8 @@ EXAMPLES = options.examples(
     'was generate ./llama --schedule s.was.safetensors --prompt "Hello" --dense-too',
     'was generate ./llama --schedule s.was.safetensors --prompt "Hello" --lowering recorded  '
     "[dim]fastest for a small model on a CPU[/]",
+    'was generate ./llama --schedule s.was.safetensors --prompt "Hello" --draft --draft-weights int4  '
+    "[dim]the dense model's own text[/]",
 )
 
 
@@ -35,6 +38,25 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(metavar="N", help="With --sample: the same seed gives the same text.")] = 0,
     dense_too: Annotated[bool, typer.Option("--dense-too", help="The dense model's text first, to compare.")] = False,
+    draft: Annotated[
+        bool,
+        typer.Option(
+            "--draft",
+            help="Write the dense model's own text: by the schedule a draft guesses some tokens, which one step of the "
+            "dense model then checks.",
+        ),
+    ] = False,
+    guesses: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --draft: tokens that are guessed before they are checked.")
+    ] = 5,
+    draft_weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar=options.WEIGHTS_METAVAR,
+            help="With --draft: quantise the draft's weights, and not those of the model that checks; formats as for "
+            "--weights. By default both have the same.",
+        ),
+    ] = None,
     lowering: options.LoweringOption = None,
     weights: options.Weights = None,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -48,6 +70,11 @@ def generate(
     """
     if lowering and schedule is None:
         raise typer.BadParameter("give a schedule too, with --schedule", param_hint="'--lowering'")
+    if draft and schedule is None:
+        raise typer.BadParameter("give the schedule of the draft, with --schedule", param_hint="'--draft'")
+    if draft_weights and not draft:
+        raise typer.BadParameter("is for --draft; --weights are the model's own", param_hint="'--draft-weights'")
+    formats = parse_weights(draft_weights, "--draft-weights")
     decoding = lowering_name(lowering, device)
     found = load_schedule(schedule) if schedule else None
     if not prompt:
@@ -55,12 +82,24 @@ def generate(
 
     loaded = load_model(model, dtype, device, weights=weights)
     prompt_tokens(loaded, prompt, max_new_tokens)  # says what is wrong before anything is printed
-    how = {"max_new_tokens": max_new_tokens, "seed": seed, "temperature": temperature if sample else None}
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
+    how["temperature"] = temperature if sample else None
     runs: dict[str, dict[str, Any]] = {}
     headings = dense_too and found is not None and not json
     if dense_too or found is None:
         runs["dense"] = _stream(loaded, prompt, how, heading="dense" if headings else None, quiet=json)
-    if found is not None:
+    if found is not None and draft:
+        how["draft"] = was_fx.draft(
+            loaded.model,
+            found,
+            tokens=guesses,
+            weights=formats,
+            lowering=decoding,
+            allow_other_model=allow_other_model,
+        )
+        heading = f"dense, with a draft of {100 * found.sparsity:.0f} % nominal" if headings else None
+        runs["drafted"] = _stream(loaded, prompt, how, heading=heading, quiet=json)
+    elif found is not None:
         was_fx.sparsify(
             loaded.model,
             found,
@@ -70,13 +109,13 @@ def generate(
         heading = f"sparse, {100 * found.sparsity:.0f} % nominal" if headings else None
         runs["sparse"] = _stream(loaded, prompt, how, heading=heading, quiet=json)
     if json:
-        main = runs["dense" if found is None else "sparse"]
+        main = list(runs.values())[-1]
         other = {"dense": runs["dense"]} if dense_too and found is not None else {}
         print_json({"prompt": prompt, "schedule": str(schedule) if schedule else None, **main, **other})
 
 
 def _stream(loaded: Loaded, prompt: str, how: dict[str, Any], *, heading: str | None, quiet: bool) -> dict[str, Any]:
-    """Generate, and print text as it comes unless `quiet`; text, number of tokens and median ms per token."""
+    """Generate, and print text as it comes unless `quiet`; what `continuation` gives."""
     from transformers import TextStreamer
 
     console = stdout()
@@ -88,6 +127,8 @@ def _stream(loaded: Loaded, prompt: str, how: dict[str, Any], *, heading: str | 
     result = continuation(loaded, prompt, printer=printer, **how)
     if not quiet:
         took = result["ms_per_token"]
-        speed = f", {took:.1f} ms per token (median)" if took is not None else ""
-        note(f"{result['tokens']} tokens{speed}")
+        speed = f", {took:.1f} ms per token ({'mean' if 'draft' in how else 'median'})" if took is not None else ""
+        kept = result.get("accepted_share")
+        guessed = "" if kept is None else f", {100 * kept:.0f} % of the guesses kept"
+        note(f"{result['tokens']} tokens{speed}{guessed}")
     return result

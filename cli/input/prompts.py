@@ -41,16 +41,30 @@ def continuation(
     seed: int = 0,
     temperature: float | None = None,
     printer: Any = None,
+    draft: Any = None,
 ) -> dict[str, Any]:
-    """Continue a prompt; greedily without a temperature. `printer` is a streamer of transformers.
+    """Continue a prompt; greedily without a temperature. `printer` is a streamer of transformers, `draft` of
+    `was_fx.draft`.
 
     Returns:
-        text (without the prompt), tokens, and ms_per_token: the median step after the first new token.
+        text (without the prompt), tokens, and ms_per_token: the median step after the first new token. With a draft the
+        mean, for tokens come several at once; and accepted_share, of its guesses.
     """
-    sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
+    from was_fx.generate.drafted_loop import noting_rounds
+
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature is not None:
+        sampling = {"do_sample": True, "temperature": temperature}
+    if draft is not None:
+        sampling["assistant_model"] = draft
     inputs = prompt_tokens(loaded, prompt, max_new_tokens)
-    found = written(loaded, inputs, max_new_tokens=max_new_tokens, seed=seed, sampling=sampling, printer=printer)
-    return {"text": found.text, "tokens": len(found.ids), "ms_per_token": found.ms_per_token}
+    with noting_rounds() as rounds:
+        found = written(loaded, inputs, max_new_tokens=max_new_tokens, seed=seed, sampling=sampling, printer=printer)
+    result = {"text": found.text, "tokens": len(found.ids), "ms_per_token": found.ms_per_token}
+    guessed = sum(each.guessed for each in rounds)
+    if guessed:
+        result["accepted_share"] = sum(each.accepted for each in rounds) / guessed
+    return result
 
 
 class StoppedError(Exception):
@@ -64,7 +78,7 @@ class Written:
     Attributes:
         ids: LongTensor [n], on the CPU.
         text: of them.
-        ms_per_token: the median step after the first new token; None where there are too few.
+        ms_per_token: the median step after the first new token, with a draft the mean; None where there are too few.
         stopped: a streamer ended it.
     """
 
@@ -108,4 +122,5 @@ def written(
     # The first step of a decode compiles.
     steps = clock.steps()[1:]
     text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
-    return Written(ids, text, statistics.median(steps) if steps else None, stopped)
+    average = statistics.fmean if "assistant_model" in sampling else statistics.median
+    return Written(ids, text, average(steps) if steps else None, stopped)

@@ -10,10 +10,8 @@ from was_fx.cli.render.console import progress
 if TYPE_CHECKING:
     from was_fx.sparse.weight_plan import Weights
 
-_HINT = "'--weights'"
 
-
-def parse_weights(given: Sequence[str] | None) -> "Weights | None":
+def parse_weights(given: Sequence[str] | None, option: str = "--weights") -> "Weights | None":
     """What `was_fx.quantize` takes: a format, or formats by pattern with that of all others as "*"; None of nothing.
 
     Raises:
@@ -31,11 +29,11 @@ def parse_weights(given: Sequence[str] | None) -> "Weights | None":
             parse_format(format)
         except ValueError as error:
             hint = "" if equals else ", or PATTERN=FORMAT for some Linears"
-            raise typer.BadParameter(f"{error}{hint}", param_hint=_HINT) from None
+            raise typer.BadParameter(f"{error}{hint}", param_hint=f"'{option}'") from None
         if pattern in found:
             what = "all Linears" if pattern == ALL_OTHERS else repr(pattern)
             raise typer.BadParameter(
-                f"the format of {what} is given twice: {found[pattern]}, {format}", param_hint=_HINT
+                f"the format of {what} is given twice: {found[pattern]}, {format}", param_hint=f"'{option}'"
             )
         found[pattern] = format
     return found
@@ -50,7 +48,7 @@ def parse_formats(given: Sequence[str] | None) -> "dict[str, Weights]":
     found: dict[str, Weights] = {}
     for each in given or []:
         if each in found:
-            raise typer.BadParameter(f"{each} is given twice", param_hint=_HINT)
+            raise typer.BadParameter(f"{each} is given twice", param_hint="'--weights'")
         plan = parse_weights([part.strip() for part in each.split(",")])
         assert plan is not None
         found[each] = plan

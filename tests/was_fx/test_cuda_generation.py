@@ -119,15 +119,19 @@ def test_a_compile_config_with_the_backend(llama, tokens, oracle):
     assert got[1].equal(wanted)
 
 
-def test_a_draft_keeps_the_dense_text(llama, tokens):
+@pytest.mark.filterwarnings("ignore:the schedule was made with weights not quantised")
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_a_draft_keeps_the_dense_text(llama, tokens, weights):
     model = llama.to("cuda")
     prompts = tokens[:3, :12].cuda()
     alone = generate(copy.deepcopy(model), prompts[:1])
-    sparse = was_fx.draft(model, was_fx.uniform(was_fx.calibrate(model, tokens), 0.6), tokens=4)
+    schedule = was_fx.uniform(was_fx.calibrate(model, tokens), 0.6)
+    sparse = was_fx.draft(model, schedule, tokens=4, weights=weights)
     found = acceptance(model, sparse, prompts, max_new_tokens=13)
     assert found.equal
     assert 1 <= found.tokens_per_step <= 5
     assert generate(model, prompts[:1], assistant_model=sparse).equal(alone)
+    assert [step.declined for step in (sparse.generate.step, *model.generate._steps.values())] == ["", ""]
 
 
 def test_pipeline_and_streamer():

@@ -68,6 +68,49 @@ def static_layers(cache: Any) -> list[Any] | None:
     return list(layers)
 
 
+def full_length_cache(model: Any, length: int | None) -> Any:
+    """An empty cache from which any number of tokens can be taken back: each layer holds the whole text, one with a
+    sliding window too, for which the mask leaves out what lies before the window.
+
+    Args:
+        model: a decoder with a configuration.
+        length: tokens of a static cache; None for one that grows.
+
+    Returns:
+        The cache, or None if a layer keeps something else than keys and values of each token, such as a state.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer, StaticSlidingWindowLayer
+
+    config = model.config.get_text_config(decoder=True)
+    static = StaticCache(config=config, max_cache_len=length or 1)
+    if not static.layers or any(type(each) not in (StaticLayer, StaticSlidingWindowLayer) for each in static.layers):
+        return None
+    if length is not None:
+        static.layers = [StaticLayer(max_cache_len=length) for _ in static.layers]
+        return static
+    growing = DynamicCache(config=config)
+    growing.layers = [DynamicLayer() for _ in static.layers]
+    return growing
+
+
+def take_back(cache: Any, tokens: int) -> None:
+    """Take the last tokens out of a cache of `full_length_cache`."""
+    if not tokens:
+        return
+    if static_layers(cache) is None:
+        cache.crop(-tokens)  # `crop` of static layers came with 5.2x, and goes through them one by one
+    else:
+        import torch
+
+        torch._foreach_sub_([layer.cumulative_length for layer in cache.layers], tokens)
+
+
+def keeps_a_state(model: Any) -> bool:
+    """Whether a model's cache holds more than keys and values of each token, such as the state of Mamba, or what an
+    indexer remembers. transformers refuses drafts for some of these, and for others writes another text with them."""
+    return bool(getattr(model, "_is_stateful", False)) or full_length_cache(model, None) is None
+
+
 def attention_of(model: Any) -> str:
     """The name of a model's attention, such as "sdpa"; "" where there is none."""
     return str(getattr(getattr(model, "config", None), "_attn_implementation", "") or "")

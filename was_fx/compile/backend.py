@@ -54,7 +54,7 @@ def was(
     if moving:
         return _run_once_then_move(context.module.forward, moving)
     compiled = _lowered(context, parsed)
-    if parsed.cuda_graphs and context.decode and has_state(context) and graphable(inputs):
+    if parsed.cuda_graphs and (context.decode or parsed.as_step) and has_state(context) and graphable(inputs):
         return CudaGraphs(compiled, fixed_inputs(context), versioned_inputs(context))
     return compiled
 
@@ -66,7 +66,8 @@ def register() -> None:
 
 def _lowered(context: Context, options: BackendOptions) -> Callable[..., Any]:
     on_cpu = not any(isinstance(each, Tensor) and each.is_cuda for each in context.inputs)
-    compile_it = context.counts["sparse"] or (on_cpu if options.compile_prompts is None else options.compile_prompts)
+    prompts = on_cpu if options.compile_prompts is None else options.compile_prompts
+    compile_it = context.counts["sparse"] or options.as_step or prompts
     if options.lowering == "eager" or not compile_it:
         return context.module.forward
     # CUDA graphs are made by `CudaGraphs`: Inductor's own are set aside for steps that change a cache in place.

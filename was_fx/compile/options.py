@@ -29,6 +29,8 @@ class BackendOptions:
         cuda_graphs: replay decode steps on a GPU as CUDA graphs.
         compile_prompts: compile the graph of a dense prompt with Inductor too; None: not on a GPU, where that takes as
             long as the decode step's and saves little.
+        as_step: take every graph for a decode step, to compile and capture it, however many tokens it has and though
+            nothing in it is sparse.
         inductor: any setting of `torch._inductor.config`, by its own name.
     """
 
@@ -39,6 +41,7 @@ class BackendOptions:
     lowering: Lowering = "inductor"
     cuda_graphs: bool = True
     compile_prompts: bool | None = None
+    as_step: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod

@@ -12,7 +12,6 @@ text has its exact length, the random numbers they took are given back, and wher
 would see them, none is queued.
 """
 
-import inspect
 from collections import deque
 from dataclasses import dataclass
 from itertools import cycle
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from was_fx.compat.generation import cache_among, decoding_method, end_tokens, is_callers, pad_token
 from was_fx.generate.direct_step import DirectStep
+from was_fx.generate.model_step import ModelStep, position_after, prompt_logits, runs_callers_code
 
 # Steps that may be queued before the first of them has been read: more than Python needs to keep the GPU busy, few
 # enough that little is thrown away after the last token.
@@ -79,20 +79,28 @@ def decode(
 
 def serves(config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:
     """Whether the loop can serve a generation; takes a mask that says nothing out of `model_kwargs`."""
+    _, cache = cache_among(model_kwargs)
+    return (
+        is_plain(config, model_kwargs)
+        and not synced_gpus
+        and getattr(cache, "is_compileable", False)
+        and not getattr(cache, "offloading", False)
+        and not is_callers(cache)
+    )
+
+
+def is_plain(config: Any, model_kwargs: dict[str, Any]) -> bool:
+    """Whether nothing but tokens of unpadded texts is asked for, and a model given nothing else; takes a mask that says
+    nothing out of `model_kwargs`."""
     mask = model_kwargs.get("attention_mask")
     if mask is not None and mask.ndim == 2 and bool(mask.all()):
         model_kwargs["attention_mask"] = None  # no padding
-    _, cache = cache_among(model_kwargs)
     return (
-        not synced_gpus
-        and not config.return_dict_in_generate
+        not config.return_dict_in_generate
         and (config.num_beams or 1) == 1
         and config.prefill_chunk_size is None
         and set(model_kwargs) <= _KNOWN
         and model_kwargs.get("attention_mask") is None
-        and getattr(cache, "is_compileable", False)
-        and not getattr(cache, "offloading", False)
-        and not is_callers(cache)
     )
 
 
@@ -156,63 +164,30 @@ class _Loop:
         self.pads = batch > 1 and any(hasattr(each, "eos_token_id") for each in criteria)
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         self.waiting: deque[_Sent] = deque()
-        takes = inspect.signature(model.forward).parameters
-        keywords = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values())
-        self.takes_positions = "position_ids" in takes or keywords
 
     def run(self, model_kwargs: dict[str, Any], ahead: int) -> Tensor:
-        self.kwargs, self.ahead = model_kwargs, ahead
+        self.ahead = ahead
         self.mail = _Mail(self.text.shape[0], self.text.device, ahead + 2)
-        self.name, cache = cache_among(model_kwargs)
+        _, cache = cache_among(model_kwargs)
         # To look at a whole model costs 0.1 to 0.3 ms. In this thread only a caller's code can change it.
-        self.direct = self.make_direct(self.model, cache, look_every=1 if self._runs_callers_code() else LOOK_EVERY)
+        look_every = 1 if runs_callers_code(self.processor, self.criteria, self.streamer) else LOOK_EVERY
+        direct = self.make_direct(self.model, cache, look_every=look_every)
+        step = ModelStep(self.model, model_kwargs, call=self.call, direct=direct)
         length, stopped = self.start, None
-        logits = self._prefill()
-        position = self._next_position()
+        prompt = self.text[:, : self.start]
+        logits = prompt_logits(self.model, prompt, model_kwargs)
+        position = position_after(prompt, model_kwargs)
         while stopped is None:
             token = self._choose(length, logits)
             length += 1
             self._queue(length, token)
             stopped = self._read(length)
             if stopped is None:
-                logits = self._step(token, position)
+                logits = step(token[:, None], position)
                 position = position + 1
         if self.streamer is not None:
             self.streamer.end()
         return self.text[:, :stopped].clone()
-
-    def _runs_callers_code(self) -> bool:
-        """Whether code of neither transformers nor ours runs between steps."""
-        known = ("transformers.", "was_fx.")
-        callbacks = [*(self.processor or ()), *self.criteria, *([] if self.streamer is None else [self.streamer])]
-        return not all(type(each).__module__.startswith(known) for each in callbacks)
-
-    def _prefill(self) -> Tensor:
-        inputs = self.model.prepare_inputs_for_generation(
-            self.text[:, : self.start], is_first_iteration=True, **self.kwargs
-        )
-        return self.model(**inputs, return_dict=True).logits
-
-    def _next_position(self) -> Tensor:
-        known = self.kwargs.get("position_ids")
-        if known is not None:
-            return known[:, -1:] + 1
-        return torch.full((self.text.shape[0], 1), self.start, device=self.text.device)
-
-    def _step(self, token: Tensor, position: Tensor) -> Tensor:
-        changing = [token[:, None], position]
-        found = self.direct.logits(changing)
-        if found is not None:
-            return found
-        return self.direct.through(self._through_model, changing)
-
-    def _through_model(self, token: Tensor, position: Tensor) -> Tensor:
-        names = (self.name, "use_cache", "logits_to_keep")
-        arguments = {name: self.kwargs[name] for name in names if name in self.kwargs}
-        if self.takes_positions:
-            arguments["position_ids"] = position
-        logits: Tensor = self.call(input_ids=token, **arguments).logits
-        return logits
 
     def _choose(self, length: int, logits: Tensor) -> Tensor:
         """The next token of each sequence, [B]."""

@@ -13,6 +13,7 @@ from was_fx.compile.backend import register
 from was_fx.compile.options import BackendOptions, ModelLowering
 from was_fx.generate.compiled_step import CompiledModel, CompiledStep
 from was_fx.generate.decode_loop import AHEAD, decode
+from was_fx.generate.kept_cache import KeptCache
 from was_fx.generate.recorded_step import RecordedStep
 from was_fx.kernels.cpu.library import library
 from was_fx.modules.weights import is_sharded
@@ -21,11 +22,10 @@ log = logging.getLogger(__name__)
 
 # Arguments of `generate()` by which a caller's code runs in the loop: it must not see steps past the end.
 _CALLBACKS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
-# Arguments by which another loop than ours is asked for. A draft's guesses are taken out of its cache, which a static
-# one can't do.
+# Arguments by which another loop than ours is asked for.
 _OTHER_LOOPS = ("custom_generate", "assistant_model", "prompt_lookup_num_tokens", "synced_gpus")
-# Shares of the GPU's memory: the free part that a static cache may take unasked, and all that is kept between calls.
-_CACHE_SHARE, _KEPT_SHARE = 0.25, 0.01
+# Share of the GPU's free memory that a static cache may take unasked.
+_CACHE_SHARE = 0.25
 
 
 def check_lowering(lowering: str | None, device: torch.device | None) -> None:
@@ -85,9 +85,7 @@ class Generation:
         self.settings = options, lowering
         self.step: CompiledStep | None = None
         self._model = model
-        # The static cache of the last call, where `generate` made it itself: the next call of the same size takes it,
-        # so that the decode steps captured with it serve again.
-        self._kept: Any = None
+        self._kept = KeptCache()
         functools.update_wrapper(self, type(model).generate)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
@@ -96,7 +94,7 @@ class Generation:
         generate = functools.partial(type(model).generate, model)
         if lowering == "recorded" and model.device.type == "cpu":
             return self._recorded(generate, arguments, keywords)
-        if lowering == "eager" or not _is_on_one_gpu(model):
+        if lowering == "eager" or not is_on_one_gpu(model):
             return generate(*arguments, **keywords)
         with settings_for_models():
             if self._takes(keywords):
@@ -109,6 +107,12 @@ class Generation:
 
     def __reduce__(self) -> Any:
         return Generation, (self._model, *self.settings)
+
+    def compiled_step(self) -> CompiledStep:
+        """`step`, made if it is needed for the first time."""
+        if self.step is None:
+            self.step = CompiledStep(self._model, self.settings[0].given)
+        return self.step
 
     def _takes(self, keywords: dict[str, Any]) -> bool:
         """Whether our own loop may be asked to serve a call."""
@@ -149,12 +153,10 @@ class Generation:
     def _decode(self, model: Any, input_ids: Tensor, *arguments: Any, **keywords: Any) -> Any:
         name, cache = cache_among(keywords)
         if cache is not None:
-            cache = keywords[name] = self._reused(cache, len(input_ids))
-        if self.step is None:
-            self.step = CompiledStep(model, self.settings[0].given)
-        text = decode(model, input_ids, *arguments, step=self.step, **keywords)  # type: ignore[misc]
-        if cache is not None and static_layers(cache) and self._may_be_kept(cache):
-            self._kept = cache
+            cache = keywords[name] = self._kept.reused(cache, model, len(input_ids))
+        text = decode(model, input_ids, *arguments, step=self.compiled_step(), **keywords)  # type: ignore[misc]
+        if cache is not None:
+            self._kept.keep(cache)
         return text
 
     def _let_transformers_compile(self, keywords: dict[str, Any]) -> None:
@@ -172,46 +174,28 @@ class Generation:
 
     def _why_no_static_cache(self, arguments: tuple[Any, ...], keywords: dict[str, Any], config: Any) -> str:
         """Why `generate` should not make a static cache unasked, or ""."""
-        if uses_flash_attention(self._model):
-            return "flash attention can't read a static one"
         inputs = keywords.get("input_ids", keywords.get("inputs", arguments[0] if arguments else None))
         rows, prompt = (inputs.shape[0], inputs.shape[1]) if isinstance(inputs, Tensor) else (1, 0)
         new = keywords.get("max_new_tokens", config.max_new_tokens)
         length = prompt + new if new else keywords.get("max_length", config.max_length) or prompt + 20
-        free, _ = torch.cuda.mem_get_info(self._model.device)
-        wanted = rows * length * _bytes_per_token(self._model)
-        if wanted > _CACHE_SHARE * free:
-            return (
-                f"a static one for {length} tokens takes {wanted / 2**30:.1f} of {free / 2**30:.1f} GiB that are free; "
-                "give a smaller max_new_tokens, or cache_implementation='static' to have it all the same"
-            )
-        return ""
-
-    def _reused(self, cache: Any, batch: int) -> Any:
-        """The kept cache, emptied, if it is like `cache`, which has not been used; else `cache`."""
-        kept, self._kept = self._kept, None  # nobody else's while it is in use
-        ours, theirs = static_layers(kept), static_layers(cache)
-        if ours is None or theirs is None or len(ours) != len(theirs):
-            return cache
-        for mine, other in zip(ours, theirs, strict=True):
-            if type(mine) is not type(other) or (mine.max_cache_len, mine.batch_size) != (other.max_cache_len, batch):
-                return cache
-            keys = mine.keys
-            if keys is None or (keys.dtype, keys.device) != (self._model.dtype, self._model.device):
-                return cache
-        kept.reset()
-        return kept
-
-    def _may_be_kept(self, cache: Any) -> bool:
-        """Whether a cache is small enough to stay in memory until the next call."""
-        held = [each for layer in cache.layers for each in (layer.keys, layer.values) if each is not None]
-        if not held or not held[0].is_cuda:
-            return False
-        total = torch.cuda.get_device_properties(held[0].device).total_memory
-        return sum(each.nbytes for each in held) <= _KEPT_SHARE * total
+        return why_no_static_cache(self._model, rows, length)
 
 
-def _is_on_one_gpu(model: Any) -> bool:
+def why_no_static_cache(model: Any, rows: int, length: int) -> str:
+    """Why not to make a static cache unasked on a GPU, for so many sequences of so many tokens; or ""."""
+    if uses_flash_attention(model):
+        return "flash attention can't read a static one"
+    free, _ = torch.cuda.mem_get_info(model.device)
+    wanted = rows * length * _bytes_per_token(model)
+    if wanted > _CACHE_SHARE * free:
+        return (
+            f"a static one for {length} tokens takes {wanted / 2**30:.1f} of {free / 2**30:.1f} GiB that are free; "
+            "give a smaller max_new_tokens, or cache_implementation='static' to have it all the same"
+        )
+    return ""
+
+
+def is_on_one_gpu(model: Any) -> bool:
     """Whether all of a model is on one GPU, and whole: ranks that queue steps must not run apart."""
     places = set(getattr(model, "hf_device_map", {}).values())
     return model.device.type == "cuda" and len(places) <= 1 and not is_sharded(next(model.parameters()))

@@ -47,9 +47,25 @@ def test_recorded_steps_give_a_text_and_are_recorded(was, schedule, monkeypatch)
     assert recorded["text"] == plain["text"]
 
 
+@pytest.mark.filterwarnings("ignore:the schedule was made with weights not quantised")
+@pytest.mark.parametrize("weights", [(), ("--draft-weights", "int8")], ids=str)
+def test_a_draft_gives_the_dense_text(was, schedule, weights):
+    outcome = was("generate", "embedded", "--schedule", schedule, *PROMPT, "--draft", *weights, "--dense-too", "--json")
+    assert outcome.code == 0, outcome.stderr
+    found = outcome.json
+    assert found["text"] == found["dense"]["text"]
+    assert 0 <= found["accepted_share"] <= 1
+    assert "accepted_share" not in found["dense"]
+    outcome = was("generate", "embedded", "--schedule", schedule, *PROMPT, "--draft", "--guesses", 2, *weights)
+    assert found["text"] in outcome.stdout
+    assert "% of the guesses kept" in " ".join(outcome.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (["embedded", "--prompt", "x", "--draft"], 2, "give the schedule of the draft"),
+        (["embedded", "--prompt", "x", "--draft-weights", "int4"], 2, "is for --draft"),
         (["embedded", "--prompt", "x", "--lowering", "recorded"], 2, "give a schedule too"),
         (["embedded"], 2, "--prompt"),
         (["embedded", "--prompt", ""], 2, "the prompt is empty"),

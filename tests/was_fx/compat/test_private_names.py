@@ -351,6 +351,9 @@ CHECKS: dict[str, Callable[[Captured], object]] = {
     "_is_hf_initialized": lambda _: (
         "param_value._is_hf_initialized = True" in source_of(transformers.core_model_loading)
     ),
+    "_is_stateful": lambda _: (
+        our_generation.keeps_a_state(transformers.RwkvForCausalLM) and PreTrainedModel._is_stateful is False
+    ),
     "_is_user_defined": lambda _: "_is_user_defined" in source_of(generation.GenerationMixin),
     "_name_or_path": lambda _: saving.origin(transformers.LlamaConfig(name_or_path="a/b"))[0] == "a/b",
     "_weight_conversions": lambda _: "_weight_conversions" in source_of(transformers.core_model_loading),

@@ -474,6 +474,7 @@ def test_steps_list_their_channels_where_they_are_told_to(llama, contexts, monke
         ({"compile_prompts": False}, False, "dense"),
         ({"compile_prompts": False}, True, "sparse"),
         ({"compile_prompts": True, "lowering": "eager"}, False, "dense"),
+        ({"compile_prompts": False, "as_step": True}, True, "dense"),
     ],
     ids=str,
 )
@@ -500,7 +501,7 @@ def test_settings_of_inductor_are_for_this_graph(llama, monkeypatch):
         ({"prefil": "all"}, r"""backend "was" has no option 'prefil'; did you mean 'prefill'\?"""),
         (
             {"no such option": 1},
-            r"its own are compile_prompts, cuda_graphs, disable, lists, lowering, prefill, schedule",
+            r"its own are as_step, compile_prompts, cuda_graphs, disable, lists, lowering, prefill, schedule",
         ),
         ({"executor": "eager"}, r"""backend "was" has no option 'executor'"""),
         ({"lowering": "aot"}, "lowering is 'aot'; it must be 'inductor' or 'eager'"),

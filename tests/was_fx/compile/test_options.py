@@ -44,6 +44,7 @@ def test_modes_stand_for_options_of_inductor(mode):
         {},
         {"lowering": "eager", "disable": ("merge_siblings",), "max_autotune": True},
         {"schedule": SCHEDULE, "prefill": "all", "compile_prompts": False, "lists": True, "cuda_graphs": False},
+        {"as_step": True},
     ],
 )
 def test_given_options_are_what_is_not_the_default(options):

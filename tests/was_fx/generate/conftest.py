@@ -7,8 +7,11 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 import was_fx
+from was_fx.compile import backend
+from was_fx.compile.cuda_graphs import CudaGraphs
 from was_fx.compile.options import BackendOptions
 from was_fx.generate import decode_loop, generation
+from was_fx.generate.direct_step import DirectStep
 from was_fx.generate.generation import Generation
 
 NEW = {"max_new_tokens": 12, "do_sample": False}
@@ -36,7 +39,7 @@ def loops(monkeypatch):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Makes `generate` of a model what it is on a GPU; its graphs run node by node."""
-    monkeypatch.setattr(generation, "_is_on_one_gpu", lambda model: True)
+    monkeypatch.setattr(generation, "is_on_one_gpu", lambda model: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**34, 2**35))
 
     def make(model, **options):
@@ -44,6 +47,28 @@ def on_gpu(monkeypatch):
         return model
 
     return make
+
+
+@pytest.fixture
+def shortcuts(monkeypatch):
+    """The shapes of the logits of steps that went past the model."""
+
+    class Steps(CudaGraphs):
+        def _run(self, inputs):
+            return list(self._compiled(*inputs))
+
+    found, logits = [], DirectStep.logits
+
+    def noted(self, changing):
+        result = logits(self, changing)
+        if result is not None:
+            found.append(tuple(result.shape))
+        return result
+
+    monkeypatch.setattr(backend, "CudaGraphs", Steps)
+    monkeypatch.setattr(backend, "graphable", lambda inputs: True)
+    monkeypatch.setattr(DirectStep, "logits", noted)
+    return found
 
 
 @pytest.fixture

@@ -7,31 +7,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 import was_fx
-from was_fx.compile import backend
-from was_fx.compile.cuda_graphs import CudaGraphs
 from was_fx.generate.direct_step import DirectStep
-
-
-@pytest.fixture
-def shortcuts(monkeypatch):
-    """The shapes of the logits of steps that went past the model."""
-
-    class Steps(CudaGraphs):
-        def _run(self, inputs):
-            return list(self._compiled(*inputs))
-
-    found, logits = [], DirectStep.logits
-
-    def noted(self, changing):
-        result = logits(self, changing)
-        if result is not None:
-            found.append(tuple(result.shape))
-        return result
-
-    monkeypatch.setattr(backend, "CudaGraphs", Steps)
-    monkeypatch.setattr(backend, "graphable", lambda inputs: True)
-    monkeypatch.setattr(DirectStep, "logits", noted)
-    return found
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM, StaticCache
 
 import was_fx
 from was_fx.compile.options import BackendOptions
-from was_fx.generate import generation
+from was_fx.generate import generation, kept_cache
 from was_fx.generate.generation import Generation, use_own_generate, use_plain_generate
 
 
@@ -72,7 +72,7 @@ def test_a_streamer_gets_the_prompt_and_each_token_once(ours, tokens, loops, new
 @pytest.fixture
 def keeping(monkeypatch):
     """Caches are kept here as on a GPU."""
-    monkeypatch.setattr(Generation, "_may_be_kept", lambda self, cache: True)
+    monkeypatch.setattr(kept_cache, "may_be_kept", lambda cache: True)
 
 
 @pytest.mark.usefixtures("keeping")

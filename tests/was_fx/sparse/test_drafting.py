@@ -16,7 +16,7 @@ def test_the_text_is_the_dense_one(llama, calibration, tokens):
     sparse = was_fx.draft(llama, was_fx.uniform(calibration, 0.6), tokens=4)
     found = acceptance(llama, sparse, tokens[:3, :12], max_new_tokens=new)
     assert found.equal
-    assert found.tokens == 3 * new
+    assert found.tokens == 3 * (new - 1)
     assert 1 <= found.tokens_per_step <= 5
     arguments = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones(1, 12, dtype=torch.long)}
     assisted = llama.generate(tokens[:1, :12], assistant_model=sparse, **arguments)
@@ -25,7 +25,7 @@ def test_the_text_is_the_dense_one(llama, calibration, tokens):
 
 def test_a_draft_that_drops_nothing_is_accepted_whole(llama, calibration, tokens):
     sparse = was_fx.draft(llama, was_fx.uniform(calibration, 0.0), tokens=4)
-    found = acceptance(llama, sparse, tokens[:2, :12], max_new_tokens=15)
+    found = acceptance(llama, sparse, tokens[:2, :12], max_new_tokens=16)
     assert found.equal
     assert found.tokens_per_step == 5
     assert found.accepted_per_step == 4
@@ -92,3 +92,34 @@ def test_a_second_draft_has_numbers_of_its_own(llama, calibration, oracle, token
         was_fx.densify(drafts[0])
         torch.testing.assert_close(llama(tokens).logits, before(tokens).logits)
     assert sparse_state(drafts[1]) is not None
+
+
+def test_rows_of_a_quantised_model_are_shared(llama, calibration, tokens):
+    was_fx.quantize(llama, {"*proj": "int4", "*": "int8"})
+    alone = copy.deepcopy(llama)
+    sparse = was_fx.draft(llama, was_fx.uniform(was_fx.calibrate(llama, tokens), 0.5))
+    buffers = dict(sparse.named_buffers())
+    shared = [name for name, each in llama.named_buffers() if buffers[name] is each and "codes" in name]
+    assert len(shared) == len([name for name in buffers if "codes" in name]) > 10
+    found = acceptance(llama, sparse, tokens[:2, :12], max_new_tokens=13)
+    assert found.equal
+    assert found.steps > 0
+    arguments = {"max_new_tokens": 13, "do_sample": False}
+    assert llama.generate(tokens[:1, :12], **arguments).equal(alone.generate(tokens[:1, :12], **arguments))
+
+
+@pytest.mark.filterwarnings("ignore:the schedule was made with weights not quantised")
+def test_a_draft_with_weights_of_its_own_leaves_the_models_alone(llama, calibration, tokens):
+    before = copy.deepcopy(llama)
+    sparse = was_fx.draft(llama, was_fx.uniform(calibration, 0.5), weights={"*proj": "int8", "*": "none"})
+    assert not [name for name, _ in llama.named_buffers() if "codes" in name]
+    assert all(one.equal(two) for one, two in zip(llama.parameters(), before.parameters(), strict=True))
+    assert sparse.model.norm.weight is llama.model.norm.weight
+    assert llama.config.to_dict() == before.config.to_dict()
+    assert acceptance(llama, sparse, tokens[:2, :12], max_new_tokens=13).equal
+
+
+def test_a_draft_of_another_model_is_not_counted(llama, calibration, tokens):
+    sparse = was_fx.draft(copy.deepcopy(llama), was_fx.uniform(calibration, 0.5))
+    with pytest.raises(ValueError, match="served by transformers' own loop"):
+        acceptance(llama, sparse, tokens[:1, :12], max_new_tokens=13)
