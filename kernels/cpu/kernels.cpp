@@ -133,26 +133,47 @@ struct Gather {
     int64_t tokens, k, segments, threads;
     Codes codes;                        // of int8 and int4
     bool dots;                          // the processor multiplies bytes four at a time (VNNI)
+    float* sums;                        // of the Linears in parts: [PARTS, room of tokens, room of their n]
 };
+
+// A Linear with short rows is shared among threads by its kept rows and not by its columns: pieces of rows are read at
+// half the rate of rows that follow one another. Its sums are taken in so many parts of the kept rows, whatever the
+// number of threads, and added in their order.
+constexpr int64_t PARTS = 4;
+constexpr int64_t SHORT = 4096;  // most bytes, and columns, of a short row
+
+INLINE int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
+
+// Room for the sums of so many tokens, which are multiplied by one, four or eight.
+INLINE int64_t room_of(int64_t tokens) { return tokens == 1 ? 1 : tokens <= 4 ? 4 : (tokens + 7) / 8 * 8; }
+
+template <class W>
+INLINE bool in_parts(int64_t n) {
+    return n <= SHORT && n * static_cast<int64_t>(sizeof(W)) / (std::is_same<W, int4>::value ? 2 : 1) <= SHORT;
+}
 
 // Asks for the rows of the next step, line by line in the order in which they lie, for the hardware sees only runs coming.
 struct Ahead {
     const int8_t* const* rows;
     const int8_t* const* end;
-    int64_t bytes, done;  // of a row
+    int64_t bytes;  // of a row
+    const int8_t *at, *last;  // the next line and the last byte, of the row before `rows`
 
-    template <int COUNT>
-    __attribute__((always_inline)) inline void fetch() {
-        if (done + COUNT * 64 < bytes) {
-            UNROLL
-            for (int i = 0; i < COUNT; ++i) __builtin_prefetch(*rows + done + i * 64, 0, 2);
-            done += COUNT * 64;
-            return;
-        }
-        for (int i = 0; i < COUNT && rows < end; ++i) {
-            __builtin_prefetch(*rows + done, 0, 2);
-            done += 64;
-            if (done >= bytes) done = 0, ++rows;
+    Ahead(const int8_t* const* rows, int64_t count, int64_t bytes) : rows(rows), end(rows + count), bytes(bytes), at(nullptr), last(nullptr) {}
+
+    // Lines to ask for in each of so many turns.
+    int each(int64_t turns) const { return static_cast<int>(((end - rows) * (bytes / 64 + 2) + turns - 1) / turns); }
+
+    __attribute__((always_inline)) inline void fetch(int count) {
+        for (int i = 0; i < count; ++i) {
+            if (at >= last) {
+                if (rows >= end) return;
+                at = *rows++;
+                last = at + bytes;
+                at -= reinterpret_cast<uintptr_t>(at) % 64;
+            }
+            __builtin_prefetch(at, 0, 2);
+            at += 64;
         }
     }
 };
@@ -173,7 +194,8 @@ struct Product {
 enum Operation : int64_t {
     COPY, NEG, ABS, RELU, SQUARE, CUBE, SQRT, RSQRT, RECIPROCAL, EXP, SIGMOID, SILU, TANH, GELU, GELU_TANH, SIN, COS, NOT,
     ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, LT, LE, GT, GE, EQ, NE, AND, OR, WHERE,
-    SUM, MEAN, AMAX, SOFTMAX, LAYER_NORM, INDEX, SCATTER, MATRICES, ATTENTION, ALL_ROWS, GATHER, GATHER_INT8, GATHER_INT4, EXPECT
+    SUM, MEAN, AMAX, SOFTMAX, LAYER_NORM, INDEX, SCATTER, MATRICES, ATTENTION, ALL_ROWS, GATHER, GATHER_INT8, GATHER_INT4,
+    ADD_PARTS, EXPECT
 };
 enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16, BOOL, INT8, INT32, INT64, FLOAT64 };
 
@@ -321,12 +343,12 @@ INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors
 }
 // sums[c] += unit * sum_r factors[r] row[r][at + c] for HEIGHT rows and up to WIDE columns, of which `columns` count; the
 // sums have room for a multiple of 32.
-constexpr int HEIGHT = 32, WIDE = 32;
-INLINE void add_codes(const int8_t* const* row, Ahead& ahead, int64_t at, int64_t, const int16_t* factors, float unit, float* sums, bool) {
+constexpr int HEIGHT = 32, WIDE = 32, TURNS = 1;  // a thread asks for rows TURNS times in a call
+INLINE void add_codes(const int8_t* const* row, Ahead& ahead, int64_t at, int64_t, const int16_t* factors, float unit, float* sums, bool, int lines) {
     int32_t parts[WIDE] = {};
     for (int r = 0; r < HEIGHT; ++r)
         for (int c = 0; c < WIDE; ++c) parts[c] += row[r][at + c] * factors[r];
-    ahead.fetch<HEIGHT * WIDE / 64>();
+    ahead.fetch(lines * TURNS);
     for (int c = 0; c < WIDE; ++c) sums[c] += unit * parts[c];
 }
 constexpr int MR = 4, NV = 2;   // tile of the product: rows, vectors of columns
@@ -441,15 +463,15 @@ INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors
         }
     }
 }
-constexpr int HEIGHT = 32, WIDE = 32;
-INLINE void add_codes(const int8_t* const* row, Ahead& ahead, int64_t at, int64_t, const int16_t* factors, float unit, float* sums, bool) {
+constexpr int HEIGHT = 32, WIDE = 32, TURNS = 16;
+INLINE void add_codes(const int8_t* const* row, Ahead& ahead, int64_t at, int64_t, const int16_t* factors, float unit, float* sums, bool, int lines) {
     __m256i parts[4];
     UNROLL
     for (int j = 0; j < 4; ++j) parts[j] = _mm256_setzero_si256();
     for (int p = 0; p < HEIGHT; p += 2) {
         int32_t pair;
         std::memcpy(&pair, factors + p, sizeof pair);
-        ahead.fetch<WIDE / 32>();
+        ahead.fetch(lines);
         const __m256i factor = _mm256_set1_epi32(pair);
         UNROLL
         for (int h = 0; h < 2; ++h) {  // sixteen columns each
@@ -577,7 +599,7 @@ INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors
         }
     }
 }
-constexpr int HEIGHT = 32, WIDE = 64;
+constexpr int HEIGHT = 32, WIDE = 64, TURNS = 8;
 INLINE void add_parts(const __m512i* parts, int count, float unit, float* sums) {
     UNROLL
     for (int j = 0; j < 4; ++j) {
@@ -588,7 +610,7 @@ INLINE void add_parts(const __m512i* parts, int count, float unit, float* sums) 
 // Four rows at a time: the bytes of a column stand together after two unpackings. A factor is 256 high + low, and a code
 // is 128 less than the unsigned byte that the instruction takes.
 __attribute__((target("avx512vnni"))) static void add_dots(const int8_t* const* row, Ahead& ahead, int64_t at, __mmask64 mask, int count,
-                                                           const int16_t* factors, float unit, float* sums) {
+                                                           const int16_t* factors, float unit, float* sums, int lines) {
     __m512i high[4], low[4];
     UNROLL
     for (int j = 0; j < 4; ++j) high[j] = low[j] = _mm512_setzero_si512();
@@ -596,7 +618,7 @@ __attribute__((target("avx512vnni"))) static void add_dots(const int8_t* const* 
     int32_t total = 0;
     for (int p = 0; p < HEIGHT; p += 4) {
         __m512i w[4];
-        ahead.fetch<4>();
+        ahead.fetch(lines);
         UNROLL
         for (int r = 0; r < 4; ++r) w[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, row[p + r] + at), sign);
         uint32_t lows = 0, highs = 0;
@@ -630,16 +652,16 @@ __attribute__((target("avx512vnni"))) static void add_dots(const int8_t* const* 
     add_parts(parts, count, unit, sums);
 }
 INLINE void add_codes(const int8_t* const* row, Ahead& ahead, int64_t at, int64_t columns, const int16_t* factors, float unit, float* sums,
-                      bool dots) {
+                      bool dots, int lines) {
     const int halves = columns > 32 ? 2 : 1;
-    if (dots) return add_dots(row, ahead, at, halves > 1 ? ~0ull : 0xffffffffull, 2 * halves, factors, unit, sums);
+    if (dots) return add_dots(row, ahead, at, halves > 1 ? ~0ull : 0xffffffffull, 2 * halves, factors, unit, sums, lines);
     __m512i parts[4];
     UNROLL
     for (int j = 0; j < 4; ++j) parts[j] = _mm512_setzero_si512();
     for (int p = 0; p < HEIGHT; p += 2) {
         int32_t pair;
         std::memcpy(&pair, factors + p, sizeof pair);
-        ahead.fetch<WIDE / 32>();
+        if (p % 4 == 0) ahead.fetch(lines);
         const __m512i factor = _mm512_set1_epi32(pair);
         UNROLL
         for (int h = 0; h < 2; ++h) {  // 32 columns each
@@ -766,7 +788,7 @@ void was_gather(int64_t kind, int64_t dtype, int64_t format, const void* x, cons
             const Gather<T, W> call = {
                 static_cast<const T*>(x), static_cast<const W* const*>(weights), static_cast<const T* const*>(biases),
                 static_cast<const float* const*>(thresholds), n, static_cast<T*>(y), tokens, k, segments, threads, codes,
-                kind >= AVX512_BF16};
+                kind >= AVX512_BF16, nullptr};
             gather(kind, call);
         };
         if (format == 0) with(T());
@@ -781,6 +803,12 @@ void was_gather_one(int64_t kind, int64_t dtype, const void* x, const void* weig
                     const void* threshold, int64_t n, void* y, int64_t tokens, int64_t k, int64_t threads) {
     was_gather(kind, dtype, 0, x, &weight, &bias, threshold ? &threshold : nullptr, &n, y, tokens, k, 1, threads,
                nullptr, nullptr, nullptr);
+}
+
+// Of how many parts the sums of a Linear of n outputs are; 0 where its columns are shared among threads.
+int64_t was_parts(int64_t dtype, int64_t format, int64_t n) {
+    const bool parts = format == 1 ? in_parts<int8_t>(n) : format == 2 ? in_parts<int4>(n) : dtype == 0 ? in_parts<float>(n) : in_parts<bf16>(n);
+    return parts ? PARTS : 0;
 }
 
 // Carries out a recorded step; -1, or the position of an instruction whose value is not what the step was recorded with.
