@@ -315,31 +315,39 @@ INLINE int32_t keep(vf v, vf t, int32_t j, int32_t count, int32_t* index, float*
     }
     return count;
 }
-// Of int4: vectors over blocks of columns, and the sums of LANES blocks. `store_factors` writes two rows' factors of each
-// block as they meet its codes, eight times in turn.
-INLINE vf max(vf a, vf b) { return a > b ? a : b; }
-INLINE vf absolute(vf v) { return v < all(0.0f) ? -v : v; }
-INLINE vf nearest(vf v) { return (v + all(0x1.8p23f)) - all(0x1.8p23f); }
-INLINE vf low_bytes(const uint16_t* p) { vh h; std::memcpy(&h, p, sizeof h); return __builtin_convertvector(h & 255, vf); }
-INLINE vf high_bytes(const uint16_t* p) { vh h; std::memcpy(&h, p, sizeof h); return __builtin_convertvector(h >> 8, vf); }
-INLINE void store_factors(int8_t* to, vf first, vf second) {
+// Of int4: vectors over blocks of columns, and the sums of LANES blocks. `words` has s and z of a row, `both` those of two
+// rows, and `factors` two rows' factors from floats to which 1.5 * 2^23 was added: 16 bits each, of which 8 are stored.
+typedef vu vi;
+INLINE vi words(const uint16_t* p) { vh h; std::memcpy(&h, p, sizeof h); return __builtin_convertvector(h, vu); }
+INLINE vf low_bytes(vi v) { return __builtin_convertvector(v & 255, vf); }
+INLINE vi both(vi first, vi second) { return first | second << 16; }
+INLINE vi bits(vf v) { return (vi)v; }
+INLINE vf floats(vi v) { return (vf)v; }
+INLINE vi most(vi a, vf v) { const vi b = bits(v) & 0x7fffffffu; return a > b ? a : b; }  // by magnitude, a NaN above all
+INLINE vi factors(vf first, vf second) { return (bits(first) & 0xffffu) | bits(second) << 16; }
+INLINE vi add_zeros(vi sums, vi f, vi steps) {  // sums + f z, both rows'
     for (int b = 0; b < L; ++b)
-        for (int i = 0; i < 16; ++i) to[b * 16 + i] = static_cast<int8_t>(i % 2 ? second[b] : first[b]);
+        sums[b] += static_cast<int16_t>(f[b] & 0xffff) * static_cast<int32_t>(steps[b] >> 8 & 255) +
+                   static_cast<int16_t>(f[b] >> 16) * static_cast<int32_t>(steps[b] >> 24);
+    return sums;
+}
+INLINE vf whole(vi v) { vf f; for (int b = 0; b < L; ++b) f[b] = static_cast<float>(static_cast<int32_t>(v[b])); return f; }
+INLINE void store_factors(uint16_t* to, vi f) {
+    for (int b = 0; b < L; ++b) to[b] = static_cast<uint16_t>((f[b] & 255) | (f[b] >> 8 & 0xff00));
 }
 constexpr int LANES = 1;
-template <int PAIRS>
-INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors, int64_t stride, const float* unit,
-                       const float* offset, int, float* sums) {
+template <int PAIRS, bool>
+INLINE void add_blocks(const int4* const* row, int64_t at, const uint16_t* factors, int64_t stride, const float* unit, int, float* sums) {
     int16_t parts[32] = {};
     for (int p = 0; p < PAIRS; ++p) {
-        const int8_t first = factors[p * stride], second = factors[p * stride + 1];
+        const int8_t first = static_cast<int8_t>(factors[p * stride] & 255), second = static_cast<int8_t>(factors[p * stride] >> 8);
         for (int i = 0; i < 16; ++i) {
             const uint8_t a = row[2 * p][at + i].byte, b = row[2 * p + 1][at + i].byte;
             parts[i] = static_cast<int16_t>(parts[i] + (a & 15) * first + (b & 15) * second);
             parts[16 + i] = static_cast<int16_t>(parts[16 + i] + (a >> 4) * first + (b >> 4) * second);
         }
     }
-    for (int i = 0; i < 32; ++i) sums[i] += *unit * (parts[i] + *offset);
+    for (int i = 0; i < 32; ++i) sums[i] += *unit * parts[i];
 }
 // sums[c] += unit * sum_r factors[r] row[r][at + c] for HEIGHT rows and up to WIDE columns, of which `columns` count; the
 // sums have room for a multiple of 32.
@@ -411,37 +419,39 @@ INLINE int32_t keep(vf v, vf t, int32_t j, int32_t count, int32_t* index, float*
     }
     return count;
 }
-INLINE vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
-INLINE vf absolute(vf v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
-INLINE vf nearest(vf v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE __m256i words(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-INLINE vf low_bytes(const uint16_t* p) { return _mm256_cvtepi32_ps(_mm256_and_si256(words(p), _mm256_set1_epi32(255))); }
-INLINE vf high_bytes(const uint16_t* p) { return _mm256_cvtepi32_ps(_mm256_srli_epi32(words(p), 8)); }
-INLINE void store_factors(int8_t* to, vf first, vf second) {
-    const __m256i byte = _mm256_set1_epi32(255);
-    const __m256i high = _mm256_slli_epi32(_mm256_and_si256(_mm256_cvtps_epi32(second), byte), 8);
-    __m256i pair = _mm256_or_si256(_mm256_and_si256(_mm256_cvtps_epi32(first), byte), high);
-    pair = _mm256_or_si256(pair, _mm256_slli_epi32(pair, 16));
-    UNROLL
-    for (int b = 0; b < L; b += 2) {
-        const __m256i two = _mm256_permutevar8x32_epi32(pair, _mm256_setr_epi32(b, b, b, b, b + 1, b + 1, b + 1, b + 1));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + b * 16), two);
-    }
+typedef __m256i vi;
+INLINE vi words(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+INLINE vf low_bytes(vi v) { return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(255))); }
+INLINE vi both(vi first, vi second) { return _mm256_or_si256(first, _mm256_slli_epi32(second, 16)); }
+INLINE vi bits(vf v) { return _mm256_castps_si256(v); }
+INLINE vf floats(vi v) { return _mm256_castsi256_ps(v); }
+INLINE vi most(vi a, vf v) { return _mm256_max_epi32(a, _mm256_and_si256(bits(v), _mm256_set1_epi32(0x7fffffff))); }
+INLINE vi factors(vf first, vf second) { return _mm256_blend_epi16(bits(first), _mm256_slli_epi32(bits(second), 16), 0xaa); }
+INLINE vi add_zeros(vi sums, vi f, vi steps) { return _mm256_add_epi32(sums, _mm256_madd_epi16(f, _mm256_srli_epi16(steps, 8))); }
+INLINE vf whole(vi v) { return _mm256_cvtepi32_ps(v); }
+INLINE void store_factors(uint16_t* to, vi f) {
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(f, f), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(bytes));
 }
 constexpr int LANES = 2;
-template <int PAIRS>
-INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors, int64_t stride, const float* unit,
-                       const float* offset, int lanes, float* sums) {
-    const __m256i mask = _mm256_setr_epi32(-1, -1, -1, -1, -(lanes > 1), -(lanes > 1), -(lanes > 1), -(lanes > 1));
+template <int PAIRS, bool ALL_LANES>
+INLINE void add_blocks(const int4* const* row, int64_t at, const uint16_t* factors, int64_t stride, const float* unit, int, float* sums) {
+    const auto codes = [&](const int4* from) {
+        const __m128i* p = reinterpret_cast<const __m128i*>(from + at);
+        return ALL_LANES ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_zextsi128_si256(_mm_loadu_si128(p));
+    };
     const __m256i low = _mm256_set1_epi8(15);
+    const __m256i spread = _mm256_set_epi16(0x302, 0x302, 0x302, 0x302, 0x302, 0x302, 0x302, 0x302,
+                                            0x100, 0x100, 0x100, 0x100, 0x100, 0x100, 0x100, 0x100);
     __m256i parts[4];  // of the columns 0, 8, 16 and 24 of both blocks, eight each
     UNROLL
     for (int j = 0; j < 4; ++j) parts[j] = _mm256_setzero_si256();
     UNROLL
     for (int p = 0; p < PAIRS; ++p) {
-        const __m256i a = _mm256_maskload_epi32(reinterpret_cast<const int*>(row[2 * p] + at), mask);
-        const __m256i b = _mm256_maskload_epi32(reinterpret_cast<const int*>(row[2 * p + 1] + at), mask);
-        const __m256i factor = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(factors + p * stride));
+        const __m256i a = codes(row[2 * p]), b = codes(row[2 * p + 1]);
+        int32_t two;
+        std::memcpy(&two, factors + p * stride, sizeof two);
+        const __m256i factor = _mm256_shuffle_epi8(_mm256_set1_epi32(two), spread);
         const __m256i both[2] = {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)};
         UNROLL
         for (int j = 0; j < 2; ++j) {
@@ -452,14 +462,13 @@ INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors
         }
     }
     UNROLL
-    for (int lane = 0; lane < LANES; ++lane) {
-        if (lane >= lanes) break;
+    for (int lane = 0; lane < (ALL_LANES ? 2 : 1); ++lane) {
+        const vf scale = all(unit[lane]);
         UNROLL
         for (int j = 0; j < 4; ++j) {
             const __m128i half = lane ? _mm256_extracti128_si256(parts[j], 1) : _mm256_castsi256_si128(parts[j]);
-            const vf values = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half)) + all(offset[lane]);
             float* to = sums + lane * 32 + j * 8;
-            store(to, fma(all(unit[lane]), values, load(to)));
+            store(to, fma(scale, _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half)), load(to)));
         }
     }
 }
@@ -547,36 +556,34 @@ INLINE int32_t keep(vf v, vf t, int32_t j, int32_t count, int32_t* index, float*
     _mm512_storeu_ps(kept + count, _mm512_maskz_compress_ps(mask, v));
     return count + __builtin_popcount(mask);
 }
-INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
-INLINE vf absolute(vf v) { return _mm512_abs_ps(v); }
-INLINE vf nearest(vf v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE __m512i words(const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-INLINE vf low_bytes(const uint16_t* p) { return _mm512_cvtepi32_ps(_mm512_and_si512(words(p), _mm512_set1_epi32(255))); }
-INLINE vf high_bytes(const uint16_t* p) { return _mm512_cvtepi32_ps(_mm512_srli_epi32(words(p), 8)); }
-INLINE void store_factors(int8_t* to, vf first, vf second) {
-    const __m512i byte = _mm512_set1_epi32(255);
-    const __m512i high = _mm512_slli_epi32(_mm512_and_si512(_mm512_cvtps_epi32(second), byte), 8);
-    __m512i pair = _mm512_or_si512(_mm512_and_si512(_mm512_cvtps_epi32(first), byte), high);
-    pair = _mm512_or_si512(pair, _mm512_slli_epi32(pair, 16));
-    const __m512i fours = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    UNROLL
-    for (int b = 0; b < L; b += 4)
-        _mm512_storeu_si512(to + b * 16, _mm512_permutexvar_epi32(_mm512_add_epi32(fours, _mm512_set1_epi32(b)), pair));
-}
+typedef __m512i vi;
+INLINE vi words(const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+INLINE vf low_bytes(vi v) { return _mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(255))); }
+INLINE vi both(vi first, vi second) { return _mm512_or_si512(first, _mm512_slli_epi32(second, 16)); }
+INLINE vi bits(vf v) { return _mm512_castps_si512(v); }
+INLINE vf floats(vi v) { return _mm512_castsi512_ps(v); }
+INLINE vi most(vi a, vf v) { return _mm512_max_epi32(a, _mm512_and_si512(bits(v), _mm512_set1_epi32(0x7fffffff))); }
+INLINE vi factors(vf first, vf second) { return _mm512_mask_blend_epi16(0xaaaaaaaa, bits(first), _mm512_slli_epi32(bits(second), 16)); }
+INLINE vi add_zeros(vi sums, vi f, vi steps) { return _mm512_add_epi32(sums, _mm512_madd_epi16(f, _mm512_srli_epi16(steps, 8))); }
+INLINE vf whole(vi v) { return _mm512_cvtepi32_ps(v); }
+INLINE void store_factors(uint16_t* to, vi f) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi16_epi8(f)); }
 constexpr int LANES = 4;
-template <int PAIRS>
-INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors, int64_t stride, const float* unit,
-                       const float* offset, int lanes, float* sums) {
+template <int PAIRS, bool ALL_LANES>
+INLINE void add_blocks(const int4* const* row, int64_t at, const uint16_t* factors, int64_t stride, const float* unit, int lanes, float* sums) {
     const __mmask16 mask = static_cast<__mmask16>((1u << (4 * lanes)) - 1);
+    const auto codes = [&](const int4* from) { return ALL_LANES ? _mm512_loadu_si512(from + at) : _mm512_maskz_loadu_epi32(mask, from + at); };
     const __m512i low = _mm512_set1_epi8(15);
+    const __m512i spread = _mm512_set_epi64(0x0706070607060706, 0x0706070607060706, 0x0504050405040504, 0x0504050405040504,
+                                            0x0302030203020302, 0x0302030203020302, 0x0100010001000100, 0x0100010001000100);
     __m512i parts[4];  // of the columns 0, 8, 16 and 24 of the four blocks, eight each
     UNROLL
     for (int j = 0; j < 4; ++j) parts[j] = _mm512_setzero_si512();
     UNROLL
     for (int p = 0; p < PAIRS; ++p) {
-        const __m512i a = _mm512_maskz_loadu_epi32(mask, row[2 * p] + at);
-        const __m512i b = _mm512_maskz_loadu_epi32(mask, row[2 * p + 1] + at);
-        const __m512i factor = _mm512_loadu_si512(factors + p * stride);
+        const __m512i a = codes(row[2 * p]), b = codes(row[2 * p + 1]);
+        int64_t four;
+        std::memcpy(&four, factors + p * stride, sizeof four);
+        const __m512i factor = _mm512_shuffle_epi8(_mm512_set1_epi64(four), spread);
         const __m512i both[2] = {_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b)};
         UNROLL
         for (int j = 0; j < 2; ++j) {
@@ -588,14 +595,14 @@ INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors
     }
     UNROLL
     for (int lane = 0; lane < LANES; ++lane) {
-        if (lane >= lanes) break;
+        if (!ALL_LANES && lane >= lanes) break;
+        const vf scale = all(unit[lane]);
         UNROLL
         for (int j = 0; j < 4; j += 2) {
-            const __m256i halves = _mm256_loadu2_m128i(
-                reinterpret_cast<const __m128i*>(&parts[j + 1]) + lane, reinterpret_cast<const __m128i*>(&parts[j]) + lane);
-            const vf values = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(halves)) + all(offset[lane]);
+            const __m256i halves = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_extracti32x4_epi32(parts[j], lane)),
+                                                           _mm512_extracti32x4_epi32(parts[j + 1], lane), 1);
             float* to = sums + lane * 32 + j * 8;
-            store(to, fma(all(unit[lane]), values, load(to)));
+            store(to, fma(scale, _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(halves)), load(to)));
         }
     }
 }
