@@ -158,13 +158,20 @@ struct Ahead {
     const int8_t* const* end;
     int64_t bytes;  // of a row
     const int8_t *at, *last;  // the next line and the last byte, of the row before `rows`
+    int due = 0;
 
     Ahead(const int8_t* const* rows, int64_t count, int64_t bytes) : rows(rows), end(rows + count), bytes(bytes), at(nullptr), last(nullptr) {}
 
-    // Lines to ask for in each of so many turns.
-    int each(int64_t turns) const { return static_cast<int>(((end - rows) * (bytes / 64 + 2) + turns - 1) / turns); }
+    // 1/256 of the lines to ask for in each of so many turns: evenly, for the processor waits when too many are asked for.
+    int each(int64_t turns) const {
+        const bool aligned = bytes % 64 == 0 && (rows == end || reinterpret_cast<uintptr_t>(*rows) % 64 == 0);
+        return static_cast<int>(((end - rows) * (bytes / 64 + (aligned ? 0 : 2)) * 256 + turns - 1) / turns);
+    }
 
-    __attribute__((always_inline)) inline void fetch(int count) {
+    __attribute__((always_inline)) inline void fetch(int lines) {
+        due += lines;
+        const int count = due >> 8;
+        due &= 255;
         for (int i = 0; i < count; ++i) {
             if (at >= last) {
                 if (rows >= end) return;
