@@ -133,26 +133,54 @@ struct Gather {
     int64_t tokens, k, segments, threads;
     Codes codes;                        // of int8 and int4
     bool dots;                          // the processor multiplies bytes four at a time (VNNI)
+    float* sums;                        // of the Linears in parts: [PARTS, room of tokens, room of their n]
 };
+
+// A Linear with short rows is shared among threads by its kept rows and not by its columns: pieces of rows are read at
+// half the rate of rows that follow one another. Its sums are taken in so many parts of the kept rows, whatever the
+// number of threads, and added in their order.
+constexpr int64_t PARTS = 4;
+constexpr int64_t SHORT = 4096;  // most bytes, and columns, of a short row
+
+INLINE int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
+
+// Room for the sums of so many tokens, which are multiplied by one, four or eight.
+INLINE int64_t room_of(int64_t tokens) { return tokens == 1 ? 1 : tokens <= 4 ? 4 : (tokens + 7) / 8 * 8; }
+
+template <class W>
+INLINE bool in_parts(int64_t n) {
+    return n <= SHORT && n * static_cast<int64_t>(sizeof(W)) / (std::is_same<W, int4>::value ? 2 : 1) <= SHORT;
+}
 
 // Asks for the rows of the next step, line by line in the order in which they lie, for the hardware sees only runs coming.
 struct Ahead {
     const int8_t* const* rows;
     const int8_t* const* end;
-    int64_t bytes, done;  // of a row
+    int64_t bytes;  // of a row
+    const int8_t *at, *last;  // the next line and the last byte, of the row before `rows`
+    int due = 0;
 
-    template <int COUNT>
-    __attribute__((always_inline)) inline void fetch() {
-        if (done + COUNT * 64 < bytes) {
-            UNROLL
-            for (int i = 0; i < COUNT; ++i) __builtin_prefetch(*rows + done + i * 64, 0, 2);
-            done += COUNT * 64;
-            return;
-        }
-        for (int i = 0; i < COUNT && rows < end; ++i) {
-            __builtin_prefetch(*rows + done, 0, 2);
-            done += 64;
-            if (done >= bytes) done = 0, ++rows;
+    Ahead(const int8_t* const* rows, int64_t count, int64_t bytes) : rows(rows), end(rows + count), bytes(bytes), at(nullptr), last(nullptr) {}
+
+    // 1/256 of the lines to ask for in each of so many turns: evenly, for the processor waits when too many are asked for.
+    int each(int64_t turns) const {
+        const bool aligned = bytes % 64 == 0 && (rows == end || reinterpret_cast<uintptr_t>(*rows) % 64 == 0);
+        return static_cast<int>(((end - rows) * (bytes / 64 + (aligned ? 0 : 2)) * 256 + turns - 1) / turns);
+    }
+
+    __attribute__((always_inline)) inline void fetch(int lines) {
+        due += lines;
+        const int count = due >> 8;
+        due &= 255;
+        for (int i = 0; i < count; ++i) {
+            if (at >= last) {
+                if (rows >= end) return;
+                at = *rows++;
+                last = at + bytes;
+                at -= reinterpret_cast<uintptr_t>(at) % 64;
+            }
+            __builtin_prefetch(at, 0, 2);
+            at += 64;
         }
     }
 };
@@ -173,7 +201,8 @@ struct Product {
 enum Operation : int64_t {
     COPY, NEG, ABS, RELU, SQUARE, CUBE, SQRT, RSQRT, RECIPROCAL, EXP, SIGMOID, SILU, TANH, GELU, GELU_TANH, SIN, COS, NOT,
     ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, LT, LE, GT, GE, EQ, NE, AND, OR, WHERE,
-    SUM, MEAN, AMAX, SOFTMAX, LAYER_NORM, INDEX, SCATTER, MATRICES, ATTENTION, ALL_ROWS, GATHER, GATHER_INT8, GATHER_INT4, EXPECT
+    SUM, MEAN, AMAX, SOFTMAX, LAYER_NORM, INDEX, SCATTER, MATRICES, ATTENTION, ALL_ROWS, GATHER, GATHER_INT8, GATHER_INT4,
+    ADD_PARTS, EXPECT
 };
 enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16, BOOL, INT8, INT32, INT64, FLOAT64 };
 
@@ -293,40 +322,48 @@ INLINE int32_t keep(vf v, vf t, int32_t j, int32_t count, int32_t* index, float*
     }
     return count;
 }
-// Of int4: vectors over blocks of columns, and the sums of LANES blocks. `store_factors` writes two rows' factors of each
-// block as they meet its codes, eight times in turn.
-INLINE vf max(vf a, vf b) { return a > b ? a : b; }
-INLINE vf absolute(vf v) { return v < all(0.0f) ? -v : v; }
-INLINE vf nearest(vf v) { return (v + all(0x1.8p23f)) - all(0x1.8p23f); }
-INLINE vf low_bytes(const uint16_t* p) { vh h; std::memcpy(&h, p, sizeof h); return __builtin_convertvector(h & 255, vf); }
-INLINE vf high_bytes(const uint16_t* p) { vh h; std::memcpy(&h, p, sizeof h); return __builtin_convertvector(h >> 8, vf); }
-INLINE void store_factors(int8_t* to, vf first, vf second) {
+// Of int4: vectors over blocks of columns, and the sums of LANES blocks. `words` has s and z of a row, `both` those of two
+// rows, and `factors` two rows' factors from floats to which 1.5 * 2^23 was added: 16 bits each, of which 8 are stored.
+typedef vu vi;
+INLINE vi words(const uint16_t* p) { vh h; std::memcpy(&h, p, sizeof h); return __builtin_convertvector(h, vu); }
+INLINE vf low_bytes(vi v) { return __builtin_convertvector(v & 255, vf); }
+INLINE vi both(vi first, vi second) { return first | second << 16; }
+INLINE vi bits(vf v) { return (vi)v; }
+INLINE vf floats(vi v) { return (vf)v; }
+INLINE vi most(vi a, vf v) { const vi b = bits(v) & 0x7fffffffu; return a > b ? a : b; }  // by magnitude, a NaN above all
+INLINE vi factors(vf first, vf second) { return (bits(first) & 0xffffu) | bits(second) << 16; }
+INLINE vi add_zeros(vi sums, vi f, vi steps) {  // sums + f z, both rows'
     for (int b = 0; b < L; ++b)
-        for (int i = 0; i < 16; ++i) to[b * 16 + i] = static_cast<int8_t>(i % 2 ? second[b] : first[b]);
+        sums[b] += static_cast<int16_t>(f[b] & 0xffff) * static_cast<int32_t>(steps[b] >> 8 & 255) +
+                   static_cast<int16_t>(f[b] >> 16) * static_cast<int32_t>(steps[b] >> 24);
+    return sums;
+}
+INLINE vf whole(vi v) { vf f; for (int b = 0; b < L; ++b) f[b] = static_cast<float>(static_cast<int32_t>(v[b])); return f; }
+INLINE void store_factors(uint16_t* to, vi f) {
+    for (int b = 0; b < L; ++b) to[b] = static_cast<uint16_t>((f[b] & 255) | (f[b] >> 8 & 0xff00));
 }
 constexpr int LANES = 1;
-template <int PAIRS>
-INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors, int64_t stride, const float* unit,
-                       const float* offset, int, float* sums) {
+template <int PAIRS, bool>
+INLINE void add_blocks(const int4* const* row, int64_t at, const uint16_t* factors, int64_t stride, const float* unit, int, float* sums) {
     int16_t parts[32] = {};
     for (int p = 0; p < PAIRS; ++p) {
-        const int8_t first = factors[p * stride], second = factors[p * stride + 1];
+        const int8_t first = static_cast<int8_t>(factors[p * stride] & 255), second = static_cast<int8_t>(factors[p * stride] >> 8);
         for (int i = 0; i < 16; ++i) {
             const uint8_t a = row[2 * p][at + i].byte, b = row[2 * p + 1][at + i].byte;
             parts[i] = static_cast<int16_t>(parts[i] + (a & 15) * first + (b & 15) * second);
             parts[16 + i] = static_cast<int16_t>(parts[16 + i] + (a >> 4) * first + (b >> 4) * second);
         }
     }
-    for (int i = 0; i < 32; ++i) sums[i] += *unit * (parts[i] + *offset);
+    for (int i = 0; i < 32; ++i) sums[i] += *unit * parts[i];
 }
 // sums[c] += unit * sum_r factors[r] row[r][at + c] for HEIGHT rows and up to WIDE columns, of which `columns` count; the
 // sums have room for a multiple of 32.
-constexpr int HEIGHT = 32, WIDE = 32;
-INLINE void add_codes(const int8_t* const* row, Ahead& ahead, int64_t at, int64_t, const int16_t* factors, float unit, float* sums, bool) {
+constexpr int HEIGHT = 32, WIDE = 32, TURNS = 1;  // a thread asks for rows TURNS times in a call
+INLINE void add_codes(const int8_t* const* row, Ahead& ahead, int64_t at, int64_t, const int16_t* factors, float unit, float* sums, bool, int lines) {
     int32_t parts[WIDE] = {};
     for (int r = 0; r < HEIGHT; ++r)
         for (int c = 0; c < WIDE; ++c) parts[c] += row[r][at + c] * factors[r];
-    ahead.fetch<HEIGHT * WIDE / 64>();
+    ahead.fetch(lines * TURNS);
     for (int c = 0; c < WIDE; ++c) sums[c] += unit * parts[c];
 }
 constexpr int MR = 4, NV = 2;   // tile of the product: rows, vectors of columns
@@ -389,37 +426,39 @@ INLINE int32_t keep(vf v, vf t, int32_t j, int32_t count, int32_t* index, float*
     }
     return count;
 }
-INLINE vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
-INLINE vf absolute(vf v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
-INLINE vf nearest(vf v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE __m256i words(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-INLINE vf low_bytes(const uint16_t* p) { return _mm256_cvtepi32_ps(_mm256_and_si256(words(p), _mm256_set1_epi32(255))); }
-INLINE vf high_bytes(const uint16_t* p) { return _mm256_cvtepi32_ps(_mm256_srli_epi32(words(p), 8)); }
-INLINE void store_factors(int8_t* to, vf first, vf second) {
-    const __m256i byte = _mm256_set1_epi32(255);
-    const __m256i high = _mm256_slli_epi32(_mm256_and_si256(_mm256_cvtps_epi32(second), byte), 8);
-    __m256i pair = _mm256_or_si256(_mm256_and_si256(_mm256_cvtps_epi32(first), byte), high);
-    pair = _mm256_or_si256(pair, _mm256_slli_epi32(pair, 16));
-    UNROLL
-    for (int b = 0; b < L; b += 2) {
-        const __m256i two = _mm256_permutevar8x32_epi32(pair, _mm256_setr_epi32(b, b, b, b, b + 1, b + 1, b + 1, b + 1));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + b * 16), two);
-    }
+typedef __m256i vi;
+INLINE vi words(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+INLINE vf low_bytes(vi v) { return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(255))); }
+INLINE vi both(vi first, vi second) { return _mm256_or_si256(first, _mm256_slli_epi32(second, 16)); }
+INLINE vi bits(vf v) { return _mm256_castps_si256(v); }
+INLINE vf floats(vi v) { return _mm256_castsi256_ps(v); }
+INLINE vi most(vi a, vf v) { return _mm256_max_epi32(a, _mm256_and_si256(bits(v), _mm256_set1_epi32(0x7fffffff))); }
+INLINE vi factors(vf first, vf second) { return _mm256_blend_epi16(bits(first), _mm256_slli_epi32(bits(second), 16), 0xaa); }
+INLINE vi add_zeros(vi sums, vi f, vi steps) { return _mm256_add_epi32(sums, _mm256_madd_epi16(f, _mm256_srli_epi16(steps, 8))); }
+INLINE vf whole(vi v) { return _mm256_cvtepi32_ps(v); }
+INLINE void store_factors(uint16_t* to, vi f) {
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(f, f), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(bytes));
 }
 constexpr int LANES = 2;
-template <int PAIRS>
-INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors, int64_t stride, const float* unit,
-                       const float* offset, int lanes, float* sums) {
-    const __m256i mask = _mm256_setr_epi32(-1, -1, -1, -1, -(lanes > 1), -(lanes > 1), -(lanes > 1), -(lanes > 1));
+template <int PAIRS, bool ALL_LANES>
+INLINE void add_blocks(const int4* const* row, int64_t at, const uint16_t* factors, int64_t stride, const float* unit, int, float* sums) {
+    const auto codes = [&](const int4* from) {
+        const __m128i* p = reinterpret_cast<const __m128i*>(from + at);
+        return ALL_LANES ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_zextsi128_si256(_mm_loadu_si128(p));
+    };
     const __m256i low = _mm256_set1_epi8(15);
+    const __m256i spread = _mm256_set_epi16(0x302, 0x302, 0x302, 0x302, 0x302, 0x302, 0x302, 0x302,
+                                            0x100, 0x100, 0x100, 0x100, 0x100, 0x100, 0x100, 0x100);
     __m256i parts[4];  // of the columns 0, 8, 16 and 24 of both blocks, eight each
     UNROLL
     for (int j = 0; j < 4; ++j) parts[j] = _mm256_setzero_si256();
     UNROLL
     for (int p = 0; p < PAIRS; ++p) {
-        const __m256i a = _mm256_maskload_epi32(reinterpret_cast<const int*>(row[2 * p] + at), mask);
-        const __m256i b = _mm256_maskload_epi32(reinterpret_cast<const int*>(row[2 * p + 1] + at), mask);
-        const __m256i factor = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(factors + p * stride));
+        const __m256i a = codes(row[2 * p]), b = codes(row[2 * p + 1]);
+        int32_t two;
+        std::memcpy(&two, factors + p * stride, sizeof two);
+        const __m256i factor = _mm256_shuffle_epi8(_mm256_set1_epi32(two), spread);
         const __m256i both[2] = {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)};
         UNROLL
         for (int j = 0; j < 2; ++j) {
@@ -430,26 +469,25 @@ INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors
         }
     }
     UNROLL
-    for (int lane = 0; lane < LANES; ++lane) {
-        if (lane >= lanes) break;
+    for (int lane = 0; lane < (ALL_LANES ? 2 : 1); ++lane) {
+        const vf scale = all(unit[lane]);
         UNROLL
         for (int j = 0; j < 4; ++j) {
             const __m128i half = lane ? _mm256_extracti128_si256(parts[j], 1) : _mm256_castsi256_si128(parts[j]);
-            const vf values = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half)) + all(offset[lane]);
             float* to = sums + lane * 32 + j * 8;
-            store(to, fma(all(unit[lane]), values, load(to)));
+            store(to, fma(scale, _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half)), load(to)));
         }
     }
 }
-constexpr int HEIGHT = 32, WIDE = 32;
-INLINE void add_codes(const int8_t* const* row, Ahead& ahead, int64_t at, int64_t, const int16_t* factors, float unit, float* sums, bool) {
+constexpr int HEIGHT = 32, WIDE = 32, TURNS = 16;
+INLINE void add_codes(const int8_t* const* row, Ahead& ahead, int64_t at, int64_t, const int16_t* factors, float unit, float* sums, bool, int lines) {
     __m256i parts[4];
     UNROLL
     for (int j = 0; j < 4; ++j) parts[j] = _mm256_setzero_si256();
     for (int p = 0; p < HEIGHT; p += 2) {
         int32_t pair;
         std::memcpy(&pair, factors + p, sizeof pair);
-        ahead.fetch<WIDE / 32>();
+        ahead.fetch(lines);
         const __m256i factor = _mm256_set1_epi32(pair);
         UNROLL
         for (int h = 0; h < 2; ++h) {  // sixteen columns each
@@ -525,36 +563,34 @@ INLINE int32_t keep(vf v, vf t, int32_t j, int32_t count, int32_t* index, float*
     _mm512_storeu_ps(kept + count, _mm512_maskz_compress_ps(mask, v));
     return count + __builtin_popcount(mask);
 }
-INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
-INLINE vf absolute(vf v) { return _mm512_abs_ps(v); }
-INLINE vf nearest(vf v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE __m512i words(const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-INLINE vf low_bytes(const uint16_t* p) { return _mm512_cvtepi32_ps(_mm512_and_si512(words(p), _mm512_set1_epi32(255))); }
-INLINE vf high_bytes(const uint16_t* p) { return _mm512_cvtepi32_ps(_mm512_srli_epi32(words(p), 8)); }
-INLINE void store_factors(int8_t* to, vf first, vf second) {
-    const __m512i byte = _mm512_set1_epi32(255);
-    const __m512i high = _mm512_slli_epi32(_mm512_and_si512(_mm512_cvtps_epi32(second), byte), 8);
-    __m512i pair = _mm512_or_si512(_mm512_and_si512(_mm512_cvtps_epi32(first), byte), high);
-    pair = _mm512_or_si512(pair, _mm512_slli_epi32(pair, 16));
-    const __m512i fours = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    UNROLL
-    for (int b = 0; b < L; b += 4)
-        _mm512_storeu_si512(to + b * 16, _mm512_permutexvar_epi32(_mm512_add_epi32(fours, _mm512_set1_epi32(b)), pair));
-}
+typedef __m512i vi;
+INLINE vi words(const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+INLINE vf low_bytes(vi v) { return _mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(255))); }
+INLINE vi both(vi first, vi second) { return _mm512_or_si512(first, _mm512_slli_epi32(second, 16)); }
+INLINE vi bits(vf v) { return _mm512_castps_si512(v); }
+INLINE vf floats(vi v) { return _mm512_castsi512_ps(v); }
+INLINE vi most(vi a, vf v) { return _mm512_max_epi32(a, _mm512_and_si512(bits(v), _mm512_set1_epi32(0x7fffffff))); }
+INLINE vi factors(vf first, vf second) { return _mm512_mask_blend_epi16(0xaaaaaaaa, bits(first), _mm512_slli_epi32(bits(second), 16)); }
+INLINE vi add_zeros(vi sums, vi f, vi steps) { return _mm512_add_epi32(sums, _mm512_madd_epi16(f, _mm512_srli_epi16(steps, 8))); }
+INLINE vf whole(vi v) { return _mm512_cvtepi32_ps(v); }
+INLINE void store_factors(uint16_t* to, vi f) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi16_epi8(f)); }
 constexpr int LANES = 4;
-template <int PAIRS>
-INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors, int64_t stride, const float* unit,
-                       const float* offset, int lanes, float* sums) {
+template <int PAIRS, bool ALL_LANES>
+INLINE void add_blocks(const int4* const* row, int64_t at, const uint16_t* factors, int64_t stride, const float* unit, int lanes, float* sums) {
     const __mmask16 mask = static_cast<__mmask16>((1u << (4 * lanes)) - 1);
+    const auto codes = [&](const int4* from) { return ALL_LANES ? _mm512_loadu_si512(from + at) : _mm512_maskz_loadu_epi32(mask, from + at); };
     const __m512i low = _mm512_set1_epi8(15);
+    const __m512i spread = _mm512_set_epi64(0x0706070607060706, 0x0706070607060706, 0x0504050405040504, 0x0504050405040504,
+                                            0x0302030203020302, 0x0302030203020302, 0x0100010001000100, 0x0100010001000100);
     __m512i parts[4];  // of the columns 0, 8, 16 and 24 of the four blocks, eight each
     UNROLL
     for (int j = 0; j < 4; ++j) parts[j] = _mm512_setzero_si512();
     UNROLL
     for (int p = 0; p < PAIRS; ++p) {
-        const __m512i a = _mm512_maskz_loadu_epi32(mask, row[2 * p] + at);
-        const __m512i b = _mm512_maskz_loadu_epi32(mask, row[2 * p + 1] + at);
-        const __m512i factor = _mm512_loadu_si512(factors + p * stride);
+        const __m512i a = codes(row[2 * p]), b = codes(row[2 * p + 1]);
+        int64_t four;
+        std::memcpy(&four, factors + p * stride, sizeof four);
+        const __m512i factor = _mm512_shuffle_epi8(_mm512_set1_epi64(four), spread);
         const __m512i both[2] = {_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b)};
         UNROLL
         for (int j = 0; j < 2; ++j) {
@@ -566,18 +602,18 @@ INLINE void add_blocks(const int4* const* row, int64_t at, const int8_t* factors
     }
     UNROLL
     for (int lane = 0; lane < LANES; ++lane) {
-        if (lane >= lanes) break;
+        if (!ALL_LANES && lane >= lanes) break;
+        const vf scale = all(unit[lane]);
         UNROLL
         for (int j = 0; j < 4; j += 2) {
-            const __m256i halves = _mm256_loadu2_m128i(
-                reinterpret_cast<const __m128i*>(&parts[j + 1]) + lane, reinterpret_cast<const __m128i*>(&parts[j]) + lane);
-            const vf values = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(halves)) + all(offset[lane]);
+            const __m256i halves = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_extracti32x4_epi32(parts[j], lane)),
+                                                           _mm512_extracti32x4_epi32(parts[j + 1], lane), 1);
             float* to = sums + lane * 32 + j * 8;
-            store(to, fma(all(unit[lane]), values, load(to)));
+            store(to, fma(scale, _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(halves)), load(to)));
         }
     }
 }
-constexpr int HEIGHT = 32, WIDE = 64;
+constexpr int HEIGHT = 32, WIDE = 64, TURNS = 8;
 INLINE void add_parts(const __m512i* parts, int count, float unit, float* sums) {
     UNROLL
     for (int j = 0; j < 4; ++j) {
@@ -588,7 +624,7 @@ INLINE void add_parts(const __m512i* parts, int count, float unit, float* sums) 
 // Four rows at a time: the bytes of a column stand together after two unpackings. A factor is 256 high + low, and a code
 // is 128 less than the unsigned byte that the instruction takes.
 __attribute__((target("avx512vnni"))) static void add_dots(const int8_t* const* row, Ahead& ahead, int64_t at, __mmask64 mask, int count,
-                                                           const int16_t* factors, float unit, float* sums) {
+                                                           const int16_t* factors, float unit, float* sums, int lines) {
     __m512i high[4], low[4];
     UNROLL
     for (int j = 0; j < 4; ++j) high[j] = low[j] = _mm512_setzero_si512();
@@ -596,7 +632,7 @@ __attribute__((target("avx512vnni"))) static void add_dots(const int8_t* const* 
     int32_t total = 0;
     for (int p = 0; p < HEIGHT; p += 4) {
         __m512i w[4];
-        ahead.fetch<4>();
+        ahead.fetch(lines);
         UNROLL
         for (int r = 0; r < 4; ++r) w[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, row[p + r] + at), sign);
         uint32_t lows = 0, highs = 0;
@@ -630,16 +666,16 @@ __attribute__((target("avx512vnni"))) static void add_dots(const int8_t* const* 
     add_parts(parts, count, unit, sums);
 }
 INLINE void add_codes(const int8_t* const* row, Ahead& ahead, int64_t at, int64_t columns, const int16_t* factors, float unit, float* sums,
-                      bool dots) {
+                      bool dots, int lines) {
     const int halves = columns > 32 ? 2 : 1;
-    if (dots) return add_dots(row, ahead, at, halves > 1 ? ~0ull : 0xffffffffull, 2 * halves, factors, unit, sums);
+    if (dots) return add_dots(row, ahead, at, halves > 1 ? ~0ull : 0xffffffffull, 2 * halves, factors, unit, sums, lines);
     __m512i parts[4];
     UNROLL
     for (int j = 0; j < 4; ++j) parts[j] = _mm512_setzero_si512();
     for (int p = 0; p < HEIGHT; p += 2) {
         int32_t pair;
         std::memcpy(&pair, factors + p, sizeof pair);
-        ahead.fetch<WIDE / 32>();
+        if (p % 4 == 0) ahead.fetch(lines);
         const __m512i factor = _mm512_set1_epi32(pair);
         UNROLL
         for (int h = 0; h < 2; ++h) {  // 32 columns each
@@ -766,7 +802,7 @@ void was_gather(int64_t kind, int64_t dtype, int64_t format, const void* x, cons
             const Gather<T, W> call = {
                 static_cast<const T*>(x), static_cast<const W* const*>(weights), static_cast<const T* const*>(biases),
                 static_cast<const float* const*>(thresholds), n, static_cast<T*>(y), tokens, k, segments, threads, codes,
-                kind >= AVX512_BF16};
+                kind >= AVX512_BF16, nullptr};
             gather(kind, call);
         };
         if (format == 0) with(T());
@@ -781,6 +817,12 @@ void was_gather_one(int64_t kind, int64_t dtype, const void* x, const void* weig
                     const void* threshold, int64_t n, void* y, int64_t tokens, int64_t k, int64_t threads) {
     was_gather(kind, dtype, 0, x, &weight, &bias, threshold ? &threshold : nullptr, &n, y, tokens, k, 1, threads,
                nullptr, nullptr, nullptr);
+}
+
+// Of how many parts the sums of a Linear of n outputs are; 0 where its columns are shared among threads.
+int64_t was_parts(int64_t dtype, int64_t format, int64_t n) {
+    const bool parts = format == 1 ? in_parts<int8_t>(n) : format == 2 ? in_parts<int4>(n) : dtype == 0 ? in_parts<float>(n) : in_parts<bf16>(n);
+    return parts ? PARTS : 0;
 }
 
 // Carries out a recorded step; -1, or the position of an instruction whose value is not what the step was recorded with.

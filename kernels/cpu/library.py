@@ -174,6 +174,7 @@ def _load(path: Path, source: str) -> ctypes.CDLL | None:
     loaded.was_gather.argtypes = [number] * 3 + [pointer] * 6 + [number] * 4 + [pointer] * 3
     loaded.was_gather_one.argtypes = [number] * 2 + [pointer] * 4 + [number, pointer] + [number] * 3
     loaded.was_run.restype, loaded.was_run.argtypes = number, [number, pointer, number, number]
+    loaded.was_parts.restype, loaded.was_parts.argtypes = number, [number] * 3
     loaded.was_write_out.restype = None
     loaded.was_write_out.argtypes = [number] * 2 + [pointer] * 3 + [number] * 3 + [pointer, number]
     loaded.was_product.argtypes = loaded.was_rows.argtypes = [number] * 2 + [pointer] * 4 + [number] * 4

@@ -7,12 +7,13 @@ one team of threads (`kernels/cpu/program.inc`).
 
 import ctypes
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from was_fx.kernels.cpu.library import DTYPES as CPU_DTYPES
 from was_fx.kernels.cpu.library import kind, library
 
 # Most dimensions of a tensor, of those that can't be seen as one.
@@ -22,7 +23,8 @@ DIMS = 5
 OPERATIONS = (  # noqa: SIM905
     "copy neg abs relu square cube sqrt rsqrt reciprocal exp sigmoid silu tanh gelu gelu_tanh sin cos not "
     "add sub mul div maximum minimum lt le gt ge eq ne and or where "
-    "sum mean amax softmax layer_norm index scatter matrices attention all_rows gather gather_int8 gather_int4 expect"
+    "sum mean amax softmax layer_norm index scatter matrices attention all_rows gather gather_int8 gather_int4 "
+    "add_parts expect"
 ).split()
 CODES = {name: code for code, name in enumerate(OPERATIONS)}
 DTYPES = (
@@ -37,6 +39,8 @@ DTYPES = (
 )
 # Operations of which every thread does a part, whatever their size.
 LINEARS = ("all_rows", "gather", "gather_int8", "gather_int4")
+# The formats of weights of `was_gather`, in its order.
+_GATHERS = LINEARS[1:]
 _SHARED = {"matrices", "attention", "expect", *LINEARS}
 # Elements from which the others are shared too.
 _MANY = 8192
@@ -157,6 +161,7 @@ class Program:
         Raises:
             Unsupported: a tensor has too many dimensions or a dtype of another kind.
         """
+        steps = _in_parts(steps)
         self._instructions = (Instruction * len(steps))()
         self.held = [*held, *(each for step in steps for each in step.tensors())]
         self.held += [step.out.tensor for step in steps if step.out is not None]
@@ -174,7 +179,7 @@ class Program:
             if steps[begin].name in LINEARS:
                 while end < len(steps) and self._continues(steps[begin], steps[end], end):
                     end += 1
-                outputs = [step.sizes[1] for step in steps[begin:end]]
+                outputs = [0 if step.integers[0] else step.sizes[1] for step in steps[begin:end]]
                 for i, instruction in enumerate(self._instructions[begin:end]):
                     instruction.before, instruction.columns = sum(outputs[:i]), sum(outputs)
             begin = end
@@ -182,12 +187,64 @@ class Program:
     def _continues(self, first: Step, step: Step, place: int) -> bool:
         return step.name == first.name and step.sizes[2] == first.sizes[2] and not self._instructions[place].waits
 
+    def part(self, names: Collection[str]) -> "Program":
+        """The instructions of these names alone, to time them: what they compute means nothing."""
+        found = [each for each in self._instructions if OPERATIONS[each.op] in names]
+        part = Program((), self.held)
+        part._instructions = (Instruction * len(found))(*found)
+        return part
+
     def run(self) -> bool:
         """Whether every value was what it must be; if not, the rest was left undone."""
         loaded = library()
         assert loaded is not None  # nothing is recorded without
         count = len(self._instructions)
         return bool(loaded.was_run(kind(), self._instructions, count, torch.get_num_threads()) < 0)
+
+
+def _in_parts(steps: Sequence[Step]) -> list[Step]:
+    """The same, with a Linear of short rows as a product that writes the sums of its parts and what adds these.
+    Siblings are added after all their products, so that threads wait once for them."""
+    made: list[Step] = []
+    ends: list[Step] = []  # of the siblings before
+    memory: dict[tuple[int, ...], Tensor] = {}
+    for step in steps:
+        if ends and not _siblings(made[-1], step):
+            made += ends
+            ends = []
+        parts = _parts(step)
+        if not parts or step.out is None:
+            made.append(step)
+            continue
+        tokens, outputs, _ = step.sizes
+        room = 1 if tokens == 1 else 4 if tokens <= 4 else -(-tokens // 8) * 8  # `room_of`
+        # Few pieces of memory, used again by the next, stay in the first caches.
+        place = len(ends), parts, room, -(-outputs // 32) * 32
+        sums = View(memory.setdefault(place, torch.empty(place[1:], dtype=torch.float32)), ())
+        data, bias, threshold, scales, groups = step.weights
+        product = replace(step, out=sums, integers=(parts, 0), weights=(data, None, threshold, scales, groups))
+        made.append(product)
+        weights = (None, bias, None, scales if step.name == "gather_int8" else None, None)
+        ends.append(Step("add_parts", step.out, [sums], (tokens, outputs, parts), weights=weights))
+    return made + ends
+
+
+def _parts(step: Step) -> int:
+    """Of how many parts the sums of a step are; 0 for what is no Linear in parts."""
+    if step.name not in _GATHERS or step.inputs[0] is None:
+        return 0
+    loaded = library()
+    assert loaded is not None  # nothing is recorded without
+    dtype = CPU_DTYPES[step.inputs[0].tensor.dtype]
+    return int(loaded.was_parts(dtype, _GATHERS.index(step.name), step.sizes[1]))
+
+
+def _siblings(some: Step, other: Step) -> bool:
+    """Whether two steps are Linears of one input and format."""
+    if some.name != other.name or some.name not in LINEARS or some.sizes[2] != other.sizes[2]:
+        return False
+    mine, theirs = some.inputs[0], other.inputs[0]
+    return mine is not None and theirs is not None and mine.tensor.data_ptr() == theirs.tensor.data_ptr()
 
 
 def _fill(instruction: Instruction, step: Step) -> None:

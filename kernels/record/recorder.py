@@ -88,6 +88,7 @@ class Recording:
     Attributes:
         inputs: the tensors that `run` reads anew each time.
         output: what the function gave, written anew by `run`.
+        program: what `run` carries out.
         signature: equal for two recordings that do the same with the same memory, inputs apart.
     """
 
@@ -106,14 +107,14 @@ class Recording:
             self.output = function(*self.inputs)
         recorder.undo()
         self.undo = recorder.undo  # for a caller whose first run did not end
-        self._program, self.signature = _program(recorder.calls, self.inputs, self.output)
+        self.program, self.signature = _program(recorder.calls, self.inputs, self.output)
 
     def run(self, *inputs: Tensor) -> bool:
         """Do it again with other values of the inputs; False if a value that Python had read would be another: then
         nothing was done."""
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given)
-        return self._program.run()
+        return self.program.run()
 
 
 def _program(calls: Sequence[_Call], inputs: Sequence[Tensor], output: Tensor) -> tuple[Program, list[Any]]:

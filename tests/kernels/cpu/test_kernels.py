@@ -109,8 +109,17 @@ def test_sums_do_not_depend_on_the_number_of_threads(make_case, dtype, tokens, n
         (cpu_product.by_columns, (case.x, case.weights[0], case.biases[0])),
         (cpu_product.by_rows, (case.x, by_rows, case.biases[0])),
     ):
-        one, *others = (with_threads(threads, function, *arguments) for threads in (1, 2, 3))
+        one, *others = (with_threads(threads, function, *arguments) for threads in (1, 2, 3, 4, 6))
         assert all(torch.equal(one, other) for other in others)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 6])
+def test_siblings_of_short_and_long_rows(make_case, error, tokens, threads, with_threads):
+    """Threads share the kept rows of some and the columns of others in one call."""
+    case = make_case((tokens, 130), (4133, 100, 1030, 33), torch.bfloat16, biases=[True, False, True, True])
+    y = with_threads(threads, cpu_gather.sparse_linear, *case.arguments())
+    assert error(y, case.exact()) < TOLERANCE[torch.bfloat16]
 
 
 def test_infinite_thresholds_keep_nothing(make_case):

@@ -29,7 +29,7 @@ def forget(monkeypatch, tmp_path):
         'extern "C" long was_processor() { return 2; }\n'
         'extern "C" void was_gather() {}\nextern "C" void was_gather_one() {}\n'
         'extern "C" void was_product() {}\nextern "C" void was_rows() {}\nextern "C" void was_write_out() {}\n'
-        'extern "C" long was_run() { return -1; }\n'
+        'extern "C" long was_run() { return -1; }\nextern "C" long was_parts() { return 0; }\n'
     )
     for name in module.SOURCES[1:]:
         (stub / name).write_text("")

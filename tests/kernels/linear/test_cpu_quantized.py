@@ -60,17 +60,20 @@ def test_any_number_of_outputs_of_int8(kind, n):
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_sums_do_not_depend_on_the_number_of_threads(kind, format):
-    rows, x = rows_of(format, 1056, 300), torch.randn(1, 300)
+@pytest.mark.parametrize("outputs", [1056, 4160])  # rows are shared, or columns
+def test_sums_do_not_depend_on_the_number_of_threads(kind, format, outputs):
+    rows, x = rows_of(format, outputs, 300), torch.randn(1, 300)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         one = cpu_quantized.sparse_linear(x, [rows], [None], [None])
-        torch.set_num_threads(3)
-        three = cpu_quantized.sparse_linear(x, [rows], [None], [None])
+        others = []
+        for threads in (2, 3, 4):
+            torch.set_num_threads(threads)
+            others.append(cpu_quantized.sparse_linear(x, [rows], [None], [None]))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(one, three)
+    assert all(torch.equal(one, other) for other in others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -66,7 +66,7 @@ def test_an_operator_is_what_torch_computes(name, dtype):
         torch.testing.assert_close(recording.output, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", ["plain", "avx2", "avx512", None])
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 def test_siblings_give_what_each_gives(weights, kind, threads, monkeypatch):
