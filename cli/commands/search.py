@@ -1,6 +1,7 @@
 """`was search`: a schedule by a published recipe or by ours."""
 
 import shlex
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = options.examples(
     "was search embedded --target 60%  [dim]our own recipe, on the model inside was-fx[/]",
+    "was search ./llama --target 50% --recipe fisher --text valid.txt --calibration-text train.txt",
     "was search ./llama --target 50% --recipe was --text valid.txt --calibration-text train.txt",
     "was search ./llama --target 50% --recipe was --text valid.txt --log was50.jsonl --resume  [dim]after a kill[/]",
     "was search ./llama --target 50% --text valid.txt --cost latency --latency kernels.jsonl",
@@ -99,6 +101,15 @@ def search(
             "benchmarks/gpu_kernels.py prints them.",
         ),
     ] = None,
+    corrections: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="For fisher: how often its weights are corrected by what channels cost where the model drops them; by "
+            "default once. 0 takes less than half of the time.",
+        ),
+    ] = None,
     head: Annotated[
         bool, typer.Option("--head", help="Schedule the output head too (exact and uniform only).")
     ] = False,
@@ -141,6 +152,12 @@ def search(
     from was_fx.schedules.search.recipes import find_recipe
 
     chosen = find_recipe(recipe.value, paper_exact=paper_exact)
+    if corrections is not None:
+        if chosen.over != "fisher":
+            raise typer.BadParameter(
+                f"only the recipe fisher has corrections, not {recipe.value}", param_hint="'--corrections'"
+            )
+        chosen = replace(chosen, fisher=replace(chosen.fisher, corrections=corrections))
     validation = read_text(text, model, "validation")
     sample_text = read_text(calibration_text or text, model, "calibration")
     table = LatencyTable.load(latency) if latency else None

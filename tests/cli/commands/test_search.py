@@ -33,6 +33,17 @@ def test_writes_a_schedule_that_meets_the_target(was, other_model, tmp_path):
     assert "sensitivities" in outcome.stderr
 
 
+def test_fisher_corrects_its_weights_as_often_as_asked(was, other_model, tmp_path):
+    spent = {}
+    for name, more in {"none": ("--corrections", 0), "once": (), "twice": ("--corrections", 2)}.items():
+        out = tmp_path / f"{name}.was.safetensors"
+        outcome = was(*arguments(other_model, out, "--recipe", "fisher", *more))
+        assert outcome.code == 0, outcome.stderr
+        assert ("costs of what is dropped" in outcome.stderr) is (name != "none")
+        spent[name] = Schedule.load(out).metadata.history["tokens"].get("costs", 0)
+    assert spent["none"] == 0 < spent["once"] < spent["twice"]
+
+
 def test_json_and_log_tell_the_same(was, other_model, tmp_path):
     out, log = tmp_path / "s.was.safetensors", tmp_path / "log.jsonl"
     more = ("--recipe", "wisparse", "--trials", 3, "--log", log, "--json")
@@ -101,6 +112,7 @@ def test_a_dask_cluster_of_two_workers_runs_the_trials(was, other_model, tmp_pat
         (["--target", "97%"], 1, "the bounds allow"),
         (["--resume"], 2, "--log"),
         (["--cost", "latency"], 2, "--latency"),
+        (["--recipe", "exact", "--corrections", "2"], 2, "only the recipe fisher has corrections"),
         (["--length", "128", "--tokens", "64"], 1, "less than one window"),
         (["--recipe", "exact", "--paper-exact"], 1, "no released code"),
         (["--text", "missing.txt"], 1, "missing.txt"),
