@@ -10,11 +10,8 @@ import typer
 
 from was_fx.cli.input import options
 from was_fx.cli.input.conversation import Conversation, has_chat_template
-from was_fx.cli.input.files import load_schedule
-from was_fx.cli.input.models import load_model
 from was_fx.cli.input.prompts import written
-from was_fx.cli.input.variants import AS_SAVED, Variant, Variants
-from was_fx.cli.input.weights import parse_weights
+from was_fx.cli.input.variants import AS_SAVED, Variant, Variants, load_variants
 from was_fx.cli.render.console import note, print_json, print_labelled, stderr, stdout
 from was_fx.schedules.names import suggestion, visible
 
@@ -72,15 +69,16 @@ def chat(
     Ctrl-C ends an answer and not the chat; once more, or Ctrl-D, leaves. Of what is piped each line is a turn. With
     --json each answer is a line on stdout.
     """
-    parse_weights(weights)
-    found = load_schedule(schedule) if schedule else None
     sampling: dict[str, Any] = {"do_sample": temperature is not None or top_p is not None}
     sampling.update({name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value})
-    variants = Variants(
-        lambda: load_model(model, dtype, device, keep_schedule=True),
-        ",".join(weights) if weights else AS_SAVED,
-        found,
-        {"lowering": lowering.value if lowering else None, "allow_other_model": allow_other_model},
+    variants = load_variants(
+        model,
+        schedule,
+        weights=weights,
+        dtype=dtype,
+        device=device,
+        lowering=lowering,
+        allow_other_model=allow_other_model,
     )
     how = {"max_new_tokens": max_new_tokens, "seed": seed, "sampling": sampling}
     watched = sys.stdin.isatty()

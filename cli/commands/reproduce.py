@@ -14,7 +14,7 @@ from was_fx.cli.commands.ppl import fitted
 from was_fx.cli.input import options
 from was_fx.cli.input.datasets import read_dataset
 from was_fx.cli.input.files import load_schedule
-from was_fx.cli.input.models import Loaded, load_model, load_skeleton
+from was_fx.cli.input.models import Loaded, load_model, load_skeleton, lowering_name
 from was_fx.cli.input.texts import sequences
 from was_fx.cli.render.console import note, print_json, progress, say, stderr, stdout
 from was_fx.cli.render.tables import new_table, percent
@@ -100,6 +100,7 @@ def reproduce(
         return
     if name is None:
         raise typer.BadParameter("give the name of a table, or --list", param_hint="'TABLE'")
+    decoding = lowering_name(lowering, device, counted=True)
     quiet()
     table = published_table(name)
     measures = _chosen(table, only)
@@ -109,7 +110,7 @@ def reproduce(
     run = _Run(table, model, {"dtype": dtype, "device": device}, limit, length, batch_size, allow_other_model)
     tasks = [each for each in measures if each in table.tasks]
     if tasks:
-        run.use_tasks(tasks, include_path, lowering.value if lowering else None)
+        run.use_tasks(tasks, include_path, decoding)
     if log is not None:
         run.keep(log)
     _check_shapes(table, model, [each for each in variants if each], own=bool(schedule))

@@ -8,10 +8,7 @@ import typer
 
 from was_fx.cli.input import options
 from was_fx.cli.input.conversation import has_chat_template, plain_template
-from was_fx.cli.input.files import load_schedule
-from was_fx.cli.input.models import load_model
-from was_fx.cli.input.variants import AS_SAVED, Variants
-from was_fx.cli.input.weights import parse_weights
+from was_fx.cli.input.variants import load_variants
 from was_fx.cli.render.console import is_quiet, note, print_json
 
 EXAMPLES = options.examples(
@@ -45,17 +42,18 @@ def serve(
     """
     from was_fx.compat.serving import missing_for_server, run_server
 
-    parse_weights(weights)
-    found = load_schedule(schedule) if schedule else None
     missing = missing_for_server()
     if missing:
         raise ValueError(f'was serve needs the server of transformers: pip install "was-fx[serve]" ({missing})')
     _check_address(host, port)
-    variants = Variants(
-        lambda: load_model(model, dtype, device, keep_schedule=True),
-        ",".join(weights) if weights else AS_SAVED,
-        found,
-        {"lowering": lowering.value if lowering else None, "allow_other_model": allow_other_model},
+    variants = load_variants(
+        model,
+        schedule,
+        weights=weights,
+        dtype=dtype,
+        device=device,
+        lowering=lowering,
+        allow_other_model=allow_other_model,
     )
     loaded = variants.loaded
     if not has_chat_template(loaded.tokenizer):

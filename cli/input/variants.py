@@ -1,12 +1,15 @@
 """One model in several variants: dense or sparse, with its weights as they are or quantised."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import was_fx
-from was_fx.cli.input.models import DTYPE_NAMES, Loaded
-from was_fx.cli.input.weights import parse_formats, quantise
+from was_fx.cli.input.files import load_schedule
+from was_fx.cli.input.models import DTYPE_NAMES, Loaded, load_model, lowering_name
+from was_fx.cli.input.options import Dtype, Lowering
+from was_fx.cli.input.weights import parse_formats, parse_weights, quantise
 
 # What the weights of a checkpoint as they are go by.
 AS_SAVED = "full"
@@ -116,3 +119,30 @@ class Variants:
             was_fx.sparsify(self.loaded.model, self.schedule, **self._settings)
         else:
             was_fx.densify(self.loaded.model)
+
+
+def load_variants(
+    model: str,
+    schedule: Path | None,
+    *,
+    weights: Sequence[str] | None,
+    dtype: Dtype,
+    device: str,
+    lowering: Lowering | None,
+    allow_other_model: bool,
+) -> Variants:
+    """What the options of a command stand for; nothing is loaded before they are checked.
+
+    Raises:
+        ValueError, OSError: as `load_schedule`, `lowering_name` and `load_model`.
+        typer.BadParameter: as `parse_weights`.
+    """
+    parse_weights(weights)
+    decoding = lowering_name(lowering, device)
+    found = load_schedule(schedule) if schedule else None
+    return Variants(
+        lambda: load_model(model, dtype, device, keep_schedule=True),
+        ",".join(weights) if weights else AS_SAVED,
+        found,
+        {"lowering": decoding, "allow_other_model": allow_other_model},
+    )

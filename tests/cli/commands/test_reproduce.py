@@ -117,6 +117,7 @@ def test_the_list_says_what_each_table_needs(was):
             "give a copy of meta-llama/Llama-2-7b-hf, or a --schedule",
         ),
         (["was-paper-llama-2-7b", "--model", "./nowhere"], 1, "there is no model directory"),
+        (["was-paper-llama-2-7b", "--lowering", "recorded"], 2, "recorded steps can't count what they drop"),
     ],
 )
 def test_refusals(was, arguments, code, message):
