@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -194,6 +195,8 @@ class Bench:
         """By the recipe, of the model in its format of now."""
         samples, batch = self.samples(seed), self.arguments.batch_size
         chosen = find_recipe(recipe)
+        if self.arguments.corrections is not None:
+            chosen = replace(chosen, fisher=replace(chosen.fisher, corrections=self.arguments.corrections))
         key = (self._format, seed, chosen.score, recipe == "fisher")
         if key not in self.calibrations:
             start = time.perf_counter()
@@ -209,7 +212,7 @@ class Bench:
             self.calibrations[key],
             tokens=self.samples(seed + 0.5, 16),
             target=target,
-            recipe=recipe,
+            recipe=chosen,
             seed=seed,
             calibration_tokens=samples,
             batch_size=batch,
@@ -307,6 +310,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=["bf16"], choices=["bf16", "int8", "int4"])
     parser.add_argument("--targets", nargs="+", type=float, default=[0.25, 0.4, 0.5, 0.6])
     parser.add_argument("--recipes", nargs="+", default=["uniform", "fisher"], help="as was search --recipe")
+    parser.add_argument("--corrections", type=int, metavar="N", help="of Fisher weights, as was search --corrections")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--blocks", type=int, help="blocks of each test text; by default all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
