@@ -21,7 +21,7 @@ class FisherSettings:
     """Settings of the correction.
 
     Attributes:
-        corrections: how many; each is measured where the last one ended. With 0 the weights stay as calibrated.
+        corrections: how many; each is measured where the last one ended.
         step: share of the way, in the logarithm, from the weights before to those measured.
         most: a channel counts for at most so many times as much as before, or as little.
 
@@ -29,7 +29,7 @@ class FisherSettings:
         ValueError: for a number out of range.
     """
 
-    corrections: int = 1
+    corrections: int = 0
     step: float = 0.5
     most: float = 3.0
 

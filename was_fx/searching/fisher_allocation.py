@@ -1,5 +1,5 @@
-"""The recipe `fisher` on a model: λ found again on what the model's inputs are once it drops channels, and weights
-corrected by what channels cost there."""
+"""The recipe `fisher` on a model: λ found again on what the model's inputs are once it drops channels, and on request
+weights corrected by what channels cost there."""
 
 from collections.abc import Mapping
 from functools import partial

@@ -22,9 +22,7 @@ from was_fx.schedules.errors import ScheduleError
 from was_fx.schedules.files.calibration import Calibration
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.search.block_search import SearchProgress, SearchState
-from was_fx.schedules.search.fisher_correction import FisherSettings
 from was_fx.schedules.search.highest import highest_within
-from was_fx.schedules.search.recipes import find_recipe
 from was_fx.schedules.search.trial_log import TrialLog
 from was_fx.searching.schedule_search import search, tokens_digest
 from was_fx.sparse.quantize import quantize
@@ -36,8 +34,6 @@ from was_fx.version import __version__
 # Sparsities that are measured whatever the budget is: what the curve has besides the answer.
 CURVE = (0.25, 0.4, 0.5)
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-# Without corrections, which would take most of the time here.
-_RECIPE = replace(find_recipe("fisher"), fisher=FisherSettings(corrections=0))
 # Of every so many sequences one is not for calibration, but for judging.
 _JUDGED = 3
 
@@ -242,7 +238,7 @@ class _Bench:
                 self._calibration,
                 tokens=self._samples,
                 target=target,
-                recipe=_RECIPE,
+                recipe="fisher",
                 seed=self._seed,
                 batch_size=self._batch_size,
                 text=self._calibration.text,
