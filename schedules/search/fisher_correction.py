@@ -2,7 +2,7 @@
 
 −x_j · ∂KL/∂x_j, summed over what is dropped, is twice what all of it costs, shared out among channels with their
 interactions: with what else the same Linear drops, and with what others do. Fisher weights foresee x_j² g_j². A channel
-that costs c times as much as that, compared with all together, gets g_j · √c, part of the way.
+that costs c times as much as that, compared with all together, gets g_j · √c, part of the way: how far is tried.
 
 What is measured on a few thousand tokens is noisy. So a Linear is drawn to all together, and a channel to its Linear,
 by the variance of each against how far they are spread (as James and Stein do).
@@ -22,7 +22,7 @@ class FisherSettings:
 
     Attributes:
         corrections: how many; each is measured where the last one ended.
-        step: share of the way, in the logarithm, from the weights before to those measured.
+        steps: shares of the way, in the logarithm, from the weights before to those measured; the best is taken.
         most: a channel counts for at most so many times as much as before, or as little.
 
     Raises:
@@ -30,15 +30,15 @@ class FisherSettings:
     """
 
     corrections: int = 0
-    step: float = 0.5
+    steps: tuple[float, ...] = (0.125, 0.25, 0.5)
     most: float = 3.0
 
     def __post_init__(self) -> None:
         if self.corrections < 0:
             raise ValueError(f"fisher needs at least no correction, found {self.corrections}")
-        if not (0 < self.step <= 1 and self.most > 1):
+        if not (self.steps and all(0 < step <= 1 for step in self.steps) and self.most > 1):
             raise ValueError(
-                f"fisher needs a step above 0 and at most 1, and most above 1, found {self.step} and {self.most}"
+                f"fisher needs steps above 0 and at most 1, and most above 1, found {self.steps} and {self.most}"
             )
 
 
@@ -47,7 +47,8 @@ def corrected_weights(
     nats: Mapping[str, Tensor],
     variances: Mapping[str, Tensor],
     squares: Mapping[str, Tensor],
-    settings: FisherSettings = FisherSettings(),
+    step: float,
+    most: float = FisherSettings.most,
 ) -> dict[str, Tensor]:
     """Fisher weights after a correction, [K] fp32 by qualified name.
 
@@ -56,7 +57,8 @@ def corrected_weights(
         nats: what each channel cost where it was dropped, [K], any sign.
         variances: of `nats`, [K].
         squares: x_j² where it was dropped, [K].
-        settings: of the correction.
+        step: share of the way, in the logarithm.
+        most: see `FisherSettings`.
     """
     foreseen = {name: weights[name].square() * squares[name] for name in weights}
     everything = sum(float(each.sum()) for each in foreseen.values())
@@ -65,8 +67,8 @@ def corrected_weights(
         return dict(weights)
     found = {}
     for name, before in weights.items():
-        ratio = _ratios(nats[name] / typical, variances[name] / typical**2, foreseen[name], settings.most)
-        found[name] = before * ratio ** (settings.step / 2)
+        ratio = _ratios(nats[name] / typical, variances[name] / typical**2, foreseen[name], most)
+        found[name] = before * ratio ** (step / 2)
     return found
 
 

@@ -2,6 +2,7 @@
 weights corrected by what channels cost there."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -36,75 +37,86 @@ def search_fisher(context: SearchContext, metadata: ScheduleMetadata) -> Schedul
     return _FisherSearch(context, metadata).run()
 
 
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """A schedule, and the scores it was made by."""
+
+    schedule: Schedule
+    scores: FisherScores
+    levels: Tensor
+
+
 class _FisherSearch:
     def __init__(self, context: SearchContext, metadata: ScheduleMetadata) -> None:
         calibration = context.calibration
         self.context, self.metadata = context, metadata
-        self.scores, self.levels, self.shapes = fisher_scores_of(calibration), calibration.levels, calibration.shapes
+        self.shapes = calibration.shapes
         self.costs = channel_costs(self.shapes, calibration.weights)
         self.read = weights_read(self.shapes, calibration.experts_per_token)
         found = find_linears(context.model)
         self.linears = {name: found[name] for name in self.shapes}
 
     def run(self) -> Schedule:
-        corrections = self.context.recipe.fisher.corrections
-        schedule = self._schedule()
+        calibration, settings = self.context.calibration, self.context.recipe.fisher
+        point = self._point(fisher_scores_of(calibration), calibration.levels)
         for done in range(_ROUNDS):
             self.context.report("thresholds", done, _ROUNDS)
-            schedule = self._settled(schedule, self.scores.weights)
-        visited = [schedule]
-        for _ in range(corrections):
-            weights = self._corrected(visited[-1])
-            visited.append(self._settled(self._settled(visited[-1], weights), weights))
-        return schedule if corrections == 0 else self._best(visited)
+            point = self._settled(point)
+        for _ in range(settings.corrections):
+            # How far to go differs from model to model, and too far loses more than there is to win.
+            tried = [point, *(self._settled(point, weights) for weights in self._corrected(point))]
+            best = self._best(tried)
+            if best is point:
+                break
+            point = self._settled(best)
+        return point.schedule
 
-    def _schedule(self) -> Schedule:
+    def _point(self, scores: FisherScores, levels: Tensor) -> _Point:
         context = self.context
         if context.latency is None:
-            sparsities = allocate(self.scores, self.levels, self.read, self.costs, context.target)
+            sparsities = allocate(scores, levels, self.read, self.costs, context.target)
         else:
-            sparsities = allocate_time(
-                self.scores, self.levels, self.shapes, self.read, context.latency, context.target
-            )
-        return fisher_schedule(self.scores, self.levels, self.shapes, sparsities, self.metadata)
+            sparsities = allocate_time(scores, levels, self.shapes, self.read, context.latency, context.target)
+        return _Point(fisher_schedule(scores, levels, self.shapes, sparsities, self.metadata), scores, levels)
 
-    def _settled(self, schedule: Schedule, weights: Mapping[str, Tensor]) -> Schedule:
-        """λ found again by the scores that are measured while the model drops by a schedule."""
-        context = self.context
+    def _settled(self, point: _Point, weights: Mapping[str, Tensor] | None = None) -> _Point:
+        """λ found again by the scores that are measured while the model drops by a schedule, with its weights or other
+        ones."""
+        context, weights = self.context, weights or point.scores.weights
         sample = first_tokens(context.samples, _TOKENS)
         run = partial(run_text, context.model, sample, context.batch_size, None)
-        table = fisher_table(context.model, self.linears, weights, run, schedule=schedule)
+        table = fisher_table(context.model, self.linears, weights, run, schedule=point.schedule)
         context.spent["thresholds"] += sample.numel()
-        self.scores, self.levels = FisherScores(weights, table.thresholds), table.levels
-        return self._schedule()
+        return self._point(FisherScores(weights, table.thresholds), table.levels)
 
-    def _corrected(self, schedule: Schedule) -> dict[str, Tensor]:
-        """Fisher weights by what channels cost where the schedule drops them."""
+    def _corrected(self, point: _Point) -> list[dict[str, Tensor]]:
+        """Fisher weights by what channels cost where the schedule drops them, for each step."""
         context, sample = self.context, first_tokens(self.context.samples, _CORRECTION_TOKENS)
         context.spent["costs"] += 5 * sample.numel()  # dense, sparse, its blocks again, and a backward pass of two
 
-        def step(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             context.report("costs of what is dropped", min(done, total - 1), total)
 
         costs = dropped_costs(
-            context.model, self.linears, schedule, sample, batch_size=context.batch_size, progress=step
+            context.model, self.linears, point.schedule, sample, batch_size=context.batch_size, progress=report
         )
-        return corrected_weights(
-            self.scores.weights,
-            {name: each.nats for name, each in costs.items()},
-            {name: each.variances for name, each in costs.items()},
-            {name: each.squares for name, each in costs.items()},
-            context.recipe.fisher,
-        )
+        nats = {name: each.nats for name, each in costs.items()}
+        variances = {name: each.variances for name, each in costs.items()}
+        squares = {name: each.squares for name, each in costs.items()}
+        settings = context.recipe.fisher
+        return [
+            corrected_weights(point.scores.weights, nats, variances, squares, step, settings.most)
+            for step in settings.steps
+        ]
 
-    def _best(self, schedules: list[Schedule]) -> Schedule:
+    def _best(self, points: list[_Point]) -> _Point:
         """The one nearest to the dense model on a few windows of the validation tokens."""
         context = self.context
-        meter = DivergenceMeter(context.model, self.linears, self.scores.weights)
+        meter = DivergenceMeter(context.model, self.linears, points[0].scores.weights)
         windows = context.tokens[np.random.default_rng(context.seed).permutation(len(context.tokens))[:_CHECKS]]
-        nats = np.zeros(len(schedules))
+        nats = np.zeros(len(points))
         for number, window in enumerate(windows):
             context.report("comparing", number, len(windows))
-            nats += [each.nats for each in meter.measure(window, [schedule.linears for schedule in schedules])]
-        context.spent["trials"] += windows.numel() * (len(schedules) + 1)
-        return schedules[int(np.argmin(nats))]
+            nats += [each.nats for each in meter.measure(window, [point.schedule.linears for point in points])]
+        context.spent["trials"] += windows.numel() * (len(points) + 1)
+        return points[int(np.argmin(nats))]
