@@ -107,7 +107,7 @@ def search(
             min=0,
             metavar="N",
             help="For fisher: how often its weights are corrected by what channels cost where the model drops them. "
-            "Once takes two to four times as long, and gains much on some models and nothing on others.",
+            "Once takes two to four times as long, and loses 8 to 20 % less at 50 %, hardly less at 25 %.",
         ),
     ] = None,
     head: Annotated[
