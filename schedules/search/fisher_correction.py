@@ -42,11 +42,24 @@ class FisherSettings:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class DroppedCosts:
+    """What a Linear's channels cost where the model drops them, per token.
+
+    Attributes:
+        nats: −x_j · ∂KL(dense ‖ sparse)/∂x_j where x_j was dropped, [K] fp32.
+        variances: of `nats`, by how it differs from token to token, [K] fp32.
+        squares: x_j² where it was dropped, [K] fp32.
+    """
+
+    nats: Tensor
+    variances: Tensor
+    squares: Tensor
+
+
 def corrected_weights(
     weights: Mapping[str, Tensor],
-    nats: Mapping[str, Tensor],
-    variances: Mapping[str, Tensor],
-    squares: Mapping[str, Tensor],
+    costs: Mapping[str, DroppedCosts],
     step: float,
     most: float = FisherSettings.most,
 ) -> dict[str, Tensor]:
@@ -54,20 +67,19 @@ def corrected_weights(
 
     Args:
         weights: g before it, [K].
-        nats: what each channel cost where it was dropped, [K], any sign.
-        variances: of `nats`, [K].
-        squares: x_j² where it was dropped, [K].
+        costs: of the same Linears.
         step: share of the way, in the logarithm.
         most: see `FisherSettings`.
     """
-    foreseen = {name: weights[name].square() * squares[name] for name in weights}
+    foreseen = {name: weights[name].square() * costs[name].squares for name in weights}
     everything = sum(float(each.sum()) for each in foreseen.values())
-    typical = sum(float(each.sum()) for each in nats.values()) / everything if everything else 0.0
+    typical = sum(float(each.nats.sum()) for each in costs.values()) / everything if everything else 0.0
     if not (math.isfinite(typical) and typical > 0):  # nothing is dropped, or it costs nothing
         return dict(weights)
     found = {}
     for name, before in weights.items():
-        ratio = _ratios(nats[name] / typical, variances[name] / typical**2, foreseen[name], most)
+        cost = costs[name]
+        ratio = _ratios(cost.nats / typical, cost.variances / typical**2, foreseen[name], most)
         found[name] = before * ratio ** (step / 2)
     return found
 

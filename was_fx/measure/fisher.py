@@ -13,7 +13,6 @@ give, also through thresholds that it would have crossed.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,6 +31,7 @@ from was_fx.schedules.files.calibration import Calibration, CalibrationBuilder
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.progress import Progress, report
 from was_fx.schedules.score import Score
+from was_fx.schedules.search.fisher_correction import DroppedCosts
 from was_fx.sparse.sparsify import prompts_treated
 
 # Sequences that are all used.
@@ -104,21 +104,6 @@ def _pool(sums: dict[str, Tensor], counts: dict[str, int]) -> None:
         whole, count = torch.stack([sums[name] for name in seen]).sum(0), sum(counts[name] for name in seen)
         for name in few:
             sums[name], counts[name] = whole, count
-
-
-@dataclass(frozen=True, eq=False)
-class DroppedCosts:
-    """What a Linear's channels cost where the model drops them, per token.
-
-    Attributes:
-        nats: −x_j · ∂KL(dense ‖ sparse)/∂x_j where x_j was dropped, [K] fp32.
-        variances: of `nats`, by how it differs from token to token, [K] fp32.
-        squares: x_j² where it was dropped, [K] fp32.
-    """
-
-    nats: Tensor
-    variances: Tensor
-    squares: Tensor
 
 
 def dropped_costs(

@@ -100,14 +100,8 @@ class _FisherSearch:
         costs = dropped_costs(
             context.model, self.linears, point.schedule, sample, batch_size=context.batch_size, progress=report
         )
-        nats = {name: each.nats for name, each in costs.items()}
-        variances = {name: each.variances for name, each in costs.items()}
-        squares = {name: each.squares for name, each in costs.items()}
         settings = context.recipe.fisher
-        return [
-            corrected_weights(point.scores.weights, nats, variances, squares, step, settings.most)
-            for step in settings.steps
-        ]
+        return [corrected_weights(point.scores.weights, costs, step, settings.most) for step in settings.steps]
 
     def _best(self, points: list[_Point]) -> _Point:
         """The one nearest to the dense model on a few windows of the validation tokens."""

@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 
 from was_fx.measure.realised import Counting
 from was_fx.modules.linears import find_linears
-from was_fx.modules.token_rule import Prefill
 from was_fx.schedules.files.linear_schedule import LinearSchedule
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.score import channel_norms
@@ -64,7 +63,7 @@ class TrialEvaluator:
         result: dict[str, Any]
         if "window" in inputs:
             ids = self._tokens[inputs["window"], : inputs["length"]]
-            logits = self._logits(ids[None].to(self._device), "sparse")[0]
+            logits = self._logits(ids[None].to(self._device))[0]
             result = {"divergence": self._meter.divergence(ids, logits), "tokens": len(ids)}
         else:
             losses = self._losses(inputs["incumbent"])
@@ -106,14 +105,14 @@ class TrialEvaluator:
         losses: list[float] = []
         for batch in self._tokens.split(self._batch):
             ids = batch.to(self._device)
-            logits = self._logits(ids, "sparse")
+            logits = self._logits(ids)
             for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True):  # one at a time: fp32 logits are large
                 losses.append(float(cross_entropy(row.float(), targets)))
             if is_hopeless(losses, incumbent):
                 break
         return losses
 
-    def _logits(self, ids: Tensor, prefill: Prefill) -> Tensor:
-        with prompts_treated(self._model, prefill):
+    def _logits(self, ids: Tensor) -> Tensor:
+        with prompts_treated(self._model, "sparse"):
             logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
         return logits
