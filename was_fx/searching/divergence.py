@@ -43,7 +43,8 @@ class DivergenceMeter:
     """
 
     def __init__(self, model: nn.Module, linears: Mapping[str, LinearModule], norms: Mapping[str, Tensor]) -> None:
-        self._model, self._linears, self._norms = model, linears, norms
+        self._model, self._linears = model, linears
+        self._norms = {name: norm.to(linears[name].parameter.device) for name, norm in norms.items()}
         self._device = input_device(model)
         self._window: Tensor | None = None
         self._dense, self._apart = torch.empty(0), False
