@@ -93,6 +93,14 @@ def full_length_cache(model: Any, length: int | None) -> Any:
     return growing
 
 
+def may_be_taken_back(cache: Any) -> bool:
+    """Whether `take_back` serves a static cache that was not made by `full_length_cache`: from a window that has moved
+    on nothing can be taken back."""
+    from transformers.cache_utils import StaticLayer
+
+    return bool(cache.layers) and all(type(layer) is StaticLayer for layer in cache.layers)
+
+
 def take_back(cache: Any, tokens: int) -> None:
     """Take the last tokens out of a cache of `full_length_cache`."""
     if not tokens:

@@ -4,6 +4,7 @@
 what the Linears before it have left. Works on the module's own hooks: nothing is compiled, one forward is enough.
 """
 
+import inspect
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -77,24 +78,40 @@ def thresholds_of(schedule: Schedule, linears: Mapping[str, LinearModule]) -> di
 
 
 @torch.no_grad()
-def realised_sparsity(model: nn.Module, schedule: Schedule, tokens: Tensor) -> tuple[float, int]:
-    """Model sparsity on a text whose every token is sparse, and the bytes of weights read for one token.
+def realised_sparsity(
+    model: nn.Module, schedule: Schedule, tokens: Tensor, together: int | None = None
+) -> tuple[float, int]:
+    """Model sparsity on a text whose every token is sparse, and the bytes of weights read for one token; or for a step
+    of several, which reads what any of them keeps.
 
     Args:
         model: the dense model; not changed.
         schedule: of that model.
         tokens: LongTensor [n, seq].
+        together: consecutive tokens of each of the n sequences that are read in one step; tokens at the end that are
+            no whole step don't count. Of models without experts. None: every token by itself.
+
+    Raises:
+        ValueError: `together` is given for a model with experts, which don't see all tokens.
     """
+    steps = None if together is None else tokens.shape[1] // together
     linears = {name: linear for name, linear in body_linears(model).items() if name in schedule.linears}
     shares: dict[str, Tensor] = {}
     seen: dict[str, float] = {}  # share of the tokens that a Linear or an expert got
 
+    if steps is not None and any(linear.expert is not None for linear in linears.values()):
+        raise ValueError("together is given for a model with experts; leave it out, tokens are counted one by one then")
+
     def note(name: str, weak: Tensor) -> None:
+        if steps is not None:
+            weak = weak[:, : steps * together].unflatten(1, (steps, together)).all(2).all(0)  # type: ignore[operator]
         shares[name] = weak.mean(dtype=torch.float32)
         seen[name] = weak.shape[:-1].numel() / tokens.numel() if linears[name].expert is not None else 1.0
 
+    takes = inspect.signature(type(model).forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # all logits of a long text may not fit
     with dropping(linears, thresholds_of(schedule, linears), dropped=note):
-        model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
+        model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False, **last)
     sizes = {name: seen[name] * math.prod(linears[name].shape) for name in shares}
     dropped = {name: float(share) for name, share in shares.items()}
     skipped = sum(share * sizes[name] for name, share in dropped.items())

@@ -1,5 +1,6 @@
 """A model that decodes, prompted and timed again and again, on a CPU or a GPU."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from was_fx.compat.cuda import hold_gpu
 from was_fx.compat.dynamo import graphs_compiled
-from was_fx.compat.generation import cache_argument
+from was_fx.compat.generation import cache_argument, may_be_taken_back, take_back
 from was_fx.measure.token_clock import TokenClock
 
 # New tokens that don't count at the start of a sequence where the first steps are other ones: on a GPU they capture a
@@ -27,11 +28,12 @@ class Load:
     """What a model is timed on.
 
     Attributes:
-        prompt: LongTensor [1, seq] of token ids, on the model's device.
+        prompt: LongTensor [B, seq] of token ids, on the model's device.
         long_prompt: the same, of the prompt whose forward is timed alone.
-        tokens: new tokens of a repetition.
+        tokens: new tokens of a repetition, of each sequence; of `TimedModel.steps`, steps.
         cache: "static" or "dynamic".
         warm_up: how many of the tokens don't count in `Turn.token_ms`.
+        together: S, the tokens of each sequence that a step of `TimedModel.steps` reads at once.
     """
 
     prompt: Tensor
@@ -39,12 +41,13 @@ class Load:
     tokens: int
     cache: str
     warm_up: int = 0
+    together: int = 1
 
 
 @dataclass(frozen=True)
 class Turn:
     """One repetition: milliseconds per token of `generate()`, per decode step (on a GPU with a static cache), and of
-    the long prompt's forward; and the tokens [1, prompt and new] that `generate()` gave."""
+    the long prompt's forward; and the tokens [B, prompt and new] that `generate()` gave."""
 
     token_ms: float
     step_ms: float | None
@@ -66,13 +69,14 @@ class TimedModel:
         Args:
             model: a causal LM, dense or sparsified.
             load: what it is timed on.
-            step: called with the arguments of `model` for one token, as `generate()` calls it.
+            step: called with the arguments of `model` for one step, as `generate()` calls it.
         """
         self.model, self.load, self._step = model, load, step
         self.on_gpu = load.prompt.is_cuda
         self.has_steps = self.on_gpu and load.cache == "static"
         self._cache_name = cache_argument(model)
         self._cache: Any = None
+        self._first: Tensor | None = None  # the tokens after the prompt, while the cache holds that
 
     def turn(self) -> Turn:
         """Time everything once."""
@@ -82,7 +86,7 @@ class TimedModel:
         return Turn(statistics.fmean(clock.steps()[self.load.warm_up :]), step_ms, self.prompt_ms(), text)
 
     def generate(self, new: int | None = None, prompt: Tensor | None = None, streamer: Any = None) -> Tensor:
-        """Tokens [1, prompt and new] by greedy decoding; the load's prompt and number of tokens by default."""
+        """Tokens [B, prompt and new] by greedy decoding; the load's prompt and number of tokens by default."""
         new, prompt = new or self.load.tokens, self.load.prompt if prompt is None else prompt
         text: Tensor = self.model.generate(
             prompt,
@@ -96,32 +100,39 @@ class TimedModel:
         return text
 
     def steps(self, count: int | None = None) -> tuple[float, Tensor]:
-        """Median milliseconds of a decode step, from one to the next by the GPU's clock, and the new tokens [1, count].
+        """Median milliseconds of a decode step, from one to the next by the GPU's clock, and the tokens
+        [B, count · S] that the steps were given: after S tokens come those that the model takes for the next of each.
 
         Python queues the steps before the GPU begins: it takes longer than a small model's step to call it, which
-        `generate()` hides in ways of its own. The cache is static and stays the same from call to call.
+        `generate()` hides in ways of its own. The cache is static and stays the same from call to call; the prompt is
+        read once where the steps can be taken out of it again.
         """
-        count = count or self.load.tokens
+        count, together = count or self.load.tokens, self.load.together
+        batch, length = self.load.prompt.shape
         if self._cache is None:
-            self._cache = self._static_cache(self.load.prompt.shape[1] + self.load.tokens)
-        self._cache.reset()
-        arguments = {self._cache_name: self._cache, "use_cache": True, "logits_to_keep": 1}
-        logits = self.model(input_ids=self.load.prompt, **arguments).logits
-        position = torch.tensor([[self.load.prompt.shape[1]]], device=self.load.prompt.device)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        text = []
-        hold_gpu(AHEAD_MS * count)
-        for event in events[:-1]:
-            token = logits[:, -1].argmax(-1, keepdim=True)
-            text.append(token)
-            event.record()
+            self._cache = self._static_cache(length + self.load.tokens * together)
+        arguments = {self._cache_name: self._cache, "use_cache": True, "logits_to_keep": together}
+        token = self._first
+        if token is None:
+            self._cache.reset()
+            token = self._next(self.model(input_ids=self.load.prompt, **arguments).logits)
+        first, text, marks = token, [token], []
+        position = torch.arange(length, length + together, device=token.device).repeat(batch, 1)
+        if self.on_gpu:
+            hold_gpu(AHEAD_MS * count)
+        for _ in range(count):
+            marks.append(self._mark())
             torch.compiler.cudagraph_mark_step_begin()
-            logits = self._step(input_ids=token, position_ids=position, **arguments).logits
-            position = position + 1
-        events[-1].record()
-        torch.cuda.synchronize()
-        gaps = [a.elapsed_time(b) for a, b in zip(events[WARM_UP:-1], events[WARM_UP + 1 :], strict=True)]
-        return statistics.median(gaps) if gaps else 0.0, torch.cat(text, dim=1)
+            token = self._next(self._step(input_ids=token, position_ids=position, **arguments).logits)
+            text.append(token)
+            position = position + together
+        marks.append(self._mark())
+        self._wait()
+        if may_be_taken_back(self._cache):
+            take_back(self._cache, count * together)
+            self._first = first
+        gaps = [_milliseconds(*pair) for pair in itertools.pairwise(marks[WARM_UP:])]
+        return statistics.median(gaps) if gaps else 0.0, torch.cat(text[:-1], dim=1)
 
     def prompt_ms(self) -> float:
         """Milliseconds from a prompt on the device to the logits after it, with an empty cache: what the first new
@@ -168,6 +179,18 @@ class TimedModel:
         if self.on_gpu:
             torch.cuda.synchronize()
 
+    def _next(self, logits: Tensor) -> Tensor:
+        """What comes after each of the last S tokens, [B, S], by logits [B, S or more, V]."""
+        return logits[:, -self.load.together :].argmax(-1)
+
+    def _mark(self) -> Any:
+        """Now, by the GPU's clock; on a CPU in seconds."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     def _static_cache(self, length: int) -> Any:
         from transformers import StaticCache
 
@@ -180,3 +203,8 @@ class TimedModel:
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             self.steps(count)
         return sum(event.device_type == DeviceType.CUDA for event in profiled.events() or [])
+
+
+def _milliseconds(begin: Any, end: Any) -> float:
+    """Between two marks."""
+    return 1e3 * (end - begin) if isinstance(begin, float) else float(begin.elapsed_time(end))

@@ -12,6 +12,7 @@ import was_fx
 from was_fx.compile.options import BackendOptions
 from was_fx.generate import generation, kept_cache
 from was_fx.generate.generation import Generation, use_own_generate, use_plain_generate
+from was_fx.measure.realised import counting
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,20 @@ def test_a_draft_keeps_a_cache_that_guesses_can_be_taken_out_of(llama, ours, tok
     expected = llama.generate(tokens[:1, :9], **new)
     assert llama.generate(tokens[:1, :9], assistant_model=ours, **new).equal(expected)
     assert not loops
+
+
+@pytest.mark.parametrize("prefill", ["dense", "all"])
+def test_guesses_that_a_sparsified_model_checks_are_a_prompt(llama, calibration, tokens, new, prefill):
+    draft = copy.deepcopy(llama)
+    draft.generation_config.update(num_assistant_tokens=3, assistant_confidence_threshold=0.0)
+    was_fx.sparsify(llama, was_fx.uniform(calibration, 0.5), prefill=prefill)
+    lengths: list[int] = []
+    llama.register_forward_pre_hook(lambda *given: lengths.append(given[2]["input_ids"].shape[1]), with_kwargs=True)
+    with counting(llama) as counts:
+        llama.generate(tokens[:1, :9], assistant_model=draft, **new)
+        sparse = max(counts.realised().tokens.values())
+    assert lengths.count(1) < len(lengths) - 1, "steps of several tokens"
+    assert sparse == (sum(lengths) if prefill == "all" else lengths.count(1))
 
 
 def test_a_streamer_gets_the_prompt_and_each_token_once(ours, tokens, loops, new, streamer):
