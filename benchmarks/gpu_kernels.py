@@ -73,7 +73,8 @@ def listing(shape: str, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
 
     def attention(lists: bool):
         thresholds = [torch.rand(heads * width, device="cuda") * 0.1] if lists else []
-        return lambda: decode_attention.decode_attention(q, k, v, mask, width**-0.5, thresholds)
+        counters = decode_attention.arrivals(q)
+        return lambda: decode_attention.decode_attention(q, k, v, mask, width**-0.5, thresholds, counters)
 
     partial = rand(splits["gate_up"], 1, 2 * wide, like=torch.float32)
     gate, up, threshold = rand(1, wide), rand(1, wide), torch.rand(wide, device="cuda")

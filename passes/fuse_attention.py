@@ -4,7 +4,8 @@ before   k_ = k[:, :, None].expand(1, KV, n, L, D).reshape(1, H, L, D)       k [
          y = scaled_dot_product_attention(q, k_, v_, attn_mask=mask, scale=scale)     q [1, H, 1, D]
          x = y.transpose(1, 2).reshape(1, 1, H·D)
          index, count = was.compact(x, [t…])
-after    y, index, count = was.decode_attention(q, k, v, mask, scale, [t…])
+after    counters = was.arrivals(q)     once in a graph
+         y, index, count = was.decode_attention(q, k, v, mask, scale, [t…], counters)
          x = y.transpose(1, 2).reshape(1, 1, H·D)
 """
 
@@ -17,7 +18,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from was_fx.kernels.ops.compact import compact_op
-from was_fx.kernels.ops.decode_attention import decode_attention_op, fake
+from was_fx.kernels.ops.decode_attention import arrivals, arrivals_op, decode_attention_op, fake
 from was_fx.passes.graph.context import Context, value
 from was_fx.passes.graph.matching import arguments_of, flattening_of, kind, storage, written_storages
 
@@ -74,9 +75,10 @@ def fuse_attention(context: Context) -> None:
     graph = context.module.graph
     lists = graph.find_nodes(op="call_function", target=compact_op)
     written = written_storages(graph)
+    counters: dict[torch.device, Node] = {}
     readers = {flattening_of(x, {_SDPA}): each for each in lists if storage(x := each.args[0]) not in written}
     for node, found in context.matches([each for each in graph.nodes if kind(each) == _SDPA], match):
-        _rewrite(context, node, found, readers.get(node))
+        _rewrite(context, node, found, readers.get(node), counters)
         context.counts["decode attention"] += 1
 
 
@@ -99,10 +101,15 @@ def _unrepeated(node: Any) -> Any:
     return base if all(same) else node
 
 
-def _rewrite(context: Context, node: Node, found: Attention, reader: Node | None) -> None:
+def _rewrite(
+    context: Context, node: Node, found: Attention, reader: Node | None, counters: dict[torch.device, Node]
+) -> None:
     thresholds = list(arguments_of(reader)[1]) if reader is not None else []
-    arguments = (found.q, found.k, found.v, found.mask, found.scale, thresholds)
+    device = value(found.q).device
     with context.module.graph.inserting_before(node):
+        if device not in counters:
+            counters[device] = context.call(arrivals_op, (found.q,), arrivals(value(found.q)))
+        arguments = (found.q, found.k, found.v, found.mask, found.scale, thresholds, counters[device])
         y, index, count = context.fused(decode_attention_op, fake, arguments)
     context.replace(node, y)
     if reader is not None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from was_fx.kernels.ops.compact import compact_op
-from was_fx.kernels.ops.decode_attention import decode_attention_op
+from was_fx.kernels.ops.decode_attention import arrivals_op, decode_attention_op
 
 SDPA = F.scaled_dot_product_attention
 SCHEDULE = {"q": 0.4, "o": 0.02}
@@ -138,6 +138,23 @@ def test_one_graph_serves_every_length_of_cache(listed):
     torch.testing.assert_close(longer, shorter)
     assert len(module.contexts) == 1
     assert module.context.counts["decode attention"] == 1
+
+
+def test_all_attention_of_a_graph_shares_counters(listed):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Attention(SDPA), Attention(SDPA)
+
+        def forward(self, x, k, v):
+            return self.second(self.first(x, k, v), k, v)
+
+    schedule = {f"{block}.{name}": limit for block in ("first", "second") for name, limit in SCHEDULE.items()}
+    module = listed(Twice(), schedule, *inputs())
+    nodes = list(module.context.module.graph.nodes)
+    (counters,) = [node for node in nodes if node.target is arrivals_op]
+    calls = [node for node in nodes if node.target is decode_attention_op]
+    assert [call.args[6] for call in calls] == [counters, counters]
 
 
 def test_without_listed_channels_attention_stays(rewrite):

@@ -4,9 +4,18 @@ import math
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from was_fx.kernels.ops import compact
-from was_fx.kernels.ops.decode_attention import decode_attention, decode_attention_op, reference, segment_size
+from was_fx.kernels.ops.decode_attention import (
+    PROGRAMS,
+    arrivals,
+    arrivals_op,
+    decode_attention,
+    decode_attention_op,
+    reference,
+    segment_size,
+)
 
 # numpy's warnings, from the interpreter, of lanes that are masked
 pytestmark = [
@@ -15,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
 ]
 
+CUDA = torch.cuda.is_available()
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -139,16 +149,85 @@ def test_key_infinitely_far_away_has_no_weight(device, hidden):
 
 
 @pytest.mark.parametrize("siblings", [1, 4])
-@pytest.mark.parametrize(("heads", "width"), [(4, 16), (3, 80), (2, 8), (20, 64)])
-def test_output_is_listed(kept, device, dtype, heads, width, siblings):
-    q, k, v = tensors(device, dtype, heads=heads, shared=1, width=width)
+@pytest.mark.parametrize(
+    ("heads", "shared", "width", "length"),
+    [(4, 1, 16, 70), (3, 1, 80, 5), (4, 4, 80, 70), (2, 2, 8, 1), (20, 1, 64, 70), (14, 2, 112, 70), (9, 3, 96, 150)],
+)
+def test_output_is_listed(kept, device, dtype, heads, shared, width, length, siblings):
+    q, k, v = tensors(device, dtype, heads=heads, shared=shared, width=width, length=length)
     channels = heads * width
     thresholds = [torch.rand(channels).to(device) / 8 for _ in range(siblings)]
     y, index, count = decode_attention(q, k, v, None, 0.3, thresholds)
-    assert index.shape[2] == segment_size(channels)
+    assert index.shape == (siblings, shared, segment_size(heads // shared, width))
+    assert count.shape == (siblings, shared)
     for g, threshold in enumerate(thresholds):
         assert kept(index, count, g) == (~(y.flatten().abs() <= threshold)).nonzero().flatten().tolist()
         assert kept(index, count, g) == kept(*compact.reference(y.view(1, -1), thresholds), g)
+
+
+@pytest.mark.parametrize(("heads", "shared", "width"), [(4, 4, 80), (6, 2, 16), (7, 1, 24)])
+def test_reference_lists_the_same_segments(kept, device, heads, shared, width):
+    arguments = (*tensors(device, heads=heads, shared=shared, width=width), None, 0.3)
+    thresholds = [torch.rand(heads * width, device=device) / 4 for _ in range(2)]
+    (_, index, count), (_, ours, counts) = reference(*arguments, thresholds), decode_attention(*arguments, thresholds)
+    assert (index.shape, index.dtype) == (ours.shape, ours.dtype)
+    assert torch.equal(count, counts)
+    for g in range(2):
+        assert 0 < len(kept(index, count, g)) < heads * width
+        assert kept(index, count, g) == kept(ours, counts, g)
+
+
+# Lengths by which no program, a few, or many of two kinds add up what others found.
+SHARED = [(4, 2, 20), (4, 2, 70), (4, 1, 1100), (3, 1, 2100)]
+
+
+@pytest.mark.parametrize(("heads", "shared", "length"), SHARED)
+def test_counters_serve_call_after_call(device, heads, shared, length):
+    q, k, v = tensors(device, heads=heads, shared=shared, length=length)
+    thresholds = [torch.rand(heads * 16, device=device) / 8]
+    counters = arrivals(q)
+    assert (counters.shape, counters.dtype) == ((PROGRAMS,), torch.int32)
+    first = decode_attention(q, k, v, None, 0.3, thresholds)
+    torch.testing.assert_close(first[0].double(), exact(q, k, v, None, 0.3), rtol=0, atol=3e-6)
+    for _ in range(2):
+        y, _, count = decode_attention(q, k, v, None, 0.3, thresholds, counters)
+        assert torch.equal(y, first[0])
+        assert torch.equal(count, first[2])
+        assert counters.eq(0).all()
+        decode_attention(q[:, :1], k[:, :1, :130], v[:, :1, :130], None, 0.3, (), counters)  # of other sizes
+        assert counters.eq(0).all()
+
+
+@pytest.mark.parametrize(("heads", "shared", "length"), SHARED)
+@pytest.mark.parametrize("hidden", [slice(0, 64), slice(70, None), slice(10, -10)], ids=str)
+def test_splits_without_a_key_add_nothing(device, heads, shared, length, hidden):
+    q, k, v = tensors(device, batch=2, heads=heads, shared=shared, length=length)
+    mask = torch.ones(2, 1, 1, length, dtype=torch.bool, device=device)
+    mask[-1, ..., hidden] = False
+    assert_alike(q, k, v, mask)
+
+
+@pytest.mark.skipif(CUDA, reason="the order is the GPU's")
+@pytest.mark.parametrize(("heads", "shared", "length"), SHARED)
+def test_whoever_comes_last_gives_the_same(kept, monkeypatch, heads, shared, length):
+    q, k, v = tensors("cpu", heads=heads, shared=shared, length=length)
+    thresholds = [torch.rand(heads * 16) / 8]
+    y, *listed = decode_attention(q, k, v, None, 0.3, thresholds)
+    builder = interpreter.interpreter_builder
+    begin, lasts = builder.set_grid_idx, set()
+    for seed in range(2):
+        ranks = torch.randperm(PROGRAMS, generator=torch.Generator().manual_seed(seed)).tolist()
+
+        def begin_another(x, split, z, ranks=ranks):
+            order = sorted(range(builder.grid_dim[1]), key=ranks.__getitem__)
+            begin(x, order[split], z)
+            lasts.add(order[-1])
+
+        monkeypatch.setattr(builder, "set_grid_idx", begin_another)
+        other, *relisted = decode_attention(q, k, v, None, 0.3, thresholds)
+        assert torch.equal(other, y)
+        assert kept(*relisted) == kept(*listed)
+    assert len(lasts) > 1 or length < 65
 
 
 @pytest.mark.parametrize(("threshold", "keeps"), [(math.inf, 0), (-1.0, 64)])
@@ -165,5 +244,10 @@ def test_op_passes_opcheck(device, masked, thresholds, batch):
     if batch > 1 and thresholds:
         return
     mask = torch.ones(batch, 1, 1, 70, dtype=torch.bool, device=device) if masked else None
-    arguments = (*tensors(device, batch=batch), mask, 0.3, [torch.rand(64, device=device)] * thresholds)
-    torch.library.opcheck(decode_attention_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    q, k, v = tensors(device, batch=batch)
+    arguments = (q, k, v, mask, 0.3, [torch.rand(64, device=device)] * thresholds)
+    for counters in ((), (arrivals(q),)):
+        torch.library.opcheck(
+            decode_attention_op, (*arguments, *counters), test_utils=("test_schema", "test_faketensor")
+        )
+    torch.library.opcheck(arrivals_op, (q,), test_utils=("test_schema", "test_faketensor"))
