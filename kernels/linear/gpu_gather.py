@@ -1,8 +1,8 @@
-"""Sparse Linear on a GPU, all steps in one call: for small batches, and for graphs that were not split further.
+"""Sparse Linear on a GPU, all steps in one call, for graphs that were not split further.
 
 The channels that any of the tokens keeps are listed (`compact`), their rows of Wᵀ are read once for all tokens
-(`gather_gemv`), and the parts are added. Each token still drops its own channels exactly. Past a few tokens nearly
-every channel is kept by one of them, and the dense product is faster.
+(`gather_gemv`), and the parts are added. Each token still drops its own channels exactly. Several tokens keep nearly
+every channel between them, and `sparse_linear.choose` sends them to the dense product.
 """
 
 from collections.abc import Sequence

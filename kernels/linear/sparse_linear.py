@@ -73,8 +73,9 @@ def choose(x: Tensor, weights: Sequence[Tensor], tokens: Tensor | None = None) -
     if x.is_cuda:
         from was_fx.kernels.linear import gpu_gather  # imports triton
 
-        if gpu_gather.supports(x, weights):
-            return Choice("gpu_gather", "few tokens on a GPU, rows of Wᵀ contiguous", gpu_gather.sparse_linear)
+        # Of several tokens nearly every channel is kept by one of them: 2 to 8 took 1.5 to 2.8 times the dense step.
+        if x.numel() == x.shape[-1] and gpu_gather.supports(x, weights):
+            return Choice("gpu_gather", "one token on a GPU, rows of Wᵀ contiguous", gpu_gather.sparse_linear)
         return _product(x, weights)
     if cpu_gather.supports(x, weights):
         return cpu_gather.choice()
