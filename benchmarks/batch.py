@@ -6,12 +6,13 @@
     python benchmarks/batch.py --batches 1 --together --prompt 131072 --blocks 16 --targets 0.5     # a long context
     python benchmarks/batch.py --device cpu --lowering eager --shape llama-3.2-1b --blocks 1 --vocabulary 512
 
-The kernels read the union of the channels that the tokens of a step keep, of at most eight; each token still drops its
-own. "Together" are steps in which one sequence reads several tokens at once, as the verifier of a draft's guesses does.
-A sparsified model takes such a step for a prompt, which is dense by default: here its steps run with prefill="all", and
-only its prompts are dense. Both models' steps read a static cache, compiled and replayed as CUDA graphs, the dense ones
-as transformers does it, in turns in one process; each sequence has a prompt of random tokens of its own. Prints one
-JSON line per row and then a table.
+Each token drops its own channels. "Weights read" is what some token of a step keeps, and GB/s goes by it: the GPU's
+kernels for quantised weights read that, of at most eight tokens; the dense product, which several tokens of plain
+weights take there, reads everything. "Together" are steps in which one sequence reads several tokens at once, as the
+verifier of a draft's guesses does. A sparsified model takes such a step for a prompt, which is dense by default: here
+its steps run with prefill="all", and only its prompts are dense. Both models' steps read a static cache, compiled and
+replayed as CUDA graphs, the dense ones as transformers does it, in turns in one process; each sequence has a prompt of
+random tokens of its own. Prints one JSON line per row and then a table.
 """
 
 import argparse
@@ -52,8 +53,8 @@ class Row:
     Attributes:
         sequences, together: how many there are, and the tokens of each that a step reads.
         target: nominal sparsity of a token; 0.0 for the dense model.
-        read: share of the scheduled weights that a step reads, the union of what its tokens keep.
-        bytes_per_step: bytes of weights read, the head's included.
+        read: share of the scheduled weights that some token of a step keeps.
+        bytes_per_step: bytes of those, and of the weights that are always read, the head's included.
         step_ms: median time of a step, by the GPU's clock.
         repetitions: what it is the median of.
         tokens_per_s: tokens read by the steps of a second.

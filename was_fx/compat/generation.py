@@ -102,7 +102,7 @@ def may_be_taken_back(cache: Any) -> bool:
 
 
 def take_back(cache: Any, tokens: int) -> None:
-    """Take the last tokens out of a cache of `full_length_cache`."""
+    """Take the last tokens out of a cache of `full_length_cache`, or one that `may_be_taken_back`."""
     if not tokens:
         return
     if static_layers(cache) is None:

@@ -94,17 +94,17 @@ def realised_sparsity(
     Raises:
         ValueError: `together` is given for a model with experts, which don't see all tokens.
     """
-    steps = None if together is None else tokens.shape[1] // together
     linears = {name: linear for name, linear in body_linears(model).items() if name in schedule.linears}
     shares: dict[str, Tensor] = {}
     seen: dict[str, float] = {}  # share of the tokens that a Linear or an expert got
 
-    if steps is not None and any(linear.expert is not None for linear in linears.values()):
+    if together is not None and any(linear.expert is not None for linear in linears.values()):
         raise ValueError("together is given for a model with experts; leave it out, tokens are counted one by one then")
 
     def note(name: str, weak: Tensor) -> None:
-        if steps is not None:
-            weak = weak[:, : steps * together].unflatten(1, (steps, together)).all(2).all(0)  # type: ignore[operator]
+        if together is not None:
+            steps = weak.shape[1] // together
+            weak = weak[:, : steps * together].unflatten(1, (steps, together)).all(2).all(0)
         shares[name] = weak.mean(dtype=torch.float32)
         seen[name] = weak.shape[:-1].numel() / tokens.numel() if linears[name].expert is not None else 1.0
 
