@@ -1,11 +1,17 @@
-"""Split each sparse Linear of a decode step on a GPU into the listing of kept channels and the product with them.
+"""Split each sparse Linear of a decode step on a GPU into the listing of kept channels, the product and its sum.
 
     before   y = was.sparse_siblings(x, [W…], [b…], [t…], None)         x [1, 1, K] -> y [1, 1, ΣN]
              q = narrow(y, -1, 0, Nq)                                     of merged siblings
     after    index, count = was.compact(x, [t…])                         [G, T, SEGMENT] and [G, T] int32
-             partial = was.gather_gemv(x, index, count, [W…], [t…], S)   [S, 1, ΣN] fp32; of quantised ones
+             partial = was.gather_gemv(x, index, count, [W…], S)         [S, 1, ΣN] fp32; of quantised ones
                                                                           was.gather_quantized_gemv
              q = (narrow(partial.sum(0), -1, 0, Nq) + bq).to(dtype).view(1, 1, Nq)
+
+Of a few tokens, [B, L, K] with M = B · L up to 16 and numbers of 16 bits, nothing is listed, for they keep nearly every
+channel between them:
+
+    after    partial = was.masked_gemm(x, [W…], [t…], S)                 [S, M, ΣN] fp32
+             q = (narrow(partial.sum(0), -1, 0, Nq) + bq).to(dtype).view(B, L, Nq)
 
 Later passes move the listing into what computes x, and the sum into what reads q. What they leave, Inductor fuses.
 """
@@ -19,6 +25,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from was_fx.kernels.linear.gather_gemv import gather_gemv_op
 from was_fx.kernels.linear.gather_quantized_gemv import gather_quantized_gemv_op
+from was_fx.kernels.linear.masked_gemm import DTYPES as MASKED_DTYPES
+from was_fx.kernels.linear.masked_gemm import MAX_TOKENS, masked_gemm_config, masked_gemm_op
 from was_fx.kernels.ops.compact import compact_op, empty_list
 from was_fx.kernels.parts.gemv_config import gemv_config
 from was_fx.kernels.parts.triton_parts import DTYPES, MAX_SIBLINGS
@@ -35,8 +43,12 @@ def declined(context: Context, call: SparseCall) -> str | None:
         return "some tokens keep every channel"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}"
-    if not statically_known_true(math.prod(x.shape[:-1]) == 1):
-        return "more than one token"
+    tokens = math.prod(x.shape[:-1])
+    if not statically_known_true(tokens == 1):
+        if call.scales is not None or x.dtype not in MASKED_DTYPES:
+            return "more than one token"
+        if not isinstance(tokens, int) or not 1 <= tokens <= MAX_TOKENS:
+            return f"not 1 to {MAX_TOKENS} tokens"
     if context.has_gradients:
         return "it has gradients"
     return None
@@ -67,19 +79,13 @@ def list_channels(context: Context) -> None:
 
 def _rewrite(context: Context, node: Node, calls: list[SparseCall], outputs: list[Node]) -> None:
     x = calls[0].x
-    weights, thresholds = [call.weight for call in calls], [call.threshold for call in calls]
-    sizes = [call.size for call in calls]
-    like = value(x)
-    op, stored, format = gather_gemv_op, [weights], like.dtype
-    if calls[0].scales is not None:
-        op, stored, format = gather_quantized_gemv_op, [weights, *quantised_parts(calls)], calls[0].format
-    splits = gemv_config(like.device, format, int(like.shape[-1]), sizes).splits
+    thresholds, sizes = [call.threshold for call in calls], [call.size for call in calls]
+    one = statically_known_true(math.prod(value(x).shape[:-1]) == 1)
+    product = _listed if one else _masked
     with context.module.graph.inserting_before(node):
-        index, count = context.fused(compact_op, lambda x, thresholds: empty_list(x, len(thresholds)), (x, thresholds))
-        parts = like.new_empty((splits, 1, sum(sizes)), dtype=torch.float32)
-        partial = context.call(op, (x, index, count, *stored, thresholds, splits), parts)
+        partial = product(context, calls, thresholds, sizes)
         partial.meta["was_linear"] = tuple(call.name for call in calls)
-        total = context.call("sum", (partial, 0), parts.sum(0))
+        total = context.call("sum", (partial, 0), value(partial).sum(0))
     start = 0
     for call, output, size in zip(calls, outputs, sizes, strict=True):
         part = Part(partial, start, size, call.bias)
@@ -87,6 +93,26 @@ def _rewrite(context: Context, node: Node, calls: list[SparseCall], outputs: lis
         context.parts[final] = part
         context.replace(output, final)
         start += size
+
+
+def _listed(context: Context, calls: list[SparseCall], thresholds: list[Node], sizes: list[int]) -> Node:
+    """The parts of the product with the listed channels of one token."""
+    x, weights, like = calls[0].x, [call.weight for call in calls], value(calls[0].x)
+    op, stored, format = gather_gemv_op, [weights], like.dtype
+    if calls[0].scales is not None:
+        op, stored, format = gather_quantized_gemv_op, [weights, *quantised_parts(calls), thresholds], calls[0].format
+    splits = gemv_config(like.device, format, int(like.shape[-1]), sizes).splits
+    index, count = context.fused(compact_op, lambda x, thresholds: empty_list(x, len(thresholds)), (x, thresholds))
+    parts = like.new_empty((splits, 1, sum(sizes)), dtype=torch.float32)
+    return context.call(op, (x, index, count, *stored, splits), parts)
+
+
+def _masked(context: Context, calls: list[SparseCall], thresholds: list[Node], sizes: list[int]) -> Node:
+    """The parts of the product of a few tokens."""
+    x, weights, like = calls[0].x, [call.weight for call in calls], value(calls[0].x)
+    splits = masked_gemm_config(int(like.shape[-1]), sizes).splits
+    parts = like.new_empty((splits, math.prod(like.shape[:-1]), sum(sizes)), dtype=torch.float32)
+    return context.call(masked_gemm_op, (x, weights, thresholds, splits), parts)
 
 
 def _finish(context: Context, total: Node, part: Part, output: Node) -> Node:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from was_fx.kernels.parts.registration import register_op
+from was_fx.kernels.parts.served import note_served
 from was_fx.kernels.parts.triton_parts import (
     MAX_SIBLINGS,
     begin,
@@ -168,7 +169,9 @@ def masked_gemm(
 ) -> Tensor:
     """See `reference`; by Triton where it serves. `config` overrides that of the shape."""
     if not supports(x, weights):
+        note_served(weights, "masked_gemm_reference", "a GPU's kernels don't run here")
         return reference(x, weights, thresholds, splits)
+    note_served(weights, "masked_gemm", "a few tokens on a GPU, masked by the product itself")
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     tokens, channels = rows.shape
     sizes = [weight.shape[0] for weight in weights]
