@@ -7,11 +7,10 @@
                                                                           was.gather_quantized_gemv
              q = (narrow(partial.sum(0), -1, 0, Nq) + bq).to(dtype).view(1, 1, Nq)
 
-Of a few tokens, [B, L, K] with M = B · L up to 16 and numbers of 16 bits, nothing is listed, for they keep nearly every
-channel between them:
+Of a few tokens, up to 16 of 16 bits, nothing is listed, for they keep nearly every channel between them:
 
-    after    partial = was.masked_gemm(x, [W…], [t…], S)                 [S, M, ΣN] fp32
-             q = (narrow(partial.sum(0), -1, 0, Nq) + bq).to(dtype).view(B, L, Nq)
+    after    partial = was.masked_gemm(x, [W…], [t…], S)                 [S, ..., ΣN] fp32
+             q = (narrow(partial.sum(0), -1, 0, Nq) + bq).to(dtype)
 
 Later passes move the listing into what computes x, and the sum into what reads q. What they leave, Inductor fuses.
 """
@@ -21,7 +20,7 @@ import operator
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from was_fx.kernels.linear.gather_gemv import gather_gemv_op
 from was_fx.kernels.linear.gather_quantized_gemv import gather_quantized_gemv_op
@@ -47,7 +46,7 @@ def declined(context: Context, call: SparseCall) -> str | None:
     if not statically_known_true(tokens == 1):
         if call.scales is not None or x.dtype not in MASKED_DTYPES:
             return "more than one token"
-        if not isinstance(tokens, int) or not 1 <= tokens <= MAX_TOKENS:
+        if not statically_known_true(tokens > 0) or not guard_or_false(tokens <= MAX_TOKENS):
             return f"not 1 to {MAX_TOKENS} tokens"
     if context.has_gradients:
         return "it has gradients"
@@ -89,7 +88,7 @@ def _rewrite(context: Context, node: Node, calls: list[SparseCall], outputs: lis
     start = 0
     for call, output, size in zip(calls, outputs, sizes, strict=True):
         part = Part(partial, start, size, call.bias)
-        final = _finish(context, total, part, output)
+        final = _finish(context, total, part, output, flat=one)
         context.parts[final] = part
         context.replace(output, final)
         start += size
@@ -111,12 +110,12 @@ def _masked(context: Context, calls: list[SparseCall], thresholds: list[Node], s
     """The parts of the product of a few tokens."""
     x, weights, like = calls[0].x, [call.weight for call in calls], value(calls[0].x)
     splits = masked_gemm_config(int(like.shape[-1]), sizes).splits
-    parts = like.new_empty((splits, math.prod(like.shape[:-1]), sum(sizes)), dtype=torch.float32)
+    parts = like.new_empty((splits, *like.shape[:-1], sum(sizes)), dtype=torch.float32)
     return context.call(masked_gemm_op, (x, weights, thresholds, splits), parts)
 
 
-def _finish(context: Context, total: Node, part: Part, output: Node) -> Node:
-    """The Linear's output, from the sum of its parts, in place of `output`."""
+def _finish(context: Context, total: Node, part: Part, output: Node, *, flat: bool) -> Node:
+    """The Linear's output, from the sum of its parts, `flat` if that is [1, ΣN], in place of `output`."""
     like = value(output)
     with context.module.graph.inserting_before(output):
         example = torch.narrow(value(total), -1, part.start, part.size)
@@ -124,6 +123,7 @@ def _finish(context: Context, total: Node, part: Part, output: Node) -> Node:
         if part.bias is not None:
             node = context.call(operator.add, (node, part.bias), torch.empty_like(example))
         node = context.call("to", (node, like.dtype), example.to(like.dtype))
-        node = context.call("view", (node, tuple(like.shape)), like)
+        if flat:
+            node = context.call("view", (node, tuple(like.shape)), like)
     node.meta.update(output.meta)
     return node

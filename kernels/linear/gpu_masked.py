@@ -23,4 +23,4 @@ def sparse_linear(
         total = masked_gemm(x, weights[chosen], thresholds[chosen], splits).sum(0)
         for part, bias in zip(total.split(sizes, dim=-1), biases[chosen], strict=True):
             outputs.append((part if bias is None else part + bias.float()).to(x.dtype))
-    return torch.cat(outputs, dim=-1).reshape(*x.shape[:-1], -1)
+    return torch.cat(outputs, dim=-1)

@@ -150,14 +150,18 @@ def reference(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor]
         splits: S.
 
     Returns:
-        [S, M, ΣN_g] fp32.
+        [S, ..., ΣN_g] fp32.
     """
-    rows = x.reshape(-1, x.shape[-1]).float()
-    y = [
-        rows.masked_fill(rows.abs() <= threshold, 0) @ weight.float().t()
-        for weight, threshold in zip(weights, thresholds, strict=True)
-    ]
-    return torch.nn.functional.pad(torch.cat(y, dim=-1)[None], (0, 0, 0, 0, 0, splits - 1))
+    exact = x.float()
+    partial = fake(x, weights, thresholds, splits).zero_()
+    partial[0] = torch.cat(
+        [
+            torch.nn.functional.linear(exact.masked_fill(exact.abs() <= threshold, 0), weight.float())
+            for weight, threshold in zip(weights, thresholds, strict=True)
+        ],
+        dim=-1,
+    )
+    return partial
 
 
 def masked_gemm(
@@ -176,7 +180,7 @@ def masked_gemm(
     tokens, channels = rows.shape
     sizes = [weight.shape[0] for weight in weights]
     config = config or masked_gemm_config(channels, sizes)
-    partial = x.new_empty((splits, tokens, sum(sizes)), dtype=torch.float32)
+    partial = fake(x, weights, thresholds, splits)
     _masked_gemm[(sum(triton.cdiv(n, config.columns) for n in sizes), splits)](
         rows,
         *slots([weight.t() for weight in weights]),
@@ -203,8 +207,7 @@ def masked_gemm(
 
 def fake(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor], splits: int) -> Tensor:
     """What the op returns, uninitialised."""
-    tokens = x.numel() // x.shape[-1]
-    return x.new_empty((splits, tokens, sum(weight.shape[0] for weight in weights)), dtype=torch.float32)
+    return x.new_empty((splits, *x.shape[:-1], sum(weight.shape[0] for weight in weights)), dtype=torch.float32)
 
 
 masked_gemm_op = register_op(

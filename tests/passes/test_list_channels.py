@@ -82,12 +82,15 @@ def test_few_tokens_are_masked_by_the_product(listed, count, calls, shape):
 
 
 @pytest.mark.usefixtures("meanings")
-def test_a_number_of_tokens_that_is_not_known_stays_whole(rewrite):
-    module = rewrite(Fan(2, torch.float16), schedule(2), dynamic=True, lists=True)
-    for tokens in (2, 3):
-        module(torch.randn(tokens, 12).half())
-    assert module.targets[masked_gemm_op] == 0
-    assert module.context.counts["listed"] == 0
+@pytest.mark.parametrize("shape", [(-1, 1, 12), (1, -1, 12), (-1, 12)], ids=str)
+def test_one_graph_serves_any_few_tokens_and_another_many(rewrite, shape):
+    model = Fan(2, torch.float16)
+    module = rewrite(model, schedule(2), dynamic=True, lists=True)
+    for tokens, graphs, products in [(3, 1, 2), (2, 1, 2), (16, 1, 2), (17, 2, 0), (40, 2, 0), (8, 2, 0)]:
+        x = torch.randn(tokens, 12).half().view(shape)
+        y = module(x)[1]
+        torch.testing.assert_close(y, module.linear("linears.0", x), rtol=4e-3, atol=4e-3)
+        assert (len(module.contexts), module.targets[masked_gemm_op]) == (graphs, products)
 
 
 def test_pass_can_be_left_out(rewrite):
