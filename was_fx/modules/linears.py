@@ -343,7 +343,7 @@ def dropping(
     linears: Mapping[str, LinearModule],
     thresholds: Mapping[str, Tensor | None],
     *,
-    first: int = 0,
+    first: int | Callable[[int], int] = 0,
     look: Callable[[str, Tensor], None] | None = None,
     dropped: Callable[[str, Tensor], None] | None = None,
 ) -> Iterator[None]:
@@ -352,20 +352,22 @@ def dropping(
     Args:
         linears: by qualified name.
         thresholds: t [K] fp32 by qualified name; None drops nothing.
-        first: leading tokens of each sequence that keep every channel.
-        look: called with the name and the whole input x [..., K] first.
+        first: leading tokens of each sequence that keep every channel, a number or a function of the sequence's length;
+            inputs [rows, K], as those of experts, have none.
+        look: called first, with the name and the input x [..., K] of the other tokens.
         dropped: called with the name and a mask [..., K] of what is dropped.
     """
 
     def zero(name: str, x: Tensor) -> Tensor | None:
+        leading = 0 if x.dim() < 3 else first(x.shape[1]) if callable(first) else first
         if look is not None:
-            look(name, x)
+            look(name, x[:, leading:] if leading else x)
         threshold = thresholds[name]
         if threshold is None:
             return None
         weak = x.abs() <= threshold
-        if first:
-            weak[..., :first, :] = False
+        if leading:
+            weak[:, :leading] = False
         if dropped is not None:
             dropped(name, weak)
         return x.masked_fill(weak, 0)

@@ -268,6 +268,15 @@ def dense_length(length: Any, prefill: str) -> Any:
     return length if prefill == "dense" else 0
 
 
+def leading_tokens(length: int) -> int:
+    """How many tokens at the beginning of a text of `length` keep every channel while something is measured on the
+    others: as many as in a prompt whose other tokens are sparse, but not all.
+
+    Models hang what they attend to by default on the first tokens. Those are in prompts, which are dense.
+    """
+    return min(int(dense_length(length, "sparse")), length - 1)
+
+
 def _past_length(cache: Any) -> Any:
     """Tokens in the cache, a number or a tensor of one."""
     if not _has_past(cache) or not hasattr(cache, "get_seq_length"):
