@@ -3,7 +3,8 @@
     g_j² = mean over tokens of (∂L/∂x_j)²,   L = −log p(label), the label drawn from the model's own distribution
 
 The first 1 % of a sequence's tokens don't count: they don't drop channels, and what all others attend to by default has
-gradients unlike theirs.
+gradients unlike theirs. Of the others no token counts for more than 99 % of them: one that the whole rest attends to,
+or that a norm blows up, would else outweigh all, and it is large where it matters, so that nothing of it is dropped.
 
 ∂L/∂x is what reaches the input of this Linear alone, (∂L/∂y) W, siblings apart. Then x_j² g_j² / 2 is the loss, to
 second order, that dropping x_j costs by itself.
@@ -39,6 +40,8 @@ from was_fx.sparse.sparsify import prompts_treated
 
 # Sequences that are all used.
 _ALL = 8
+# The quantile of a sequence's tokens that larger gradients are brought down to.
+_OUTLIERS = 0.99
 
 
 def fisher_weights(
@@ -71,7 +74,7 @@ def fisher_weights(
 
     def add(name: str, grad: Tensor) -> None:
         grad = grad[:, leading_tokens(grad.shape[1]) :] if grad.dim() == 3 else grad
-        squares = grad.detach().float().square().reshape(-1, grad.shape[-1])
+        squares = _bounded(grad.detach().float().square()).flatten(0, -2)
         sums[name] = sums[name] + squares.sum(0) if name in sums else squares.sum(0)
         counts[name] += len(squares)
 
@@ -96,6 +99,14 @@ def fisher_weights(
             "Fisher weights cannot be measured", problems, "Measure in bf16 or fp32, or leave these Linears out."
         )
     return {name: (sums[name] / counts[name]).sqrt().cpu() for name in linears}
+
+
+def _bounded(squares: Tensor) -> Tensor:
+    """Squared gradients [..., tokens, K], each token's scaled so that their sum is at most the 99th percentile of its
+    sequence's."""
+    sizes = squares.sum(-1, keepdim=True)
+    most = sizes.quantile(_OUTLIERS, dim=-2, keepdim=True, interpolation="lower")
+    return torch.where(sizes > most, squares * (most / sizes), squares)
 
 
 def _pool(sums: dict[str, Tensor], counts: dict[str, int]) -> None:
