@@ -128,10 +128,16 @@ def of_sibling(g, p0, p1, p2, p3):
 
 
 @triton.jit
-def share_of_list(count_ptr, T, split, splits, SEGMENTS: tl.constexpr):
-    """Kept channels of each segment and up to its end, both [SEGMENTS], and the ranks first … last - 1 of a split."""
+def share_of_list(count_ptr, T, K, split, splits, SEGMENTS: tl.constexpr):
+    """Kept channels of each segment and up to its end, both [SEGMENTS], and the ranks first … last - 1 of a split.
+
+    Without a list (None) there is one segment, and every channel is kept.
+    """
     segments = tl.arange(0, SEGMENTS)
-    counts = tl.load(count_ptr + segments, mask=segments < T, other=0)
+    if count_ptr is None:
+        counts = segments + K
+    else:
+        counts = tl.load(count_ptr + segments, mask=segments < T, other=0)
     total = tl.sum(counts, axis=0)
     return counts, tl.cumsum(counts, axis=0), (total * split) // splits, (total * (split + 1)) // splits
 
@@ -153,16 +159,20 @@ def listed_channels(
     SEGMENTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The kept channels of the ranks row, …, row + ROWS - 1, as far as `last`, and x̃ there in fp32."""
+    """The kept channels of the ranks row, …, row + ROWS - 1, as far as `last`, and x̃ there in fp32; without a list
+    (None) the ranks themselves."""
     rank = row + tl.arange(0, ROWS)
     listed = rank < last
-    if SEGMENTS == 1:
-        place = rank
+    if index_ptr is None:
+        k = tl.where(listed, rank, 0)
     else:
-        before = ends[:, None] <= rank[None, :]
-        segment = tl.sum(before.to(tl.int32), axis=0)
-        place = segment * SEGMENT + rank - tl.sum(tl.where(before, counts[:, None], 0), axis=0)
-    k = tl.load(index_ptr + place, mask=listed, other=0)
+        if SEGMENTS == 1:
+            place = rank
+        else:
+            before = ends[:, None] <= rank[None, :]
+            segment = tl.sum(before.to(tl.int32), axis=0)
+            place = segment * SEGMENT + rank - tl.sum(tl.where(before, counts[:, None], 0), axis=0)
+        k = tl.load(index_ptr + place, mask=listed, other=0)
     if TOKENS == 1:
         x = tl.load(x_ptr + k, mask=listed, other=0.0).to(tl.float32)
     else:
