@@ -107,8 +107,8 @@ def main() -> None:
         sys.stdout.write(json.dumps(common | asdict(row)) + "\n")
     head = f"head {arguments.head or 'as it is'}, sparsity {arguments.head_sparsity or 0:.0%}"
     title = (
-        f"{shape}, {arguments.weights or 'bf16'}, {head}, batch 1, {common['device']}, reads {machine['read_GB/s']} GB/s; "
-        f"prompt of {rows[0].prompt_tokens} tokens"
+        f"{shape}, {arguments.weights or 'bf16'}, {head}, batch 1, {common['device']}, "
+        f"reads {machine['read_GB/s']} GB/s; prompt of {rows[0].prompt_tokens} tokens"
     )
     Console(width=180).print(table(rows, title))
 

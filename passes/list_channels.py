@@ -7,8 +7,8 @@
                                                                           was.gather_quantized_gemv
              q = (narrow(partial.sum(0), -1, 0, Nq) + bq).to(dtype).view(1, 1, Nq)
 
-Later passes move the listing into what computes x, and the sum into what reads q. What they leave, Inductor fuses. A slice
-of x that leaves nothing out, such as the last token of one before a head, is passed over.
+Later passes move the listing into what computes x, and the sum into what reads q. What they leave, Inductor fuses. A
+slice of x that leaves nothing out, such as the last token of one before a head, is passed over.
 """
 
 import math

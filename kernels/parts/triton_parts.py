@@ -134,10 +134,7 @@ def share_of_list(count_ptr, T, K, split, splits, SEGMENTS: tl.constexpr):
     Without a list (None) there is one segment, and every channel is kept.
     """
     segments = tl.arange(0, SEGMENTS)
-    if count_ptr is None:
-        counts = segments + K
-    else:
-        counts = tl.load(count_ptr + segments, mask=segments < T, other=0)
+    counts = segments + K if count_ptr is None else tl.load(count_ptr + segments, mask=segments < T, other=0)
     total = tl.sum(counts, axis=0)
     return counts, tl.cumsum(counts, axis=0), (total * split) // splits, (total * (split + 1)) // splits
 

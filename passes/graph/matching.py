@@ -50,7 +50,7 @@ def without_casts(node: Any) -> Any:
 
 
 def without_slices(node: Any) -> Any:
-    """The tensor that `node` is, but for slices that leave nothing out: of a decode step, a head's last tokens are all."""
+    """The tensor that `node` is, past slices that leave nothing out: the last token of a decode step is all of it."""
     while kind(node) == "getitem" and isinstance(value(node.args[0]), torch.Tensor):
         items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         before, after = value(node.args[0]).shape, value(node).shape

@@ -156,7 +156,8 @@ def decode_speed(
     if weights is not None:
         quantize(sparse, weights)
     schedules = [
-        each if isinstance(each, Schedule) else uniform_while_dropping(sparse, ids, each, score, head) for each in targets
+        each if isinstance(each, Schedule) else uniform_while_dropping(sparse, ids, each, score, head)
+        for each in targets
     ]
     subjects: list[Schedule | None] = [*([None] if with_dense else []), *schedules]
     with _compiled_dense(model, load, lowering, dense_mode) as dense_step:

@@ -1,7 +1,6 @@
 """All steps of a Linear with quantised weights for few tokens on a GPU, against its meaning."""
 
 import pytest
-import torch
 
 from was_fx.kernels.linear import gpu_quantized
 from was_fx.kernels.linear.quantized_linear import reference
@@ -30,7 +29,7 @@ def arguments(case, quantize, device):
 @pytest.mark.parametrize("quantize", [quantize_int8, lambda w: quantize_int4("weight", w, 32)], ids=["int8", "int4"])
 @pytest.mark.parametrize("kept", ["thresholds", "some", "every channel"])
 @pytest.mark.parametrize(("shape", "outputs"), [((1, 1, 50), (64,)), ((50,), (64, 32)), ((3, 50), (32,) * 5)], ids=str)
-def test_any_of_the_weights_may_keep_every_channel(make_case, error, device, monkeypatch, quantize, kept, shape, outputs):
+def test_any_weight_may_keep_every_channel(make_case, error, device, monkeypatch, quantize, kept, shape, outputs):
     case = make_case(shape, outputs, biases=[i % 2 == 0 for i in range(len(outputs))])
     x, rows, biases, limits = arguments(case, quantize, device)
     limits = [None if kept == "every channel" or (kept == "some" and i == 0) else t for i, t in enumerate(limits)]
