@@ -40,14 +40,19 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def launch_options(tensor: Tensor) -> dict[str, Any]:
-    """Programmatic dependent launch where the device has it (Hopper and later).
+def launches_ahead(device: torch.device) -> bool:
+    """Whether the device has programmatic dependent launch (Hopper and later), and WAS_FX_NO_PDL=1 doesn't turn it off.
 
     The next kernel of the stream is launched while this one runs and waits in `begin`, so that its launch costs no
-    time of its own. WAS_FX_NO_PDL=1 turns it off.
+    time of its own.
     """
-    pdl = tensor.is_cuda and _capability(tensor.device.index or 0) >= (9, 0) and not os.environ.get("WAS_FX_NO_PDL")
-    return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
+    capable_of_it = device.type == "cuda" and _capability(device.index or 0) >= (9, 0)
+    return capable_of_it and not os.environ.get("WAS_FX_NO_PDL")
+
+
+def launch_options(tensor: Tensor) -> dict[str, Any]:
+    """How a kernel that reads `tensor` is launched."""
+    return {"PDL": True, "launch_pdl": True} if launches_ahead(tensor.device) else {"PDL": False}
 
 
 def slots(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
