@@ -7,7 +7,8 @@
                                                                           was.gather_quantized_gemv
              q = (narrow(partial.sum(0), -1, 0, Nq) + bq).to(dtype).view(1, 1, Nq)
 
-Later passes move the listing into what computes x, and the sum into what reads q. What they leave, Inductor fuses.
+Later passes move the listing into what computes x, and the sum into what reads q. What they leave, Inductor fuses. A
+slice of x that leaves nothing out, such as the last token of one before a head, is passed over.
 """
 
 import math
@@ -23,7 +24,7 @@ from was_fx.kernels.ops.compact import compact_op, empty_list
 from was_fx.kernels.parts.gemv_config import gemv_config
 from was_fx.kernels.parts.triton_parts import DTYPES, MAX_SIBLINGS
 from was_fx.passes.graph.context import Context, Part, SparseCall, quantised_parts, value
-from was_fx.passes.graph.matching import arguments_of
+from was_fx.passes.graph.matching import arguments_of, without_slices
 
 
 def declined(context: Context, call: SparseCall) -> str | None:
@@ -61,12 +62,13 @@ def list_channels(context: Context) -> None:
             context.module.graph.erase_node(output)
         if len(calls) > 1:
             context.module.graph.erase_node(node)
+        context.erase_unused(calls[0].x)
         context.calls = [call for call in context.calls if call.node is not node]
         context.counts["listed"] += len(calls)
 
 
 def _rewrite(context: Context, node: Node, calls: list[SparseCall], outputs: list[Node]) -> None:
-    x = calls[0].x
+    x = without_slices(calls[0].x)
     weights, thresholds = [call.weight for call in calls], [call.threshold for call in calls]
     sizes = [call.size for call in calls]
     like = value(x)

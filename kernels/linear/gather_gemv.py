@@ -85,7 +85,7 @@ def gather_kernel(
         if ALIGNED:
             w_ptr = tl.multiple_of(w_ptr, 16)
         x_ptr += (pair // PER) * K
-    counts, ends, first, last = share_of_list(count_ptr + (g + pair) * T, T, split, splits, SEGMENTS)
+    counts, ends, first, last = share_of_list(count_ptr + (g + pair) * T, T, K, split, splits, SEGMENTS)
     index_ptr += (g + pair) * T * SEGMENT
     tokens = tl.arange(0, TOKENS)
     sums = tl.zeros([ROWS if TOKENS == 1 else TOKENS, COLUMNS], tl.float32)

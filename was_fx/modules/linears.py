@@ -206,6 +206,11 @@ def body_linears(model: nn.Module) -> dict[str, LinearModule]:
     return found
 
 
+def head_linears(model: nn.Module) -> dict[str, LinearModule]:
+    """The output head of a model by its qualified name; empty where none is a Linear."""
+    return {name: linear for name, linear in find_linears(model).items() if linear.head}
+
+
 def outside_decoder(model: nn.Module) -> tuple[list[str], float]:
     """Of a multimodal model: the Linears outside of its text decoder but for the head, and the share of all weight
     bytes that lies outside. They work on images or audio, once in a prompt; a decode step does not read them."""
