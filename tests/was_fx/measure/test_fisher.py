@@ -14,8 +14,8 @@ from was_fx.searching.divergence import DivergenceMeter
 
 
 def by_hand(model, tokens, names, seed):
-    """g of each Linear: ∂L/∂y by autograd of the plain model, multiplied by its weight, labels drawn alike; of 64 tokens
-    without the first, and no token larger than 99 % of them."""
+    """g of each Linear: ∂L/∂y by autograd of the plain model, multiplied by its weight, labels drawn alike; of 64
+    tokens without the first, and no token larger than 99 % of them."""
     model = copy.deepcopy(model)
     outputs = {}
     for name in names:
