@@ -107,7 +107,7 @@ def search(
             min=0,
             metavar="N",
             help="For fisher: how often its weights are corrected by what channels cost where the model drops them, by "
-            "default once. 0 takes a quarter of the time or less, and adds 1.1 to 4 times as much loss.",
+            "default once. 0 takes half of the time or less, and adds 1.1 to 4 times as much loss.",
         ),
     ] = None,
     head: Annotated[
