@@ -3,8 +3,8 @@
     g_j² = mean over tokens of (∂L/∂x_j)²,   L = −log p(label), the label drawn from the model's own distribution
 
 The first 1 % of a sequence's tokens don't count: they don't drop channels, and what all others attend to by default has
-gradients unlike theirs. Of the others no token counts for more than 99 % of them: one that the whole rest attends to,
-or that a norm blows up, would else outweigh all, and it is large where it matters, so that nothing of it is dropped.
+gradients unlike theirs. Of the others no token counts for more than ten times what 99 % of them do: one that all the
+rest attends to, or that a norm blows up, would else outweigh all.
 
 ∂L/∂x is what reaches the input of this Linear alone, (∂L/∂y) W, siblings apart. Then x_j² g_j² / 2 is the loss, to
 second order, that dropping x_j costs by itself.
@@ -40,8 +40,8 @@ from was_fx.sparse.sparsify import prompts_treated
 
 # Sequences that are all used.
 _ALL = 8
-# The quantile of a sequence's tokens that larger gradients are brought down to.
-_OUTLIERS = 0.99
+# Squared gradients are brought down to so many times what this share of a sequence's tokens have.
+_MOST, _OF = 10, 0.99
 
 
 def fisher_weights(
@@ -102,10 +102,10 @@ def fisher_weights(
 
 
 def _bounded(squares: Tensor) -> Tensor:
-    """Squared gradients [..., tokens, K], each token's scaled so that their sum is at most the 99th percentile of its
-    sequence's."""
+    """Squared gradients [..., tokens, K], each token's scaled so that their sum is at most ten times the 99th
+    percentile of its sequence's."""
     sizes = squares.sum(-1, keepdim=True)
-    most = sizes.quantile(_OUTLIERS, dim=-2, keepdim=True, interpolation="lower")
+    most = _MOST * sizes.quantile(_OF, dim=-2, keepdim=True, interpolation="lower")
     return torch.where(sizes > most, squares * (most / sizes), squares)
 
 

@@ -15,7 +15,7 @@ from was_fx.searching.divergence import DivergenceMeter
 
 def by_hand(model, tokens, names, seed):
     """g of each Linear: ∂L/∂y by autograd of the plain model, multiplied by its weight, labels drawn alike; of 64
-    tokens without the first, and no token larger than 99 % of them."""
+    tokens without the first, and no token larger than ten times 99 % of them."""
     model = copy.deepcopy(model)
     outputs = {}
     for name in names:
@@ -36,7 +36,7 @@ def by_hand(model, tokens, names, seed):
         squares = torch.cat([(y.grad @ weight).square() for y in outputs[name]])[:, 1:]
         for row in squares:
             sizes = row.sum(-1)
-            most = torch.tensor(np.quantile(sizes.numpy(), 0.99, method="lower"))
+            most = 10 * torch.tensor(np.quantile(sizes.numpy(), 0.99, method="lower"))
             row[sizes > most] *= (most / sizes[sizes > most])[:, None]
         found[name] = squares.flatten(0, 1).mean(0).sqrt()
     return found
