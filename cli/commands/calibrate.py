@@ -14,6 +14,7 @@ from was_fx.cli.input.files import check_output
 from was_fx.cli.input.models import load_model, load_processor
 from was_fx.cli.input.texts import read_text, windows
 from was_fx.cli.render.console import print_json, progress, say
+from was_fx.cli.render.search_progress import SearchDisplay
 
 if TYPE_CHECKING:
     from was_fx import Score
@@ -127,13 +128,9 @@ def calibrate(
             progress=advance,
         )
     if correct:
-        with progress("Correcting Fisher weights") as advance:
+        with SearchDisplay() as display:
             result = was_fx.correct_fisher(
-                loaded.model,
-                result,
-                tokens=given,
-                batch_size=batch_size,
-                progress=lambda state: advance(state.done, state.total),
+                loaded.model, result, tokens=given, batch_size=batch_size, progress=display.update
             )
     result.save(out)
     outside, share = outside_decoder(loaded.model)

@@ -73,7 +73,8 @@ def fisher_weights(
     counts = dict.fromkeys(linears, 0)
 
     def add(name: str, grad: Tensor) -> None:
-        grad = grad[:, leading_tokens(grad.shape[1]) :] if grad.dim() == 3 else grad
+        if leading := leading_tokens(grad):
+            grad = grad[:, leading:]
         squares = _bounded(grad.detach().float().square()).flatten(0, -2)
         sums[name] = sums[name] + squares.sum(0) if name in sums else squares.sum(0)
         counts[name] += len(squares)
@@ -148,8 +149,7 @@ def dropped_costs(
 
     def drop(name: str, x: Tensor) -> Tensor:
         x = x if x.requires_grad else x.detach().requires_grad_()
-        first = leading_tokens(x.shape[1]) if x.dim() == 3 else 0
-        found: Tensor = _Drop.apply(x, thresholds[name], first, sums[name])
+        found: Tensor = _Drop.apply(x, thresholds[name], leading_tokens(x), sums[name])
         return found
 
     count = 0

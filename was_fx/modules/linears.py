@@ -348,7 +348,7 @@ def dropping(
     linears: Mapping[str, LinearModule],
     thresholds: Mapping[str, Tensor | None],
     *,
-    first: int | Callable[[int], int] = 0,
+    first: int | Callable[[Tensor], int] = 0,
     look: Callable[[str, Tensor], None] | None = None,
     dropped: Callable[[str, Tensor], None] | None = None,
 ) -> Iterator[None]:
@@ -357,14 +357,14 @@ def dropping(
     Args:
         linears: by qualified name.
         thresholds: t [K] fp32 by qualified name; None drops nothing.
-        first: leading tokens of each sequence that keep every channel, a number or a function of the sequence's length;
-            inputs [rows, K], as those of experts, have none.
+        first: leading tokens of each sequence that keep every channel, a number or a function of the input; inputs
+            [rows, K], as those of experts, have none.
         look: called first, with the name and the input x [..., K] of the other tokens.
         dropped: called with the name and a mask [..., K] of what is dropped.
     """
 
     def zero(name: str, x: Tensor) -> Tensor | None:
-        leading = 0 if x.dim() < 3 else first(x.shape[1]) if callable(first) else first
+        leading = 0 if x.dim() < 3 else first(x) if callable(first) else first
         if look is not None:
             look(name, x[:, leading:] if leading else x)
         threshold = thresholds[name]

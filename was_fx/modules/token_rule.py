@@ -268,13 +268,14 @@ def dense_length(length: Any, prefill: str) -> Any:
     return length if prefill == "dense" else 0
 
 
-def leading_tokens(length: int) -> int:
-    """How many tokens at the beginning of a text of `length` keep every channel while something is measured on the
-    others: as many as in a prompt whose other tokens are sparse, but not all.
+def leading_tokens(x: Tensor) -> int:
+    """How many tokens at the beginning of each sequence of x [n, seq, K] keep every channel while something is measured
+    on the others: as many as in a prompt whose other tokens are sparse, but not all. Rows [rows, K], as experts see
+    them, have none.
 
     Models hang what they attend to by default on the first tokens. Those are in prompts, which are dense.
     """
-    return min(int(dense_length(length, "sparse")), length - 1)
+    return min(int(dense_length(x.shape[1], "sparse")), x.shape[1] - 1) if x.dim() == 3 else 0
 
 
 def _past_length(cache: Any) -> Any:

@@ -172,7 +172,8 @@ def correct_fisher(
         ScheduleError: the calibration is of another model, or has no Fisher weights; or losses are not finite.
         ValueError: the model is sparsified, or an argument is out of range.
     """
-    decides = torch.arange(len(tokens)) % 4 == 3 if len(tokens) >= 8 else torch.ones(len(tokens), dtype=torch.bool)
+    decides = torch.arange(len(tokens)) % 4 == 3
+    gives, judged = (tokens[~decides], tokens[decides]) if len(tokens) >= 8 else (tokens, tokens)
     context = SearchContext(
         model=model,
         calibration=calibration,
@@ -180,8 +181,8 @@ def correct_fisher(
         target=target,
         trials=0,
         seed=seed,
-        tokens=tokens[decides],
-        samples=tokens[~decides] if not decides.all() else tokens,
+        tokens=judged,
+        samples=gives,
         head=False,
         latency=None,
         start=None,
