@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                                     # a GPU, Llama-3-8B shapes: about 40 GB, 5 minutes
     python benchmarks/decode.py --shape qwen2.5-7b --targets 0.5
+    python benchmarks/decode.py --head int8 --skip-dense            # the head as int8 beside bf16
     python benchmarks/decode.py --device cpu                        # Llama-3.2-1B shapes: about 6 GB and 5 minutes
     python benchmarks/decode.py --device cpu --blocks 2 --vocabulary 4096 --repetitions 3
 
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from was_fx.measure.shapes import SHAPES, config
 from was_fx.measure.speed import SpeedRow, decode_speed, random_model
+from was_fx.modules.linears import head_linears
 
 _COLUMNS: dict[str, Callable[[SpeedRow], str | None]] = {
     "sparsity": lambda row: f"{row.target:.0%}" if row.target else "dense",
@@ -66,6 +68,8 @@ def main() -> None:
     parser.add_argument("--skip-dense", action="store_true", help="time the sparse model only")
     parser.add_argument("--lowering", choices=["inductor", "eager"], help="of the sparse model, as for sparsify")
     parser.add_argument("--weights", help="quantise the sparse model: int8 or int4, with an int8 head")
+    parser.add_argument("--head", help="format of the sparse model's head: int8, int4 or none")
+    parser.add_argument("--head-sparsity", type=float, help="of the head's inputs, which are all kept by default")
     parser.add_argument("--repetitions", type=int, default=7)
     arguments = parser.parse_args()
 
@@ -79,8 +83,12 @@ def main() -> None:
     asked = {"num_hidden_layers": arguments.blocks, "vocab_size": arguments.vocabulary}
     changes = {name: each for name, each in asked.items() if each}
     machine = bandwidth(device)
+    model = random_model(config(shape, **changes), dtype=torch.bfloat16, device=device)
+    weights = arguments.weights
+    if arguments.head:
+        weights = {**({"*": weights} if weights else {}), **dict.fromkeys(head_linears(model), arguments.head)}
     rows = decode_speed(
-        random_model(config(shape, **changes), dtype=torch.bfloat16, device=device),
+        model,
         arguments.targets,
         prompt=arguments.prompt,
         long_prompt=arguments.long_prompt,
@@ -88,16 +96,19 @@ def main() -> None:
         repetitions=arguments.repetitions,
         cache=arguments.cache,
         with_dense=not arguments.skip_dense,
-        weights=arguments.weights,
+        weights=weights,
+        head=arguments.head_sparsity,
         lowering=arguments.lowering,
         progress=progress,
     )
-    common = describe(device) | machine | {"shape": shape, "dtype": "bf16", "weights": arguments.weights, **changes}
+    how = {"weights": arguments.weights, "head": arguments.head, "head_sparsity": arguments.head_sparsity}
+    common = describe(device) | machine | {"shape": shape, "dtype": "bf16", **how, **changes}
     for row in rows:
         sys.stdout.write(json.dumps(common | asdict(row)) + "\n")
+    head = f"head {arguments.head or 'as it is'}, sparsity {arguments.head_sparsity or 0:.0%}"
     title = (
-        f"{shape}, {arguments.weights or 'bf16'}, batch 1, {common['device']}, reads {machine['read_GB/s']} GB/s; "
-        f"prompt of {rows[0].prompt_tokens} tokens"
+        f"{shape}, {arguments.weights or 'bf16'}, {head}, batch 1, {common['device']}, "
+        f"reads {machine['read_GB/s']} GB/s; prompt of {rows[0].prompt_tokens} tokens"
     )
     Console(width=180).print(table(rows, title))
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import was_fx
-from was_fx.cli.input.texts import read_file
+from was_fx.cli.input.texts import cut_windows, opening_ids, read_file
 
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Ida", "Jan", "Kim", "Leo", "Mia", "Noah", "Olga"]
 SHOTS = 2
@@ -104,7 +104,7 @@ def main() -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
     model.to(arguments.device)
     ids = torch.tensor(tokenizer(read_file(str(arguments.text)).content, add_special_tokens=False)["input_ids"])
-    windows = ids[: len(ids) // 512 * 512].view(-1, 512)
+    windows = cut_windows(ids, 512, opening_ids(tokenizer))
     fitted, scored = windows[:16], windows[16:32]
     calibration = was_fx.calibrate(model, fitted, fisher=arguments.recipe == "fisher", batch_size=2)
     made = was_fx.fisher if arguments.recipe == "fisher" else was_fx.uniform

@@ -38,6 +38,7 @@ from rich.table import Table
 
 import was_fx
 from was_fx import embedded
+from was_fx.cli.input.texts import cut_windows, opening_ids
 from was_fx.measure.speed import decode_speed
 from was_fx.modules.linears import weight_bytes_per_token
 from was_fx.schedules.search.recipes import find_recipe
@@ -59,16 +60,16 @@ class Bench:
         self.blocks: dict[str, torch.Tensor] = {}
         self.calibrations: dict[tuple, was_fx.Calibration] = {}
         self._format: str | None = None
-        self.tokenizer = tokenizer = self._load("bf16")
+        self.tokenizer = self._load("bf16")
         longest = min(BLOCK, self.model.config.max_position_embeddings)
         if arguments.model == "embedded":
             self.valid = embedded.tokens("validation", WINDOW)
             self.blocks = {"own": embedded.tokens("test", longest)[: arguments.blocks]}
             return
         texts = {name: Path(path) for name, path in (each.split("=", 1) for each in arguments.test)}
-        self.valid = self._cut(self._ids(tokenizer, arguments.valid), WINDOW)
+        self.valid = self._windows(arguments.valid, WINDOW)
         for name, path in texts.items():
-            self.blocks[name] = self._cut(self._ids(tokenizer, path), longest)[: arguments.blocks]
+            self.blocks[name] = self._windows(path, longest)[: arguments.blocks]
 
     def _load(self, format: str):
         if self._format == format:
@@ -89,13 +90,9 @@ class Bench:
         self._format = format
         return tokenizer
 
-    @staticmethod
-    def _ids(tokenizer, path: Path) -> torch.Tensor:
-        return torch.tensor(tokenizer(read(path), add_special_tokens=False)["input_ids"])
-
-    @staticmethod
-    def _cut(ids: torch.Tensor, length: int) -> torch.Tensor:
-        return ids[: len(ids) // length * length].view(-1, length)
+    def _windows(self, path: Path, length: int) -> torch.Tensor:
+        ids = torch.tensor(self.tokenizer(read(path), add_special_tokens=False)["input_ids"])
+        return cut_windows(ids, length, opening_ids(self.tokenizer))
 
     def samples(self, seed: float, count: int | None = None) -> torch.Tensor:
         """Windows spread over the validation text, others for each seed."""
@@ -128,7 +125,8 @@ class Bench:
         for name, blocks in self.blocks.items():
             measured = was_fx.evaluate(model, blocks, batch_size=batch)
             found[name] = measured.perplexity
-            found |= {"realised": measured.realised, "bytes": round(read_bytes * (1 - measured.bytes_saved))}
+            found[f"realised {name}"] = measured.realised
+            found.setdefault("bytes", round(read_bytes * (1 - measured.bytes_saved)))  # of the first text
         was_fx.densify(model)
         return found
 
@@ -233,14 +231,16 @@ def grouped(rows: list[dict]) -> dict[tuple, dict]:
 
 def texts_of(rows: list[dict]) -> list[str]:
     """Names of the texts that the rows have perplexities of."""
-    return list(dict.fromkeys(name for row in rows for name in row if name not in KEYS))
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if name not in KEYS and not name.startswith("realised")]
 
 
 def table(rows: list[dict], title: str) -> Table:
     """Means over the seeds."""
     texts, groups = texts_of(rows), grouped(rows)
     made = Table(title=title)
-    headings = ["format", "recipe", "target", "realised", "MB a token", *texts, *(f"excess {t}" for t in texts)]
+    headings = ["format", "recipe", "target", *(f"realised {t}" for t in texts), "MB a token", *texts]
+    headings += [f"excess {t}" for t in texts]
     for heading in (*headings, "pairs", "ms a token", "faster"):
         made.add_column(heading, justify="right")
     for (format, recipe, target), found in groups.items():
@@ -249,8 +249,8 @@ def table(rows: list[dict], title: str) -> Table:
         def cell(name: str, form: str, scale: float = 1.0, found: dict = found) -> str:
             return f"{found[name] / scale:{form}}" if name in found else ""
 
-        cells = [format, recipe, f"{target:.0%}", cell("realised", ".1%"), cell("bytes", ".1f", 1e6)]
-        cells += [cell(text, ".2f") for text in texts]
+        cells = [format, recipe, f"{target:.0%}", *(cell(f"realised {text}", ".1%") for text in texts)]
+        cells += [cell("bytes", ".1f", 1e6), *(cell(text, ".2f") for text in texts)]
         for text in texts:
             known = recipe != "dense" and all(text in each for each in (found, dense, uniform))
             cells.append(f"{(found[text] - dense[text]) / (uniform[text] - dense[text]):.2f}" if known else "")
@@ -292,7 +292,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     figure.savefig(path)
 
 
-KEYS = {"format", "recipe", "target", "seed", "seconds", "nominal", "realised", "bytes", "pairs", "pairs_error",
+KEYS = {"format", "recipe", "target", "seed", "seconds", "nominal", "bytes", "pairs", "pairs_error",
         "pairs_count", "ms", "spread", "model", "dtype", "device", "threads", "torch", "transformers", "was_fx",
         "commit"}  # fmt: skip
 

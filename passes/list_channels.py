@@ -12,7 +12,8 @@ Of a few tokens, up to 16 of 16 bits, nothing is listed, for they keep nearly ev
     after    partial = was.masked_gemm(x, [W…], [t…], S)                 [S, ..., ΣN] fp32
              q = (narrow(partial.sum(0), -1, 0, Nq) + bq).to(dtype)
 
-Later passes move the listing into what computes x, and the sum into what reads q. What they leave, Inductor fuses.
+Later passes move the listing into what computes x, and the sum into what reads q. What they leave, Inductor fuses. A
+slice of x that leaves nothing out, such as the last token of one before a head, is passed over.
 """
 
 import math
@@ -30,7 +31,7 @@ from was_fx.kernels.ops.compact import compact_op, empty_list
 from was_fx.kernels.parts.gemv_config import gemv_config
 from was_fx.kernels.parts.triton_parts import DTYPES, MAX_SIBLINGS
 from was_fx.passes.graph.context import Context, Part, SparseCall, quantised_parts, value
-from was_fx.passes.graph.matching import arguments_of
+from was_fx.passes.graph.matching import arguments_of, without_slices
 
 
 def declined(context: Context, call: SparseCall) -> str | None:
@@ -72,17 +73,18 @@ def list_channels(context: Context) -> None:
             context.module.graph.erase_node(output)
         if len(calls) > 1:
             context.module.graph.erase_node(node)
+        context.erase_unused(calls[0].x)
         context.calls = [call for call in context.calls if call.node is not node]
         context.counts["listed"] += len(calls)
 
 
 def _rewrite(context: Context, node: Node, calls: list[SparseCall], outputs: list[Node]) -> None:
-    x = calls[0].x
+    x = without_slices(calls[0].x)
     thresholds, sizes = [call.threshold for call in calls], [call.size for call in calls]
     one = statically_known_true(math.prod(value(x).shape[:-1]) == 1)
     product = _listed if one else _masked
     with context.module.graph.inserting_before(node):
-        partial = product(context, calls, thresholds, sizes)
+        partial = product(context, x, calls, thresholds, sizes)
         partial.meta["was_linear"] = tuple(call.name for call in calls)
         total = context.call("sum", (partial, 0), value(partial).sum(0))
     start = 0
@@ -94,9 +96,9 @@ def _rewrite(context: Context, node: Node, calls: list[SparseCall], outputs: lis
         start += size
 
 
-def _listed(context: Context, calls: list[SparseCall], thresholds: list[Node], sizes: list[int]) -> Node:
+def _listed(context: Context, x: Node, calls: list[SparseCall], thresholds: list[Node], sizes: list[int]) -> Node:
     """The parts of the product with the listed channels of one token."""
-    x, weights, like = calls[0].x, [call.weight for call in calls], value(calls[0].x)
+    weights, like = [call.weight for call in calls], value(x)
     op, stored, format = gather_gemv_op, [weights], like.dtype
     if calls[0].scales is not None:
         op, stored, format = gather_quantized_gemv_op, [weights, *quantised_parts(calls), thresholds], calls[0].format
@@ -106,9 +108,9 @@ def _listed(context: Context, calls: list[SparseCall], thresholds: list[Node], s
     return context.call(op, (x, index, count, *stored, splits), parts)
 
 
-def _masked(context: Context, calls: list[SparseCall], thresholds: list[Node], sizes: list[int]) -> Node:
+def _masked(context: Context, x: Node, calls: list[SparseCall], thresholds: list[Node], sizes: list[int]) -> Node:
     """The parts of the product of a few tokens."""
-    x, weights, like = calls[0].x, [call.weight for call in calls], value(calls[0].x)
+    weights, like = [call.weight for call in calls], value(x)
     splits = masked_gemm_config(int(like.shape[-1]), sizes).splits
     parts = like.new_empty((splits, *like.shape[:-1], sum(sizes)), dtype=torch.float32)
     return context.call(masked_gemm_op, (x, weights, thresholds, splits), parts)

@@ -134,8 +134,8 @@ def formats_and_sparsity() -> str:
     series: dict[str, list[tuple[str, float, float]]] = {}
     for row in rows_of("quality.md", "## Formats of weights")[1:]:
         name, level = row[0].split(", ")
-        perplexity = number(row[3] if level == "0 %" else row[4])
-        series.setdefault(name, []).append((level, number(row[2]), perplexity))
+        perplexity = number(row[2] if level == "0 %" else row[3])
+        series.setdefault(name, []).append((level, number(row[1]), perplexity))
     left, right, top, bottom = 70, 690, 50, 330
     low, high = 17.0, 25.0
 

@@ -28,6 +28,7 @@ _HOMES = {
     "WasConfig": "was_fx.plugins.quantizer",
     "calibrate": "was_fx.measure.calibrate",
     "check": "was_fx.measure.check",
+    "correct_fisher": "was_fx.searching.schedule_search",
     "decode": "was_fx.generate.decode_loop",
     "densify": "was_fx.sparse.sparsify",
     "draft": "was_fx.sparse.drafting",
@@ -57,6 +58,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "check",
+    "correct_fisher",
     "decode",
     "densify",
     "draft",
@@ -91,7 +93,7 @@ if TYPE_CHECKING:
     from was_fx.schedules.search.fisher import fisher
     from was_fx.schedules.search.uniform import uniform
     from was_fx.searching.recommendation import recommend
-    from was_fx.searching.schedule_search import search
+    from was_fx.searching.schedule_search import correct_fisher, search
     from was_fx.sparse.drafting import draft
     from was_fx.sparse.quantize import quantize
     from was_fx.sparse.sparsify import densify, sparsify

@@ -60,6 +60,7 @@ def quantize(
     The folder loads with from_pretrained where was_fx is imported, and with every command here. It appears when it is
     complete; an interrupted run leaves nothing.
     """
+    from was_fx.modules.quantized_embedding import TIED, embedding_formats
     from was_fx.modules.weights import held_bytes
     from was_fx.schedules.files.atomic import folder_written_atomically
 
@@ -84,6 +85,8 @@ def quantize(
         print_json({**found, "ratio": after / before, "formats": rows})
         return
     _show(rows, before, after, fitted=ids is not None)
+    if TIED in embedding_formats(loaded.model).values():
+        say("The input embeddings are tied to the head, and read its codes")
     say(
         f"Wrote {out}"
         + ("" if ids is None or source is None else f", fitted to {ids.numel():,} tokens of {source.name}")

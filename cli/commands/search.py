@@ -106,8 +106,8 @@ def search(
         typer.Option(
             min=0,
             metavar="N",
-            help="For fisher: how often its weights are corrected by what channels cost where the model drops them. "
-            "Once takes two to four times as long, and loses 8 to 20 % less at 50 %, hardly less at 25 %.",
+            help="For fisher: how often its weights are corrected by what channels cost where the model drops them, by "
+            "default once. 0 takes half of the time or less, and adds 1.1 to 4 times as much loss.",
         ),
     ] = None,
     head: Annotated[

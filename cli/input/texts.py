@@ -5,7 +5,7 @@ import lzma
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import typer
 
@@ -103,7 +103,7 @@ def _read_parts(path: Path) -> Iterator[str]:
 def windows(
     loaded: Loaded, text: Text, *, length: int | None, limit: int | None = None, tokens: int | None = None
 ) -> "Tensor":
-    """The text as ids [n, length]: consecutive windows without overlap.
+    """The text as ids [n, length]: consecutive windows without overlap, each opened as the tokenizer opens a text.
 
     Args:
         loaded: whose tokenizer is used, and whose positions bound the length.
@@ -121,12 +121,34 @@ def windows(
     length = length or min(_DEFAULT_LENGTH, most or _DEFAULT_LENGTH)
     if tokens is not None and tokens < length:
         raise ValueError(f"--tokens is {tokens}, less than one window of {length}; give a smaller --length")
-    wanted = [n for n in (None if limit is None else limit * length, tokens) if n is not None]
-    ids = tokens_of(loaded, text, min(wanted, default=None))
-    count = len(ids) // length
-    if count < 1:
+    wanted = [n for n in (limit, None if tokens is None else tokens // length) if n is not None]
+    opening = opening_ids(loaded.tokenizer)
+    own = length - len(opening)
+    if own < 1:
+        raise ValueError(f"--length is {length}, but each window begins with {len(opening)} of the tokenizer's tokens")
+    ids = tokens_of(loaded, text, min(wanted) * own + len(opening) if wanted else None)
+    found = cut_windows(ids[len(opening) :], length, opening)
+    if not len(found):
         raise _too_short(text, ids, "window", length)
-    return ids[: count * length].long().reshape(count, length)
+    return found
+
+
+def opening_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer of transformers puts before a text: `[bos]`, or nothing.
+
+    Some models, Gemma among them, predict hardly anything without it.
+    """
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def cut_windows(ids: "Tensor", length: int, opening: list[int]) -> "Tensor":
+    """Ids [n, length] int64: the opening ids and then those of a text [m], in consecutive windows without overlap."""
+    import torch
+
+    own = length - len(opening)
+    cut = ids[: len(ids) // own * own].long().reshape(-1, own)
+    return torch.cat([torch.tensor(opening, dtype=torch.int64).expand(len(cut), -1), cut], 1)
 
 
 def spread_windows(loaded: Loaded, text: Text, *, length: int | None, tokens: int) -> "Tensor":

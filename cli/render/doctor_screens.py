@@ -12,6 +12,7 @@ from was_fx.schedules.names import visible
 
 if TYPE_CHECKING:
     from was_fx.doctor.diagnosis import Diagnosis
+    from was_fx.doctor.hardware import Gpu
     from was_fx.doctor.kernel_plan import KernelUse
     from was_fx.doctor.self_test import SelfTest
 
@@ -41,6 +42,7 @@ def show(console: Console, found: "Diagnosis") -> None:
         capability = ".".join(map(str, gpu.capability))
         triton = "Triton" if gpu.triton else "no Triton"
         table.add_row(f"cuda:{gpu.index}", visible(gpu.name), f"{memory}, capability {capability}, {triton}")
+        table.add_row("", *_speed(gpu))
     if not found.gpus:
         table.add_row("none", "", "")
     console.print(table)
@@ -90,6 +92,15 @@ def verdict(console: Console, problems: Sequence[str]) -> None:
         console.print(body)
     if not problems:
         console.print("All is well", style="bold green")
+
+
+def _speed(gpu: "Gpu") -> tuple[str, str]:
+    """Whether the kernels were measured on such a GPU, and what they do there."""
+    ahead = "launched ahead" if gpu.ahead else "not launched ahead"
+    if gpu.measured:
+        return "measured", f"tile sizes of {gpu.measured} products, others by a rule; kernels are {ahead}"
+    rule = f"tile sizes by a rule for {gpu.multiprocessors} multiprocessors until `was tune MODEL` measures them"
+    return "not measured", f"{rule}; kernels are {ahead}"
 
 
 def _level(use: "KernelUse") -> str:

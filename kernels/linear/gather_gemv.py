@@ -74,7 +74,7 @@ def gather_kernel(
         if ALIGNED:
             w_ptr = tl.multiple_of(w_ptr, 16)
         x_ptr += (pair // PER) * K
-    counts, ends, first, last = share_of_list(count_ptr + (g + pair) * T, T, split, splits, SEGMENTS)
+    counts, ends, first, last = share_of_list(count_ptr + (g + pair) * T, T, K, split, splits, SEGMENTS)
     index_ptr += (g + pair) * T * SEGMENT
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     k, x = listed_channels(x_ptr, index_ptr, x_ptr, counts, ends, first, last, 0, 1, K, 1, SEGMENT, SEGMENTS, ROWS)

@@ -9,7 +9,7 @@ x̃ is x without the channels that the token m drops. As `gather_gemv`, with W i
 
 A GPU that reads a fourth of the bytes has a fourth of the time for each weight, so codes of one token never become
 floating-point numbers: their factors become integers of 16 bits, and one instruction (dp2a) multiplies two of them by
-two codes and adds. With several tokens codes are converted, for the matrix units.
+two codes and adds. With several tokens codes are converted, for the matrix units. Without a list every channel is kept.
 """
 
 import itertools
@@ -197,7 +197,7 @@ def _rows_of(ptr, k, row, last, columns, width, ROWS: tl.constexpr, WIDE: tl.con
 @triton.jit
 def _gather_int8(
     x_ptr,  # [K]
-    index_ptr,  # [G, T, SEGMENT]
+    index_ptr,  # [G, T, SEGMENT]; None with the next: every channel
     count_ptr,  # [G, T]
     c0,  # [K, N_g / 4, padded to a multiple of 8] int32 each, four codes in each word
     c1,
@@ -248,8 +248,10 @@ def _gather_int8(
             c_ptr = tl.multiple_of(c_ptr, 16)
         s_ptr += expert * n
         x_ptr += (chosen // PER) * K
-    counts, ends, first, last = share_of_list(count_ptr + (g + chosen) * T, T, split, splits, SEGMENTS)
-    index_ptr += (g + chosen) * T * SEGMENT
+    if index_ptr is not None:
+        count_ptr += (g + chosen) * T
+        index_ptr += (g + chosen) * T * SEGMENT
+    counts, ends, first, last = share_of_list(count_ptr, T, K, split, splits, SEGMENTS)
     a = tl.zeros([FOLDED, WORDS], tl.float32)
     b, c, d = tl.zeros_like(a), tl.zeros_like(a), tl.zeros_like(a)
     k, x = listed_channels(x_ptr, index_ptr, x_ptr, counts, ends, first, last, 0, 1, K, 1, SEGMENT, SEGMENTS, ROWS)
@@ -277,7 +279,7 @@ def _gather_int8(
 @triton.jit
 def _gather_int4(
     x_ptr,  # [K]
-    index_ptr,  # [G, T, SEGMENT]
+    index_ptr,  # [G, T, SEGMENT]; None with the next: every channel
     count_ptr,  # [G, T]
     c0,  # [K, N_g / 8] int32 each, eight codes in each word
     c1,
@@ -338,8 +340,10 @@ def _gather_int4(
         s_ptr += expert * K
         p_ptr += expert * K * (n // GROUP)
         x_ptr += (chosen // PER) * K
-    counts, ends, first, last = share_of_list(count_ptr + (g + chosen) * T, T, split, splits, SEGMENTS)
-    index_ptr += (g + chosen) * T * SEGMENT
+    if index_ptr is not None:
+        count_ptr += (g + chosen) * T
+        index_ptr += (g + chosen) * T * SEGMENT
+    counts, ends, first, last = share_of_list(count_ptr, T, K, split, splits, SEGMENTS)
     zeros = tl.zeros([FOLDED, BLOCKS], tl.float32)
     low_a = tl.zeros([FOLDED, BLOCKS, 4], tl.float32)
     low_b, low_c, low_d = tl.zeros_like(low_a), tl.zeros_like(low_a), tl.zeros_like(low_a)
@@ -460,7 +464,7 @@ def _gather_many(
     width = tl.multiple_of(n // 32 * 16 if GROUP else tl.cdiv(n, 32) * 32, 16)
     byte = tile * BYTES + tl.arange(0, BYTES)
     begin(PDL)
-    counts, ends, first, last = share_of_list(count_ptr + g * T, T, split, splits, SEGMENTS)
+    counts, ends, first, last = share_of_list(count_ptr + g * T, T, K, split, splits, SEGMENTS)
     index_ptr += g * T * SEGMENT
     tokens = tl.arange(0, TOKENS)
     sums = tl.zeros([TOKENS, BYTES], tl.float32)
@@ -519,8 +523,8 @@ def supports(x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], group
 
 def reference(
     x: Tensor,
-    index: Tensor,
-    count: Tensor,
+    index: Tensor | None,
+    count: Tensor | None,
     codes: Sequence[Tensor],
     scales: Sequence[Tensor],
     groups: Sequence[Tensor],
@@ -531,7 +535,7 @@ def reference(
 
     Args:
         x: [..., K], M tokens.
-        index, count: the kept channels, as `compact` lists them.
+        index, count: the kept channels, as `compact` lists them; None: every channel of one token.
         codes, scales, groups: of G weights of one format, as `QuantizedRows` holds them; no groups for int8.
         thresholds: G tensors [K] fp32, read when M > 1.
         splits: S.
@@ -541,13 +545,15 @@ def reference(
     """
     rows = x.reshape(-1, x.shape[-1]).float()
     parts = []
-    for g, threshold in enumerate(thresholds):
+    for g in range(len(codes)):
         weight = QuantizedRows(codes[g], scales[g], groups[g] if groups else None)
-        ranks = torch.arange(index.shape[2], device=x.device) < count[g][:, None]
-        kept = index[g][ranks].long()
+        kept = torch.arange(x.shape[-1], device=x.device)
+        if index is not None and count is not None:
+            ranks = torch.arange(index.shape[2], device=x.device) < count[g][:, None]
+            kept = index[g][ranks].long()
         values = rows[:, kept]
         if len(rows) > 1:
-            values = values.masked_fill(values.abs() <= threshold[kept], 0)
+            values = values.masked_fill(values.abs() <= thresholds[g][kept], 0)
         listed = weight.dequantize(torch.float32, kept)
         cuts = [len(kept) * s // splits for s in range(splits + 1)]
         parts.append(torch.stack([values[:, a:b] @ listed[a:b] for a, b in itertools.pairwise(cuts)]))
@@ -561,8 +567,8 @@ def output_sizes(codes: Sequence[Tensor], scales: Sequence[Tensor], groups: Sequ
 
 def gather_quantized_gemv(
     x: Tensor,
-    index: Tensor,
-    count: Tensor,
+    index: Tensor | None,
+    count: Tensor | None,
     codes: Sequence[Tensor],
     scales: Sequence[Tensor],
     groups: Sequence[Tensor],
@@ -582,6 +588,7 @@ def gather_quantized_gemv(
     if rows.shape[0] == 1:
         launch_one(rows, index, count, codes, scales, groups, sizes, partial, config)
         return partial
+    assert index is not None
     columns = max(config.columns, 32) if groups else config.columns
     _gather_many[(sum(triton.cdiv(n, columns) for n in sizes), splits)](
         rows,
@@ -608,8 +615,8 @@ def gather_quantized_gemv(
 
 def launch_one(
     rows: Tensor,
-    index: Tensor,
-    count: Tensor,
+    index: Tensor | None,
+    count: Tensor | None,
     codes: Sequence[Tensor],
     scales: Sequence[Tensor],
     groups: Sequence[Tensor],
@@ -622,14 +629,14 @@ def launch_one(
 
     Args:
         rows: [1, K]; with experts [R, K].
-        index, count: the lists of G siblings, or of P pairs.
+        index, count: the lists of G siblings, or of P pairs; None: every channel.
         codes, scales, groups: as for `reference`; with experts one of each, of E matrices.
         sizes: N of each sibling.
         partial: fp32.
         config: tile sizes.
         experts: [P], P a multiple of R.
     """
-    pairs, segments, _ = index.shape
+    pairs, segments = (1, 1) if index is None else index.shape[:2]
     columns = max(config.columns, 32) if groups else config.columns
     tile_rows, row_bytes = max(4, config.rows), columns // 2 if groups else columns
     meta = {
@@ -653,13 +660,14 @@ def launch_one(
 
 
 def _meta(
-    x: Tensor, index: Tensor, codes: Sequence[Tensor], sizes: Sequence[int], columns: int, config: GemvConfig
+    x: Tensor, index: Tensor | None, codes: Sequence[Tensor], sizes: Sequence[int], columns: int, config: GemvConfig
 ) -> dict[str, Any]:
     """What all kernels are specialised by."""
+    segments, segment = (1, 1) if index is None else index.shape[1:]
     return {
         "G": len(sizes),
-        "SEGMENT": index.shape[2],
-        "SEGMENTS": triton.next_power_of_2(index.shape[1]),
+        "SEGMENT": segment,
+        "SEGMENTS": triton.next_power_of_2(segments),
         "COLUMNS": columns,
         "ALIGNED": all(c.data_ptr() % 16 == 0 for c in codes),
         "WIDE": max(c.shape[-2] * c.shape[-1] for c in codes) >= 2**31,

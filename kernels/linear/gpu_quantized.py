@@ -30,14 +30,23 @@ def sparse_linear(
     for first in range(0, len(rows), MAX_SIBLINGS):
         chosen = slice(first, first + MAX_SIBLINGS)
         sizes = [weight.shape[0] for weight in rows[chosen]]
-        # |x| is never below -1, and NaN is kept.
-        limits = [x.new_full(x.shape[-1:], -1.0, dtype=torch.float32) if t is None else t for t in thresholds[chosen]]
         splits = gemv_config(x.device, rows[first].format, x.shape[-1], sizes).splits
-        index, count = compact(x, limits)
-        total = gather_quantized_gemv.gather_quantized_gemv(x, index, count, *_tensors(rows[chosen]), limits, splits)
-        for part, bias in zip(total.sum(0).split(sizes, dim=-1), biases[chosen], strict=True):
+        index, count, limits = _list(x, thresholds[chosen])
+        partial = gather_quantized_gemv.gather_quantized_gemv(x, index, count, *_tensors(rows[chosen]), limits, splits)
+        total = partial[0] if splits == 1 else partial.sum(0)
+        for part, bias in zip(total.split(sizes, dim=-1), biases[chosen], strict=True):
             outputs.append((part if bias is None else part + bias.float()).to(x.dtype))
-    return torch.cat(outputs, dim=-1).reshape(*x.shape[:-1], -1)
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _list(x: Tensor, thresholds: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor]]:
+    """The kept channels and the thresholds; no list where one token, such as the last before a head, keeps them all."""
+    if x.numel() == x.shape[-1] and all(threshold is None for threshold in thresholds):
+        return None, None, []
+    # |x| is never below -1, and NaN is kept.
+    limits = [x.new_full(x.shape[-1:], -1.0, dtype=torch.float32) if t is None else t for t in thresholds]
+    return *compact(x, limits), limits
 
 
 def _tensors(rows: Sequence[QuantizedRows]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -1,4 +1,4 @@
-"""Tile sizes of `gather_gemv` and `gather_quantized_gemv`: measured ones, kept in JSON, and a rule for other shapes.
+"""Tile sizes of `gather_gemv` and `gather_quantized_gemv`: measured ones, kept in JSON, and a rule for all others.
 
 The file of a device maps "K,N1+N2+…,dtype" to a configuration, where the format of quantised weights stands for their
 dtype. The user's own files, which `was tune` writes, come before those that are shipped. The number of splits is part
@@ -18,6 +18,9 @@ import torch
 from was_fx.kernels.parts.user_cache import user_cache
 
 SHIPPED = Path(__file__).parent / "tuned"
+
+# Multiprocessors; GPUs that tile sizes were measured on have 132.
+_USUAL = 128
 
 # Of weights: a dtype, or "int8" or "int4".
 Format = torch.dtype | str
@@ -135,7 +138,13 @@ def experts_config(device: torch.device, format: Format, channels: int, outputs:
 def _config(device: torch.device, shape: Shape) -> GemvConfig:
     REQUESTED.add(shape)
     found = tuned(device_file(device)).get(shape.key)
-    return found or heuristic(shape.channels, shape.sizes, shape.format)
+    return found or heuristic(shape.channels, shape.sizes, shape.format, multiprocessors(device))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; for what is none, those of a usual one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _USUAL
 
 
 @functools.cache
@@ -160,17 +169,17 @@ def tuned(name: str) -> dict[str, GemvConfig]:
     return merged
 
 
-def heuristic(channels: int, sizes: Sequence[int], format: Format) -> GemvConfig:
-    """A configuration for a shape that was not measured: what most measured shapes came out at.
+def heuristic(channels: int, sizes: Sequence[int], format: Format, multiprocessors: int = _USUAL) -> GemvConfig:
+    """A configuration for a shape, or a GPU, that was not measured: what most measured shapes came out at.
 
     Tiles of 16 KB, so that many reads are under way, or smaller ones of fewer warps where weights are quantised; about
-    three programs of four warps for each of 100 to 150 multiprocessors; and no part of the list so short that starting
-    costs more than reading. Quantised rows are read sooner, so that adding up many parts would cost more than it saves.
+    three programs of four warps for each multiprocessor, or two; and no part of the list so short that starting costs
+    more than reading. Quantised rows are read sooner, so that adding up many parts would cost more than it saves.
     """
     rows, columns, warps = _TILES.get(format, (128, 64, 4))
     tiles = sum(-(-n // columns) for n in sizes)
-    programs, most = (1536, 16) if isinstance(format, torch.dtype) else (1024, 8)
-    splits = max(1, min(most, round(programs / warps / tiles), channels // 128))
+    each, most = (3, 16) if isinstance(format, torch.dtype) else (2, 8)
+    splits = max(1, min(most, round(each * multiprocessors / tiles), channels // 128))
     return GemvConfig(rows=rows, columns=columns, splits=splits, warps=warps)
 
 

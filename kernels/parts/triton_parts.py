@@ -40,14 +40,19 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def launch_options(tensor: Tensor) -> dict[str, Any]:
-    """Programmatic dependent launch where the device has it (Hopper and later).
+def launches_ahead(device: torch.device) -> bool:
+    """Whether the device has programmatic dependent launch (Hopper and later), and WAS_FX_NO_PDL=1 doesn't turn it off.
 
     The next kernel of the stream is launched while this one runs and waits in `begin`, so that its launch costs no
-    time of its own. WAS_FX_NO_PDL=1 turns it off.
+    time of its own.
     """
-    pdl = tensor.is_cuda and _capability(tensor.device.index or 0) >= (9, 0) and not os.environ.get("WAS_FX_NO_PDL")
-    return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
+    capable_of_it = device.type == "cuda" and _capability(device.index or 0) >= (9, 0)
+    return capable_of_it and not os.environ.get("WAS_FX_NO_PDL")
+
+
+def launch_options(tensor: Tensor) -> dict[str, Any]:
+    """How a kernel that reads `tensor` is launched."""
+    return {"PDL": True, "launch_pdl": True} if launches_ahead(tensor.device) else {"PDL": False}
 
 
 def slots(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -128,10 +133,13 @@ def of_sibling(g, p0, p1, p2, p3):
 
 
 @triton.jit
-def share_of_list(count_ptr, T, split, splits, SEGMENTS: tl.constexpr):
-    """Kept channels of each segment and up to its end, both [SEGMENTS], and the ranks first … last - 1 of a split."""
+def share_of_list(count_ptr, T, K, split, splits, SEGMENTS: tl.constexpr):
+    """Kept channels of each segment and up to its end, both [SEGMENTS], and the ranks first … last - 1 of a split.
+
+    Without a list (None) there is one segment, and every channel is kept.
+    """
     segments = tl.arange(0, SEGMENTS)
-    counts = tl.load(count_ptr + segments, mask=segments < T, other=0)
+    counts = segments + K if count_ptr is None else tl.load(count_ptr + segments, mask=segments < T, other=0)
     total = tl.sum(counts, axis=0)
     return counts, tl.cumsum(counts, axis=0), (total * split) // splits, (total * (split + 1)) // splits
 
@@ -153,16 +161,20 @@ def listed_channels(
     SEGMENTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The kept channels of the ranks row, …, row + ROWS - 1, as far as `last`, and x̃ there in fp32."""
+    """The kept channels of the ranks row, …, row + ROWS - 1, as far as `last`, and x̃ there in fp32; without a list
+    (None) the ranks themselves."""
     rank = row + tl.arange(0, ROWS)
     listed = rank < last
-    if SEGMENTS == 1:
-        place = rank
+    if index_ptr is None:
+        k = tl.where(listed, rank, 0)
     else:
-        before = ends[:, None] <= rank[None, :]
-        segment = tl.sum(before.to(tl.int32), axis=0)
-        place = segment * SEGMENT + rank - tl.sum(tl.where(before, counts[:, None], 0), axis=0)
-    k = tl.load(index_ptr + place, mask=listed, other=0)
+        if SEGMENTS == 1:
+            place = rank
+        else:
+            before = ends[:, None] <= rank[None, :]
+            segment = tl.sum(before.to(tl.int32), axis=0)
+            place = segment * SEGMENT + rank - tl.sum(tl.where(before, counts[:, None], 0), axis=0)
+        k = tl.load(index_ptr + place, mask=listed, other=0)
     if TOKENS == 1:
         x = tl.load(x_ptr + k, mask=listed, other=0.0).to(tl.float32)
     else:

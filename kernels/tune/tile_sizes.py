@@ -12,7 +12,7 @@ from torch import Tensor
 from was_fx.kernels.linear import gather_experts, gather_gemv, gather_quantized_gemv
 from was_fx.kernels.ops.compact import reference as compaction
 from was_fx.kernels.ops.compact_experts import compact_experts
-from was_fx.kernels.parts.gemv_config import ExpertsShape, Format, GemvConfig, LinearsShape, Shape
+from was_fx.kernels.parts.gemv_config import ExpertsShape, Format, GemvConfig, LinearsShape, Shape, multiprocessors
 from was_fx.kernels.quantized.rows import INT4
 from was_fx.kernels.tune.graph_timing import capture, microseconds
 
@@ -179,7 +179,7 @@ def tune_shape(shape: Shape, sparsities: Sequence[float] = SPARSITIES) -> tuple[
     All candidates are timed at the middle one, the best dozen of them at every one.
     """
     outputs = 0 if isinstance(shape, LinearsShape) and len(shape.sizes) > 1 else sum(shape.sizes)
-    configs = correct(shape, candidates(shape, torch.cuda.get_device_properties("cuda").multi_processor_count))
+    configs = correct(shape, candidates(shape, multiprocessors(torch.device("cuda"))))
 
     def reading(config: GemvConfig) -> float:
         return MICROSECONDS_PER_SPLIT * config.splits * outputs / 4096

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node, map_arg
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from was_fx.compat.graphs import is_higher_order, schema_of
 from was_fx.compat.tensors import storage_id
@@ -43,6 +44,19 @@ def without_casts(node: Any) -> Any:
     """The tensor that `node` is, but for its dtype."""
     while kind(node) in _CASTS and isinstance(value(node), torch.Tensor):
         if value(node.args[0]).device != value(node).device:
+            break
+        node = node.args[0]
+    return node
+
+
+def without_slices(node: Any) -> Any:
+    """The tensor that `node` is, past slices that leave nothing out: the last token of a decode step is all of it."""
+    while kind(node) == "getitem" and isinstance(value(node.args[0]), torch.Tensor):
+        items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        before, after = value(node.args[0]).shape, value(node).shape
+        if not all(isinstance(item, slice) for item in items) or len(before) != len(after):
+            break
+        if not all(statically_known_true(a == b) for a, b in zip(before, after, strict=True)):
             break
         node = node.args[0]
     return node

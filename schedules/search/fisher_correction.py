@@ -29,7 +29,7 @@ class FisherSettings:
         ValueError: for a number out of range.
     """
 
-    corrections: int = 0
+    corrections: int = 1
     steps: tuple[float, ...] = (0.125, 0.25, 0.5)
     most: float = 3.0
 

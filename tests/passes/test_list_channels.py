@@ -1,5 +1,7 @@
 """Sparse Linears of a decode step become a listing and a product with what is listed, or a product of a few tokens."""
 
+import operator
+
 import pytest
 import torch
 from torch import nn
@@ -91,6 +93,27 @@ def test_one_graph_serves_any_few_tokens_and_another_many(rewrite, shape):
         y = module(x)[1]
         torch.testing.assert_close(y, module.linear("linears.0", x), rtol=4e-3, atol=4e-3)
         assert (len(module.contexts), module.targets[masked_gemm_op]) == (graphs, products)
+
+
+class Sliced(nn.Module):
+    """A Linear that reads the last `keep` tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x, keep):
+        return self.head((2 * x)[:, slice(-keep, None), :])
+
+
+def test_slices_that_leave_nothing_out_are_passed_over(listed, rewrite):
+    module = listed(Sliced(), {"head": 0.5}, torch.randn(1, 1, 12), 1)
+    (listing,) = module.context.module.graph.find_nodes(op="call_function", target=compact_op)
+    assert listing.args[0].target is operator.mul
+    cut = rewrite(Sliced(), {"head": 0.5}, lists=True)
+    cut(torch.randn(1, 3, 12), 1)
+    (listing,) = cut.context.module.graph.find_nodes(op="call_function", target=compact_op)
+    assert listing.args[0].target is operator.getitem, "the last of three tokens is not all of them"
 
 
 def test_pass_can_be_left_out(rewrite):

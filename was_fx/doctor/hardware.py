@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from was_fx.kernels.cpu.library import KINDS, LIMIT, kind, origin
+from was_fx.kernels.parts.gemv_config import device_file, multiprocessors, tuned
 from was_fx.measure.machine import processor_name
 
 # As Linux calls them, for x86 and ARM.
@@ -50,6 +51,9 @@ class Gpu:
         memory: bytes.
         free: bytes that are free.
         capability: (major, minor).
+        multiprocessors: how many.
+        measured: products whose tile sizes were measured on such a GPU; those of others are by a rule.
+        ahead: whether kernels are launched before those before them have ended (programmatic dependent launch).
         triton: whether Triton is installed, which the kernels need.
         problem: what is wrong and what to do; "" if nothing is.
     """
@@ -59,6 +63,9 @@ class Gpu:
     memory: int
     free: int
     capability: tuple[int, int]
+    multiprocessors: int
+    measured: int
+    ahead: bool
     triton: bool
     problem: str
 
@@ -98,6 +105,29 @@ def gpus() -> list[Gpu]:
     found = []
     for index in range(torch.cuda.device_count()):
         free, memory = torch.cuda.mem_get_info(index)
-        capability = torch.cuda.get_device_capability(index)
-        found.append(Gpu(index, torch.cuda.get_device_name(index), memory, free, capability, triton, problem))
+        device = torch.device("cuda", index)
+        try:
+            measured = len(tuned(device_file(device)))
+        except ValueError as error:  # a damaged file of tile sizes
+            measured, problem = 0, problem or str(error)
+        found.append(
+            Gpu(
+                index=index,
+                name=torch.cuda.get_device_name(index),
+                memory=memory,
+                free=free,
+                capability=torch.cuda.get_device_capability(index),
+                multiprocessors=multiprocessors(device),
+                measured=measured,
+                ahead=triton and _launches_ahead(device),
+                triton=triton,
+                problem=problem,
+            )
+        )
     return found
+
+
+def _launches_ahead(device: torch.device) -> bool:
+    from was_fx.kernels.parts.triton_parts import launches_ahead  # imports triton
+
+    return launches_ahead(device)

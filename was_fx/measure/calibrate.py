@@ -20,6 +20,7 @@ from was_fx.modules.linears import (
 )
 from was_fx.modules.placement import refuse_sharded, whole_channel_norms
 from was_fx.modules.quantized_linear import weight_formats
+from was_fx.modules.token_rule import leading_tokens
 from was_fx.modules.tokens import Tokens, batches, number_of_sequences, placed
 from was_fx.modules.weights_read import noting_reads
 from was_fx.schedules.files.calibration import Calibration, CalibrationBuilder
@@ -195,7 +196,8 @@ def measure_thresholds(
         exponents: α by qualified name of the Linears to measure, which may include the head.
         tokens: LongTensor [n, seq] of token ids.
         norm: p of the channel norms.
-        schedule: what the model drops meanwhile, in all tokens: entries for all of these Linears; by default nothing.
+        schedule: what the model drops meanwhile, in all tokens but the first 1 % of each sequence, which are then not
+            measured either: entries for all of these Linears; by default nothing.
         signed: measure max(x_j, 0) for `ThresholdTable.signed`.
         batch_size: sequences per forward pass.
         progress: called with (sequences done, n).
@@ -216,7 +218,7 @@ def measure_thresholds(
     def record(name: str, x: Tensor) -> None:
         builder.add(name, x.clamp(min=0) if signed else x)
 
-    with dropping(linears, thresholds, look=record):
+    with dropping(linears, thresholds, first=0 if schedule is None else leading_tokens, look=record):
         count = run_text(model, tokens, batch_size, progress)
     return ThresholdTable(builder.build(text="", fingerprint={}, tokens=count), dict(exponents), norm, signed)
 

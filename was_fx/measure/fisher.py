@@ -2,6 +2,10 @@
 
     g_j² = mean over tokens of (∂L/∂x_j)²,   L = −log p(label), the label drawn from the model's own distribution
 
+The first 1 % of a sequence's tokens don't count: they don't drop channels, and what all others attend to by default has
+gradients unlike theirs. Of the others no token counts for more than ten times what 99 % of them do: one that all the
+rest attends to, or that a norm blows up, would else outweigh all.
+
 ∂L/∂x is what reaches the input of this Linear alone, (∂L/∂y) W, siblings apart. Then x_j² g_j² / 2 is the loss, to
 second order, that dropping x_j costs by itself.
 
@@ -22,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from was_fx.modules.linears import LinearModule, dropping, looking_at_inputs
 from was_fx.modules.placement import input_device
-from was_fx.modules.token_rule import dense_length
+from was_fx.modules.token_rule import leading_tokens
 from was_fx.modules.tokens import Tokens, batches, holds_more_than_text, number_of_sequences, placed
 from was_fx.schedules.blocks import find_blocks
 from was_fx.schedules.errors import ScheduleError
@@ -36,6 +40,8 @@ from was_fx.sparse.sparsify import prompts_treated
 
 # Sequences that are all used.
 _ALL = 8
+# Squared gradients are brought down to so many times what this share of a sequence's tokens have.
+_MOST, _OF = 10, 0.99
 
 
 def fisher_weights(
@@ -67,7 +73,9 @@ def fisher_weights(
     counts = dict.fromkeys(linears, 0)
 
     def add(name: str, grad: Tensor) -> None:
-        squares = grad.detach().float().square().reshape(-1, grad.shape[-1])
+        if leading := leading_tokens(grad):
+            grad = grad[:, leading:]
+        squares = _bounded(grad.detach().float().square()).flatten(0, -2)
         sums[name] = sums[name] + squares.sum(0) if name in sums else squares.sum(0)
         counts[name] += len(squares)
 
@@ -92,6 +100,14 @@ def fisher_weights(
             "Fisher weights cannot be measured", problems, "Measure in bf16 or fp32, or leave these Linears out."
         )
     return {name: (sums[name] / counts[name]).sqrt().cpu() for name in linears}
+
+
+def _bounded(squares: Tensor) -> Tensor:
+    """Squared gradients [..., tokens, K], each token's scaled so that their sum is at most ten times the 99th
+    percentile of its sequence's."""
+    sizes = squares.sum(-1, keepdim=True)
+    most = _MOST * sizes.quantile(_OF, dim=-2, keepdim=True, interpolation="lower")
+    return torch.where(sizes > most, squares * (most / sizes), squares)
 
 
 def _pool(sums: dict[str, Tensor], counts: dict[str, int]) -> None:
@@ -133,8 +149,7 @@ def dropped_costs(
 
     def drop(name: str, x: Tensor) -> Tensor:
         x = x if x.requires_grad else x.detach().requires_grad_()
-        first = dense_length(x.shape[1], "sparse") if x.dim() == 3 else 0
-        found: Tensor = _Drop.apply(x, thresholds[name], first, sums[name])
+        found: Tensor = _Drop.apply(x, thresholds[name], leading_tokens(x), sums[name])
         return found
 
     count = 0
@@ -192,7 +207,8 @@ def fisher_table(
     *,
     schedule: Schedule | None = None,
 ) -> Calibration:
-    """The quantiles of |x_j|·g_j of each Linear, dense or while the model drops what a schedule says.
+    """The quantiles of |x_j|·g_j of each Linear, dense or while the model drops what a schedule says, but for the first
+    1 % of each sequence's tokens.
 
     Args:
         model, linears: as for `fisher_weights`.
@@ -205,7 +221,7 @@ def fisher_table(
     thresholds = dict.fromkeys(linears)
     if schedule is not None:
         thresholds = {name: schedule.linears[name].channel_thresholds(weights[name].to(device)) for name in linears}
-    with dropping(linears, thresholds, look=builder.add):
+    with dropping(linears, thresholds, first=leading_tokens, look=builder.add):
         run()
     return builder.build(text="", fingerprint={})
 

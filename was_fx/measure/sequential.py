@@ -13,7 +13,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from was_fx.modules.linears import LinearModule, body_linears, dropping, experts_per_token, weight_bytes_per_token
+from was_fx.modules.linears import (
+    LinearModule,
+    body_linears,
+    dropping,
+    experts_per_token,
+    find_linears,
+    head_linears,
+    weight_bytes_per_token,
+)
 from was_fx.modules.tokens import check_tokens
 from was_fx.schedules.experts import groups, is_member
 from was_fx.schedules.files.linear_schedule import LinearSchedule
@@ -22,7 +30,9 @@ from was_fx.schedules.score import Score, channel_norms, channel_scale
 
 
 @torch.no_grad()
-def uniform_while_dropping(model: nn.Module, tokens: Tensor, target: float, score: Score | None = None) -> Schedule:
+def uniform_while_dropping(
+    model: nn.Module, tokens: Tensor, target: float, score: Score | None = None, head: float | None = None
+) -> Schedule:
     """The schedule in which every Linear drops a share `target` of its inputs, in the model that drops them.
 
     Args:
@@ -30,10 +40,11 @@ def uniform_while_dropping(model: nn.Module, tokens: Tensor, target: float, scor
         tokens: LongTensor [n, seq], n · seq · K values are sorted at a time.
         target: sparsity of every Linear, at least 0 and below 1.
         score: WAS's by default.
+        head: the share that the output head drops; by default it is not scheduled.
     """
     check_tokens(model, tokens)
     score = score or Score(1.0, 1)
-    linears = body_linears(model)
+    linears = body_linears(model) | ({} if head is None else head_linears(model))
     found: dict[str, LinearSchedule] = {}
     thresholds: dict[str, Tensor | None] = {}
 
@@ -42,9 +53,10 @@ def uniform_while_dropping(model: nn.Module, tokens: Tensor, target: float, scor
             return
         norms = channel_norms(linears[name].weight, score.norm)
         scores = (x.float().abs() * channel_scale(norms, score.exponent)).flatten()
-        rank = round(target * scores.numel())
+        share = head if linears[name].head and head is not None else target
+        rank = round(share * scores.numel())
         threshold = float(scores.kthvalue(rank).values) if rank else 0.0
-        found[name] = LinearSchedule(target, threshold, score.exponent)
+        found[name] = LinearSchedule(share, threshold, score.exponent)
         thresholds[name] = found[name].channel_thresholds(norms)
 
     with dropping(linears, thresholds, look=read):
@@ -94,7 +106,7 @@ def realised_sparsity(
     Raises:
         ValueError: `together` is given for a model with experts, which don't see all tokens.
     """
-    linears = {name: linear for name, linear in body_linears(model).items() if name in schedule.linears}
+    linears = {name: linear for name, linear in find_linears(model).items() if name in schedule.linears}
     shares: dict[str, Tensor] = {}
     seen: dict[str, float] = {}  # share of the tokens that a Linear or an expert got
 
@@ -109,7 +121,8 @@ def realised_sparsity(
         seen[name] = weak.shape[:-1].numel() / tokens.numel() if linears[name].expert is not None else 1.0
 
     takes = inspect.signature(type(model).forward).parameters
-    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # all logits of a long text may not fit
+    dense_head = not any(linear.head for linear in linears.values())
+    last = {"logits_to_keep": 1} if "logits_to_keep" in takes and dense_head else {}  # all of a long text may not fit
     with dropping(linears, thresholds_of(schedule, linears), dropped=note):
         model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False, **last)
     sizes = {name: seen[name] * math.prod(linears[name].shape) for name in shares}

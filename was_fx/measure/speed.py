@@ -96,6 +96,7 @@ def decode_speed(
     with_dense: bool = True,
     dense_mode: str = "reduce-overhead",
     weights: Weights | None = None,
+    head: float | None = None,
     seed: int = 0,
     lowering: ModelLowering | None = None,
     allow_other_model: bool = False,
@@ -127,6 +128,7 @@ def decode_speed(
         with_dense: time the dense model too; without it, `ratio` is None.
         dense_mode: the mode of torch.compile for the dense model's decode steps on a GPU.
         weights: formats of the sparse model's weights, as for `quantize`; the dense one keeps its own.
+        head: sparsity of the output head beside targets that are numbers; by default it stays dense.
         seed: of the random weights and tokens.
         lowering: of the sparse model, as for `sparsify`; "eager" compiles the dense one neither.
         allow_other_model: as for `sparsify`.
@@ -154,7 +156,8 @@ def decode_speed(
     if weights is not None:
         quantize(sparse, weights)
     schedules = [
-        each if isinstance(each, Schedule) else uniform_while_dropping(sparse, ids, each, score) for each in targets
+        each if isinstance(each, Schedule) else uniform_while_dropping(sparse, ids, each, score, head)
+        for each in targets
     ]
     subjects: list[Schedule | None] = [*([None] if with_dense else []), *schedules]
     with _compiled_dense(model, load, lowering, dense_mode) as dense_step:

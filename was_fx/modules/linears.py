@@ -206,6 +206,11 @@ def body_linears(model: nn.Module) -> dict[str, LinearModule]:
     return found
 
 
+def head_linears(model: nn.Module) -> dict[str, LinearModule]:
+    """The output head of a model by its qualified name; empty where none is a Linear."""
+    return {name: linear for name, linear in find_linears(model).items() if linear.head}
+
+
 def outside_decoder(model: nn.Module) -> tuple[list[str], float]:
     """Of a multimodal model: the Linears outside of its text decoder but for the head, and the share of all weight
     bytes that lies outside. They work on images or audio, once in a prompt; a decode step does not read them."""
@@ -343,7 +348,7 @@ def dropping(
     linears: Mapping[str, LinearModule],
     thresholds: Mapping[str, Tensor | None],
     *,
-    first: int = 0,
+    first: int | Callable[[Tensor], int] = 0,
     look: Callable[[str, Tensor], None] | None = None,
     dropped: Callable[[str, Tensor], None] | None = None,
 ) -> Iterator[None]:
@@ -352,20 +357,22 @@ def dropping(
     Args:
         linears: by qualified name.
         thresholds: t [K] fp32 by qualified name; None drops nothing.
-        first: leading tokens of each sequence that keep every channel.
-        look: called with the name and the whole input x [..., K] first.
+        first: leading tokens of each sequence that keep every channel, a number or a function of the input; inputs
+            [rows, K], as those of experts, have none.
+        look: called first, with the name and the input x [..., K] of the other tokens.
         dropped: called with the name and a mask [..., K] of what is dropped.
     """
 
     def zero(name: str, x: Tensor) -> Tensor | None:
+        leading = 0 if x.dim() < 3 else first(x) if callable(first) else first
         if look is not None:
-            look(name, x)
+            look(name, x[:, leading:] if leading else x)
         threshold = thresholds[name]
         if threshold is None:
             return None
         weak = x.abs() <= threshold
-        if first:
-            weak[..., :first, :] = False
+        if leading:
+            weak[:, :leading] = False
         if dropped is not None:
             dropped(name, weak)
         return x.masked_fill(weak, 0)

@@ -268,6 +268,16 @@ def dense_length(length: Any, prefill: str) -> Any:
     return length if prefill == "dense" else 0
 
 
+def leading_tokens(x: Tensor) -> int:
+    """How many tokens at the beginning of each sequence of x [n, seq, K] keep every channel while something is measured
+    on the others: as many as in a prompt whose other tokens are sparse, but not all. Rows [rows, K], as experts see
+    them, have none.
+
+    Models hang what they attend to by default on the first tokens. Those are in prompts, which are dense.
+    """
+    return min(int(dense_length(x.shape[1], "sparse")), x.shape[1] - 1) if x.dim() == 3 else 0
+
+
 def _past_length(cache: Any) -> Any:
     """Tokens in the cache, a number or a tensor of one."""
     if not _has_past(cache) or not hasattr(cache, "get_seq_length"):

@@ -2,7 +2,7 @@
 weights corrected by what channels cost there."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -12,6 +12,7 @@ from was_fx.measure.calibrate import run_text
 from was_fx.measure.fisher import dropped_costs, fisher_table
 from was_fx.modules.linears import find_linears
 from was_fx.schedules.experts import weights_read
+from was_fx.schedules.files.calibration import Calibration
 from was_fx.schedules.files.fisher_scores import FisherScores
 from was_fx.schedules.files.schedule import Schedule, ScheduleMetadata
 from was_fx.schedules.search.fisher import allocate, allocate_time, channel_costs, fisher_schedule, fisher_scores_of
@@ -34,7 +35,17 @@ def search_fisher(context: SearchContext, metadata: ScheduleMetadata) -> Schedul
     Raises:
         ScheduleError: the calibration has no Fisher weights.
     """
-    return _FisherSearch(context, metadata).run()
+    return _FisherSearch(context, metadata).run().schedule
+
+
+def corrected_calibration(context: SearchContext) -> Calibration:
+    """The context's calibration with Fisher weights corrected at its target; they serve other targets nearly as well.
+
+    Raises:
+        ScheduleError: the calibration has no Fisher weights.
+    """
+    point = _FisherSearch(context, ScheduleMetadata()).run()
+    return replace(context.calibration, fisher=point.scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +67,8 @@ class _FisherSearch:
         found = find_linears(context.model)
         self.linears = {name: found[name] for name in self.shapes}
 
-    def run(self) -> Schedule:
+    def run(self) -> _Point:
+        """At the context's target, after the recipe's corrections."""
         calibration, settings = self.context.calibration, self.context.recipe.fisher
         point = self._point(fisher_scores_of(calibration), calibration.levels)
         for done in range(_ROUNDS):
@@ -69,7 +81,7 @@ class _FisherSearch:
             if best is point:
                 break
             point = self._settled(best)
-        return point.schedule
+        return point
 
     def _point(self, scores: FisherScores, levels: Tensor) -> _Point:
         context = self.context

@@ -22,9 +22,11 @@ from was_fx.schedules.errors import ScheduleError
 from was_fx.schedules.files.calibration import Calibration
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.schedules.search.block_search import SearchProgress, SearchState
+from was_fx.schedules.search.fisher_correction import FisherSettings
 from was_fx.schedules.search.highest import highest_within
+from was_fx.schedules.search.recipes import find_recipe
 from was_fx.schedules.search.trial_log import TrialLog
-from was_fx.searching.schedule_search import search, tokens_digest
+from was_fx.searching.schedule_search import correct_fisher, search, tokens_digest
 from was_fx.sparse.quantize import quantize
 from was_fx.sparse.sparsify import densify, sparsify
 from was_fx.sparse.state import model_fingerprint, sparse_state
@@ -36,6 +38,8 @@ CURVE = (0.25, 0.4, 0.5)
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 # Of every so many sequences one is not for calibration, but for judging.
 _JUDGED = 3
+# The weights of the calibration have been corrected.
+_RECIPE = replace(find_recipe("fisher"), fisher=FisherSettings(corrections=0))
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,10 @@ def recommend(
 ) -> Recommendation:
     """Find the highest sparsity whose loss on held-out text is within a budget, by the recipe `fisher`.
 
-    The model is calibrated once, as it is. For each format of weights, a few sparsities between 0 and 0.9 are made from
-    that calibration, with thresholds measured while the model in that format drops channels, and judged. Of several
-    formats the one whose tokens take least time is recommended, or least bytes where time is not measured.
+    The model is calibrated once, as it is, and its Fisher weights are corrected once, where it drops half. For each
+    format of weights, a few sparsities between 0 and 0.9 are made from that calibration, with thresholds measured while
+    the model in that format drops channels, and judged. Of several formats the one whose tokens take least time is
+    recommended, or least bytes where time is not measured.
 
     Args:
         model: a dense causal LM; not changed. For each other format a copy is quantised.
@@ -168,6 +173,9 @@ def recommend(
         seed=seed,
         batch_size=batch_size,
         progress=lambda done, total: tell("calibrating", min(done, total - 1), total),
+    )
+    calibration = correct_fisher(
+        model, calibration, tokens=samples, seed=seed, batch_size=batch_size, progress=progress
     )
     dense = _Bench(model, _own(model), calibration, samples, judged, seed, batch_size, trials, tell)
     before = dense.losses(0.0)
@@ -238,7 +246,7 @@ class _Bench:
                 self._calibration,
                 tokens=self._samples,
                 target=target,
-                recipe="fisher",
+                recipe=_RECIPE,
                 seed=self._seed,
                 batch_size=self._batch_size,
                 text=self._calibration.text,

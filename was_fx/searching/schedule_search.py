@@ -27,7 +27,7 @@ from was_fx.schedules.search.trial_log import TrialLog
 from was_fx.searching import exact_allocation
 from was_fx.searching.block_allocation import BlockAllocation
 from was_fx.searching.block_level_search import history, search_blocks
-from was_fx.searching.fisher_allocation import search_fisher
+from was_fx.searching.fisher_allocation import corrected_calibration, search_fisher
 from was_fx.searching.search_context import SearchContext
 from was_fx.searching.search_trials import running
 from was_fx.sparse.state import model_fingerprint, sparse_state, warn_of_other_formats
@@ -138,6 +138,62 @@ def search(
     }
     context.log = TrialLog(log, settings, resume=resume)
     return _run(context, {key: settings[key] for key in ("trials", "batch", "cost", "tokens")} | {"text": text})
+
+
+def correct_fisher(
+    model: nn.Module,
+    calibration: Calibration,
+    *,
+    tokens: Tensor,
+    target: float = 0.5,
+    seed: int = 0,
+    batch_size: int = 1,
+    progress: SearchProgress | None = None,
+) -> Calibration:
+    """The calibration with Fisher weights corrected by what channels cost where the model drops them, at one target.
+
+    They serve `fisher` at other targets nearly as well as weights corrected there. The recipe `fisher` corrects by
+    itself.
+
+    Args:
+        model: the dense model that was calibrated, on its device and in its dtype.
+        calibration: with Fisher weights, of `calibrate(..., fisher=True)`.
+        tokens: LongTensor [n, seq], may be those that calibrated. Every fourth sequence, of eight or more, decides how
+            far the correction goes; the others give it.
+        target: the model sparsity, above 0 and below 1.
+        seed: of the sequences that decide.
+        batch_size: sequences per forward pass.
+        progress: called with a `SearchState` at every step.
+
+    Returns:
+        The same calibration with other Fisher weights, and thresholds for them.
+
+    Raises:
+        ScheduleError: the calibration is of another model, or has no Fisher weights; or losses are not finite.
+        ValueError: the model is sparsified, or an argument is out of range.
+    """
+    decides = torch.arange(len(tokens)) % 4 == 3
+    gives, judged = (tokens[~decides], tokens[decides]) if len(tokens) >= 8 else (tokens, tokens)
+    context = SearchContext(
+        model=model,
+        calibration=calibration,
+        recipe=find_recipe("fisher"),
+        target=target,
+        trials=0,
+        seed=seed,
+        tokens=judged,
+        samples=gives,
+        head=False,
+        latency=None,
+        start=None,
+        level_tables=None,
+        workers=None,
+        batch=1,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    _check(context)
+    return corrected_calibration(context)
 
 
 def _run(context: SearchContext, settings: Mapping[str, Any]) -> Schedule:

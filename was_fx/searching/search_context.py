@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from was_fx.measure.calibrate import measure_thresholds, recalibrate
-from was_fx.modules.linears import find_linears
+from was_fx.modules.linears import head_linears
 from was_fx.schedules.blocks import Block, find_blocks
 from was_fx.schedules.experts import group_shapes, groups, spread
 from was_fx.schedules.files.calibration import Calibration
@@ -60,7 +60,7 @@ class SearchContext:
         """(N, K) of the Linears to schedule; the experts of a parameter are one of them (`schedules/experts.py`)."""
         shapes = group_shapes(self.calibration.shapes, self.calibration.experts_per_token)
         if self.head:
-            shapes |= {name: linear.shape for name, linear in find_linears(self.model).items() if linear.head}
+            shapes |= {name: linear.shape for name, linear in head_linears(self.model).items()}
         return shapes
 
     @cached_property

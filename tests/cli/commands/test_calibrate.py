@@ -168,6 +168,29 @@ def test_images_of_a_folder_with_their_captions(was, tmp_path, llava, photos):
     assert outcome.code == 0, outcome.stderr
 
 
+def test_fisher_weights_are_corrected_on_request(was, tmp_path):
+    found = {}
+    size = ("--tokens", 4096, "--length", 256)
+    for name, more in {"plain": (), "corrected": ("--correct",)}.items():
+        out = tmp_path / f"{name}.safetensors"
+        outcome = was("calibrate", "embedded", "--fisher", *more, *size, "--out", out, "--json")
+        assert outcome.code == 0, outcome.stderr
+        assert outcome.json["corrected"] is bool(more)
+        found[name] = Calibration.load(out)
+    assert found["plain"].thresholds.keys() == found["corrected"].thresholds.keys()
+    weights = [each.fisher.weights for each in found.values()]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("more", "what"), [((), "found no --fisher"), (("--fisher", "--images", "x"), "found --images")]
+)
+def test_only_fisher_weights_of_a_text_are_corrected(was, tmp_path, more, what):
+    outcome = was("calibrate", "embedded", "--correct", *more, "--out", tmp_path / "c.safetensors")
+    assert (outcome.code, what in outcome.stderr) == (2, True)
+    assert not (tmp_path / "c.safetensors").exists()
+
+
 def test_images_of_json_lines_with_a_text(was, tmp_path, llava, photos, text):
     lines = [
         {"image": "photos/a.png", "prompt": "What is it?", "answer": "A thing."},

@@ -1,6 +1,7 @@
 """`was doctor`."""
 
 import io
+from dataclasses import replace
 
 import pytest
 
@@ -68,12 +69,16 @@ def test_gpus_and_failures_are_drawn():
     from was_fx.doctor.hardware import Gpu, Processor
     from was_fx.doctor.self_test import SelfTest
 
-    gpu = Gpu(0, "NVIDIA [bold]H100[/]", 80 << 30, 40 << 30, (9, 0), False, "triton is not installed")
+    gpu = Gpu(0, "NVIDIA [bold]H100[/]", 80 << 30, 40 << 30, (9, 0), 132, 9, True, False, "triton is not installed")
+    other = replace(gpu, index=1, name="NVIDIA L40S", multiprocessors=142, measured=0, ahead=False)
     failed = SelfTest("bf16", "bf16", 1, (512, 512), "gpu_gather", None, 1e-2, None, "no kernel image")
     cpu = Processor("some CPU", (), 4, 4, "", "", "no compiler")
     console = PlainConsole(io.StringIO(), width=80)
-    screens.show(console, Diagnosis("cuda:0", (), cpu, (gpu,), (), (), (failed,)))
+    screens.show(console, Diagnosis("cuda:0", (), cpu, (gpu, other), (), (), (failed,)))
     screens.verdict(console, ["triton is not installed"])
     drawn = console.file.getvalue()
     for each in ("NVIDIA [bold]H100[/]", "40.0 of 80.0 GiB free", "no Triton", "FAILED", "Problem: triton is not"):
         assert each in " ".join(drawn.split())
+    told = [" ".join(line.split()) for line in drawn.splitlines()]
+    assert any(line.startswith("measured tile sizes of 9 products") for line in told)
+    assert any(line.startswith("not measured tile sizes by a rule for 142") for line in told)

@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import was_fx
+from was_fx.modules.quantized_embedding import embedding_formats
 from was_fx.modules.quantized_linear import quantized_linears, weight_formats
 
 
@@ -60,6 +61,20 @@ def test_the_table_fits_eighty_columns_and_says_what_to_do_next(was, other_model
     assert [line[:2] for line in lines if line and line[0].startswith("int")] == [["int4-32", "13"], ["int8", "2"]]
     assert f"was calibrate {out} --text" in outcome.stdout
     assert "lm_head" not in formats(out)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_tied_embeddings_follow_the_head_and_that_is_said(was, other_model, tmp_path, tied):
+    config = LlamaConfig.from_pretrained(other_model, tie_word_embeddings=tied)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    for tokenizer in other_model.glob("tokenizer*"):
+        shutil.copy(tokenizer, tmp_path / "model")
+    outcome = was("quantize", tmp_path / "model", "--weights", "lm_head=int8", "--out", tmp_path / "q")
+    assert outcome.code == 0, outcome.stderr
+    assert ("The input embeddings are tied to the head, and read its codes" in outcome.stdout) == tied
+    assert formats(tmp_path / "q") == {"lm_head": "int8"}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    assert embedding_formats(again) == ({"model.embed_tokens": "tied"} if tied else {})
 
 
 def test_patterns_come_before_what_is_for_all_others(was, other_model, tmp_path):

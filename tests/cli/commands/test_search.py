@@ -35,7 +35,7 @@ def test_writes_a_schedule_that_meets_the_target(was, other_model, tmp_path):
 
 def test_fisher_corrects_its_weights_as_often_as_asked(was, other_model, tmp_path):
     spent = {}
-    for name, more in {"none": (), "once": ("--corrections", 1), "twice": ("--corrections", 2)}.items():
+    for name, more in {"none": ("--corrections", 0), "once": (), "twice": ("--corrections", 2)}.items():
         out = tmp_path / f"{name}.was.safetensors"
         outcome = was(*arguments(other_model, out, "--recipe", "fisher", *more))
         assert outcome.code == 0, outcome.stderr

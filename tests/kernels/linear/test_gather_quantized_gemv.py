@@ -156,6 +156,20 @@ def test_kept_nonfinite_input_spoils_its_own_token_only(make_case, device, group
 
 
 @FORMATS
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("k", [1, 150])
+def test_without_a_list_every_channel_of_one_token_is_kept(make_case, error, device, dtype, group, k, splits):
+    case = make_case((1, k), (128, 256), dtype)
+    case.thresholds = [torch.full((k,), -1.0) for _ in case.thresholds]
+    rows = quantize(case, group)
+    x, _, _, *stored, _ = arguments(case.x, rows, case.thresholds, device)
+    partial = gather_quantized_gemv.gather_quantized_gemv(x, None, None, *stored, [], splits, SMALL)
+    assert torch.equal(partial.sum(0).cpu(), run(case, rows, device, splits))
+    reference = gather_quantized_gemv.reference(x, None, None, *stored, [], splits)
+    assert error(reference.sum(0).cpu(), exact(case, rows)) < rounding(case.x, rows, device)
+
+
+@FORMATS
 def test_weights_of_dropped_channels_are_not_read(make_case, device, group):
     case = make_case((1, 40), (128,))
     dropped = case.x[0].abs() <= case.thresholds[0]

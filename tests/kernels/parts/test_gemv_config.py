@@ -76,10 +76,22 @@ def test_bad_file_is_named_with_what_to_do(folders, text):
 @pytest.mark.parametrize("channels", [1, 127, 4096, 14336])
 @pytest.mark.parametrize("sizes", [(1,), (4096, 1024, 1024), (14336, 14336), (151936,)])
 @pytest.mark.parametrize("format", [torch.float32, torch.bfloat16, "int8", "int4"], ids=str)
-def test_rule_serves_every_shape(channels, sizes, format):
-    config = heuristic(channels, sizes, format)
+@pytest.mark.parametrize("multiprocessors", [16, 108, 142])
+def test_rule_serves_every_shape(channels, sizes, format, multiprocessors):
+    config = heuristic(channels, sizes, format, multiprocessors)
     assert 1 <= config.splits <= 16
     assert config.splits == 1 or channels // config.splits >= 128
+
+
+@pytest.mark.parametrize(("format", "each"), [(torch.bfloat16, 3), ("int8", 2), ("int4", 2)], ids=str)
+def test_rule_gives_each_multiprocessor_a_few_programs(format, each):
+    for multiprocessors in (20, 58, 108, 128, 142):
+        for channels, outputs in ((4096, 4096), (14336, 4096), (4096, 14336)):
+            config = heuristic(channels, [outputs], format, multiprocessors)
+            tiles = outputs // config.columns
+            unlimited = 1 < config.splits < (16 if each == 3 else 8)
+            programs = tiles * config.splits
+            assert not unlimited or abs(programs - each * multiprocessors) <= tiles / 2
 
 
 def test_key_and_file_name_are_readable(monkeypatch):

@@ -6,7 +6,7 @@ import torch
 import was_fx
 from was_fx.measure.realised import counting
 from was_fx.measure.sequential import realised_sparsity, thresholds_of, uniform_while_dropping
-from was_fx.modules.linears import body_linears, dropping, weight_bytes_per_token
+from was_fx.modules.linears import body_linears, dropping, head_linears, weight_bytes_per_token
 from was_fx.schedules.score import Score
 
 
@@ -22,8 +22,11 @@ def test_every_linear_drops_its_share_of_that_text(llama, tokens, target):
     assert read == pytest.approx(everything - realised * body, abs=1)
 
 
-def test_realised_is_what_the_sparse_model_counts(llama, tokens):
-    schedule = uniform_while_dropping(llama, tokens, 0.5, Score(0.0, 1))
+@pytest.mark.parametrize("head", [None, 0.25])
+def test_realised_is_what_the_sparse_model_counts(llama, tokens, head):
+    schedule = uniform_while_dropping(llama, tokens, 0.5, Score(0.0, 1), head)
+    assert schedule.linears.keys() - set(body_linears(llama)) == (set() if head is None else {"lm_head"})
+    assert {schedule.linears[name].sparsity for name in head_linears(llama) if name in schedule.linears} <= {head}
     expected, read = realised_sparsity(llama, schedule, tokens)
     everything = weight_bytes_per_token(llama)
     was_fx.sparsify(llama, schedule, prefill="all")

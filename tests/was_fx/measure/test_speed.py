@@ -60,6 +60,16 @@ def test_schedules_take_the_place_of_targets_and_a_text_that_of_random_tokens(ti
     assert len(decode_speed(model, [other], allow_other_model=True, **settings)) == 2
 
 
+def test_the_head_has_a_format_and_a_sparsity_of_its_own(tiny):
+    settings = {"tokens": 2, "prompt": 4, "repetitions": 1, "with_dense": False, "lowering": "eager"}
+    heads = [{}, {"weights": {"lm_head": "int8"}}, {"head": 0.5}, {"weights": {"lm_head": "int8"}, "head": 0.5}]
+    plain, int8, sparse, both = (decode_speed(tiny, [0.5], **settings, **head)[0].bytes_per_token for head in heads)
+    weight = tiny.vocab_size * tiny.hidden_size
+    assert plain - int8 == pytest.approx(weight - 4 * tiny.vocab_size, abs=200)
+    assert plain - sparse == pytest.approx(weight, rel=0.25)
+    assert int8 - both == pytest.approx(weight / 2, rel=0.25)
+
+
 def test_without_the_dense_model_there_is_no_ratio(tiny):
     (row,) = decode_speed(tiny, [0.5], tokens=2, prompt=4, repetitions=1, with_dense=False)
     assert row.target == 0.5
