@@ -3,8 +3,9 @@
     g_j² = mean over tokens of (∂L/∂x_j)²,   L = −log p(label), the label drawn from the model's own distribution
 
 The first 1 % of a sequence's tokens don't count: they don't drop channels, and what all others attend to by default has
-gradients unlike theirs. Of the others no token counts for more than ten times what 99 % of them do: one that all the
-rest attends to, or that a norm blows up, would else outweigh all.
+gradients unlike theirs. Of the others no token counts for more than ten times what 99 % of them do, and no sequence for
+more than twice what half of them do: one token that all the rest attends to, or that a norm blows up, would else
+outweigh all, and so would one sequence.
 
 ∂L/∂x is what reaches the input of this Linear alone, (∂L/∂y) W, siblings apart. Then x_j² g_j² / 2 is the loss, to
 second order, that dropping x_j costs by itself.
@@ -15,7 +16,7 @@ model. Its gradient passes a dropped channel as if it were kept: it then says wh
 give, also through thresholds that it would have crossed.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -40,8 +41,10 @@ from was_fx.sparse.sparsify import prompts_treated
 
 # Sequences that are all used.
 _ALL = 8
-# Squared gradients are brought down to so many times what this share of a sequence's tokens have.
+# Squared gradients are brought down to so many times what this share of a sequence's tokens have,
 _MOST, _OF = 10, 0.99
+# and a sequence's to so many times what half of these sequences have, which are kept till then.
+_MOST_OF_HALF, _SEQUENCES = 2, 32
 
 
 def fisher_weights(
@@ -69,15 +72,12 @@ def fisher_weights(
     Raises:
         ScheduleError: logits or gradients that are not finite.
     """
-    sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(linears, 0)
+    sums = {name: _Sum() for name in linears}
 
     def add(name: str, grad: Tensor) -> None:
         if leading := leading_tokens(grad):
             grad = grad[:, leading:]
-        squares = _bounded(grad.detach().float().square()).flatten(0, -2)
-        sums[name] = sums[name] + squares.sum(0) if name in sums else squares.sum(0)
-        counts[name] += len(squares)
+        sums[name].add(_bounded(grad.detach().float().square()))
 
     def watch(name: str, x: Tensor) -> Tensor:
         # One for each Linear, so that siblings don't share a gradient; where nothing before it has one, it starts.
@@ -92,14 +92,16 @@ def fisher_weights(
             logits = _finite(model(**placed(model, batch), use_cache=False).logits)
             logits.backward(_gradient(logits.detach(), generator))
             report(progress, done, total)
-    _pool(sums, counts)
-    problems = [f"{name} has no gradient" for name in linears if name not in sums]
-    problems += [f"{name}: gradients are NaN or infinite" for name, each in sums.items() if not each.isfinite().all()]
+    found = {name: (each.total(), each.tokens) for name, each in sums.items() if each.tokens}
+    _pool(found, linears)
+    problems = [f"{name} has no gradient" for name in linears if name not in found]
+    infinite = [name for name, (total, _) in found.items() if not total.isfinite().all()]
+    problems += [f"{name}: gradients are NaN or infinite" for name in infinite]
     if problems:
         raise ScheduleError(
             "Fisher weights cannot be measured", problems, "Measure in bf16 or fp32, or leave these Linears out."
         )
-    return {name: (sums[name] / counts[name]).sqrt().cpu() for name in linears}
+    return {name: (total / tokens).sqrt().cpu() for name, (total, tokens) in found.items()}
 
 
 def _bounded(squares: Tensor) -> Tensor:
@@ -110,16 +112,56 @@ def _bounded(squares: Tensor) -> Tensor:
     return torch.where(sizes > most, squares * (most / sizes), squares)
 
 
-def _pool(sums: dict[str, Tensor], counts: dict[str, int]) -> None:
+class _Sum:
+    """Squared gradients of a Linear's tokens, added up.
+
+    Attributes:
+        tokens: how many.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._total: Tensor | float = 0.0
+        self._means: list[Tensor] = []  # of sequences that are not added yet, [K] each
+        self._lengths: list[int] = []
+
+    def add(self, squares: Tensor) -> None:
+        """Those of sequences [..., tokens, K], or of rows [rows, K] that belong to no one sequence, as experts see."""
+        self.tokens += squares[..., 0].numel()
+        if squares.dim() == 2:
+            self._total = self._total + squares.sum(0)
+            return
+        self._means += squares.flatten(0, -3).mean(1)
+        self._lengths += [squares.shape[-2]] * (len(self._means) - len(self._lengths))
+        if len(self._means) >= _SEQUENCES:
+            self._settle()
+
+    def total(self) -> Tensor:
+        """The sum [K] over all tokens."""
+        if self._means:
+            self._settle()
+        return torch.as_tensor(self._total)
+
+    def _settle(self) -> None:
+        """Add the sequences that wait, none with more than twice the median of their squared gradients per token."""
+        means = torch.stack(self._means)
+        sizes = means.sum(-1, keepdim=True)
+        most = _MOST_OF_HALF * sizes.median(0).values
+        means = torch.where(sizes > most, means * (most / sizes), means)
+        self._total = self._total + torch.tensor(self._lengths, device=means.device, dtype=means.dtype) @ means
+        self._means, self._lengths = [], []
+
+
+def _pool(sums: dict[str, tuple[Tensor, int]], names: Iterable[str]) -> None:
     """Give the experts that have seen too few tokens the weights of all of their group together."""
-    for names in groups(counts).values():
-        seen = [name for name in names if name in sums]
-        if not is_member(names[0]) or not seen:
+    for group in groups(names).values():
+        seen = [sums[name] for name in group if name in sums]
+        if not is_member(group[0]) or not seen:
             continue
-        few = [name for name in names if counts[name] < FEW_TOKENS]
-        whole, count = torch.stack([sums[name] for name in seen]).sum(0), sum(counts[name] for name in seen)
-        for name in few:
-            sums[name], counts[name] = whole, count
+        whole = torch.stack([total for total, _ in seen]).sum(0), sum(tokens for _, tokens in seen)
+        for name in group:
+            if name not in sums or sums[name][1] < FEW_TOKENS:
+                sums[name] = whole
 
 
 def dropped_costs(

@@ -15,7 +15,7 @@ from was_fx.searching.divergence import DivergenceMeter
 
 def by_hand(model, tokens, names, seed):
     """g of each Linear: ∂L/∂y by autograd of the plain model, multiplied by its weight, labels drawn alike; of 64
-    tokens without the first, and no token larger than ten times 99 % of them."""
+    tokens without the first, no token larger than ten times 99 % of them, and no sequence than twice half of them."""
     model = copy.deepcopy(model)
     outputs = {}
     for name in names:
@@ -38,7 +38,11 @@ def by_hand(model, tokens, names, seed):
             sizes = row.sum(-1)
             most = 10 * torch.tensor(np.quantile(sizes.numpy(), 0.99, method="lower"))
             row[sizes > most] *= (most / sizes[sizes > most])[:, None]
-        found[name] = squares.flatten(0, 1).mean(0).sqrt()
+        means = squares.mean(1)
+        sizes = means.sum(-1)
+        most = 2 * sizes.sort().values[(len(sizes) - 1) // 2]
+        means[sizes > most] *= (most / sizes[sizes > most])[:, None]
+        found[name] = means.mean(0).sqrt()
     return found
 
 
@@ -66,6 +70,34 @@ def test_one_token_does_not_outweigh_all_others(llama, tokens, token):
     name = "model.layers.1.self_attn.o_proj"
     assert found[name].norm() < 1.5 * plain[name].norm()
     assert not torch.equal(found[name], plain[name])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_one_sequence_does_not_outweigh_all_others(llama, tokens, batch_size):
+    linears = body_linears(llama)
+    plain = fisher_weights(llama, linears, tokens, seed=3, batch_size=batch_size)
+    loudness = torch.tensor([1.0, 100.0, 1.0, 1.0]).split(batch_size)
+    batch = iter(loudness)
+
+    def louder(_module, gradients, _outputs):
+        scale = next(batch)[:, None, None]
+        return tuple(each * scale for each in gradients)
+
+    handle = llama.model.layers[1].post_attention_layernorm.register_full_backward_hook(louder)
+    found = fisher_weights(llama, linears, tokens, seed=3, batch_size=batch_size)
+    handle.remove()
+    name = "model.layers.1.self_attn.o_proj"
+    assert found[name].norm() < 1.25 * plain[name].norm()
+    assert not torch.equal(found[name], plain[name])
+
+
+def test_sequences_are_added_as_they_come(llama, tokens, monkeypatch):
+    linears = body_linears(llama)
+    whole = fisher_weights(llama, linears, tokens, seed=3)
+    monkeypatch.setattr("was_fx.measure.fisher._SEQUENCES", 1)
+    alone = fisher_weights(llama, linears, tokens, seed=3)
+    for name, weights in alone.items():
+        torch.testing.assert_close(weights.square().sum(), whole[name].square().sum(), rtol=0.5, atol=0)
 
 
 def test_the_gradient_is_that_of_the_drawn_labels_loss():
