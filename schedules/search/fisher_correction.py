@@ -40,7 +40,7 @@ class FisherSettings:
         if self.corrections < 0:
             raise ValueError(f"fisher needs at least no correction, found {self.corrections}")
         if not 0 <= self.at < 1:
-            raise ValueError(f"fisher corrects at a sparsity from 0 to below 1, found {self.at}")
+            raise ValueError(f"fisher needs a sparsity from 0 to below 1 to correct at, found {self.at}")
         if not (self.steps and all(0 < step <= 1 for step in self.steps) and self.most > 1):
             raise ValueError(
                 f"fisher needs steps above 0 and at most 1, and most above 1, found {self.steps} and {self.most}"
