@@ -9,8 +9,8 @@ a number each, then one of the names; the answer is its number. "steps": additio
 greedily, token by token through the decode steps, prompts dense. A mean of losses hardly shows what they show: every
 token of an answer must be right, and each is read by those after it.
 
-Schedules are uniform, or by `--recipe fisher` with weights corrected once. Thresholds are measured while the model drops
-channels, on windows of the text. One JSON line per sparsity and then a table.
+Schedules are uniform, or by `--recipe fisher` with weights corrected once. Thresholds are measured while the model
+drops channels, on windows of the text. One JSON line per sparsity and then a table.
 """
 
 import argparse
