@@ -34,7 +34,6 @@ MAX_TOKENS = 16
 # What tensor cores multiply at full speed.
 DTYPES = (torch.bfloat16, torch.float16)
 
-
 # Measured on an H200, Llama-3-8B shapes, 2 to 8 tokens.
 _ROWS, _COLUMNS = 32, 128
 
