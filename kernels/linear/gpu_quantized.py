@@ -1,4 +1,4 @@
-"""A Linear with quantised weights on a GPU, all steps in one call, as `gpu_gather` does with plain ones."""
+"""A Linear with quantised weights on a GPU, all steps in one call, as `gpu_linear` does with plain ones."""
 
 from collections.abc import Sequence
 
