@@ -1,6 +1,7 @@
 """Sparse Linears of one token or a few on a GPU, all steps in one call, for graphs that were not split further."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def gathered(
 
     See `sparse_linear.reference` for the meaning.
     """
-    return _in_groups(_gathered, x, weights, biases, thresholds)
+    return in_groups(_gathered, x, weights, biases, thresholds)
 
 
 def masked(
@@ -29,7 +30,7 @@ def masked(
 
     See `sparse_linear.reference` for the meaning.
     """
-    return _in_groups(_masked, x, weights, biases, thresholds)
+    return in_groups(_masked, x, weights, biases, thresholds)
 
 
 def _gathered(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor], sizes: list[int]) -> Tensor:
@@ -41,19 +42,32 @@ def _masked(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor], 
     return masked_gemm(x, weights, thresholds, masked_gemm_config(x.shape[-1], sizes).splits)
 
 
-def _in_groups(
-    product: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], list[int]], Tensor],
+def in_groups(
+    product: Callable[[Tensor, Sequence[Any], Sequence[Any], list[int]], Tensor],
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Any],
     biases: Sequence[Tensor | None],
-    thresholds: Sequence[Tensor],
+    thresholds: Sequence[Any],
 ) -> Tensor:
-    """The outputs of Linears, one after the other, by a product of as many as a launch takes, which gives its parts."""
+    """The outputs of Linears, one after the other, by a product of as many as a launch takes.
+
+    Args:
+        product: of x, weights, thresholds and the weights' numbers of outputs N_g; gives its parts [S, ..., ΣN_g] fp32.
+        x: [..., K].
+        weights: of shape [N, K] each.
+        biases: [N] each, or None.
+        thresholds: one for each weight.
+
+    Returns:
+        [..., ΣN] of x's dtype.
+    """
     outputs = []
     for first in range(0, len(weights), MAX_SIBLINGS):
         chosen = slice(first, first + MAX_SIBLINGS)
         sizes = [weight.shape[0] for weight in weights[chosen]]
-        total = product(x, weights[chosen], thresholds[chosen], sizes).sum(0)
+        partial = product(x, weights[chosen], thresholds[chosen], sizes)
+        total = partial[0] if len(partial) == 1 else partial.sum(0)
         for part, bias in zip(total.split(sizes, dim=-1), biases[chosen], strict=True):
             outputs.append((part if bias is None else part + bias.float()).to(x.dtype))
-    return torch.cat(outputs, dim=-1).reshape(*x.shape[:-1], -1)
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return y.reshape(*x.shape[:-1], -1)
