@@ -133,8 +133,9 @@ class _Sum:
         if squares.dim() == 2:
             self._total = self._total + squares.sum(0)
             return
-        self._means += squares.flatten(0, -3).mean(1)
-        self._lengths += [squares.shape[-2]] * (len(self._means) - len(self._lengths))
+        sequences = squares.flatten(0, -3)
+        self._means += sequences.mean(1)
+        self._lengths += [sequences.shape[1]] * len(sequences)
         if len(self._means) >= _SEQUENCES:
             self._settle()
 
@@ -335,10 +336,10 @@ def _blocks_run_again(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -
         yield
 
 
-def _run_block(forward: Callable[..., Any], width: int, x: Any = None, *arguments: Any, **keywords: Any) -> Any:
-    """A block's forward; run again for its backward pass, unless so little is to keep of x [..., channels]: in all
-    blocks about twice the inputs of their Linears, `width` channels a token."""
+def _run_block(forward: Callable[..., Any], width: int, *arguments: Any, **keywords: Any) -> Any:
+    """A block's forward; run again for its backward pass, unless so little is to keep of its first argument
+    [..., channels]: in all blocks about twice the inputs of their Linears, `width` channels a token."""
+    x = arguments[0] if arguments else None
     if isinstance(x, Tensor) and 2 * width * x.shape[:-1].numel() * x.element_size() <= _KEPT:
-        return forward(x, *arguments, **keywords)
-    given = () if x is None else (x,)
-    return checkpoint(forward, *given, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
+        return forward(*arguments, **keywords)
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
