@@ -312,9 +312,13 @@ CHECKS: dict[str, Callable[[Captured], object]] = {
     "_inductor": lambda _: (
         "max_autotune" in dynamo.inductor_options() and dynamo.mode_options("max-autotune-no-cudagraphs"),
         torch._inductor.compile_fx.compile_fx,
+        torch._inductor.lowering.lowerings,
+        torch._inductor.lowering.make_fallback,
+        torch._inductor.lowering.tag_to_layout_constraint,
         Path(dynamo.inductor_cache()).is_absolute(),
     ),
     "_local_tensor": lambda _: "_local_tensor" in dtensor().__slots__,
+    "_library": lambda _: torch._library.utils.get_layout_constraint_tag,
     "_ops": lambda _: (
         graphs.is_higher_order(torch.ops.higher_order.cond) and graphs.schema_of(torch.ops.aten.add_).is_mutable
     ),
