@@ -29,32 +29,50 @@ def _key(x):
 
 
 @triton.jit
+def choose(
+    x_ptr,  # [E]
+    x,  # [ENTRIES]: the same numbers
+    values,  # [ENTRIES]: what is stored of each
+    value_ptr,  # [k]
+    index_ptr,  # [k] int64
+    E,
+    k,
+    ENTRIES: tl.constexpr,  # E as a power of two
+    AT_ONCE: tl.constexpr,
+):
+    """Store the values and the columns of the k largest of x."""
+    entries = tl.arange(0, ENTRIES)
+    own = _key(x.to(tl.float32))
+    place = tl.zeros([ENTRIES], tl.int32)
+    for first in tl.static_range(0, ENTRIES, AT_ONCE):
+        others = first + tl.arange(0, AT_ONCE)
+        other = _key(tl.load(x_ptr + others, mask=others < E, other=0.0).to(tl.float32))
+        before = (other[None, :] > own[:, None]) | (
+            (other[None, :] == own[:, None]) & (others[None, :] < entries[:, None])
+        )
+        place += tl.sum((before & (others < E)[None, :]).to(tl.int32), axis=1)
+    chosen = (entries < E) & (place < k)
+    tl.store(value_ptr + place, values, mask=chosen)
+    tl.store(index_ptr + place, entries.to(tl.int64), mask=chosen)
+
+
+@triton.jit
 def _few_topk(
     x_ptr,  # [R, E]
     value_ptr,  # [R, k]
     index_ptr,  # [R, k] int64
     E,
     k,
-    ENTRIES: tl.constexpr,  # E as a power of two
+    ENTRIES: tl.constexpr,
     AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
     row = tl.program_id(0)
     entries = tl.arange(0, ENTRIES)
-    x = tl.load(x_ptr + row * E + entries, mask=entries < E, other=0.0)
-    own = _key(x.to(tl.float32))
-    place = tl.zeros([ENTRIES], tl.int32)
-    for first in tl.static_range(0, ENTRIES, AT_ONCE):
-        others = first + tl.arange(0, AT_ONCE)
-        other = _key(tl.load(x_ptr + row * E + others, mask=others < E, other=0.0).to(tl.float32))
-        before = (other[None, :] > own[:, None]) | (
-            (other[None, :] == own[:, None]) & (others[None, :] < entries[:, None])
-        )
-        place += tl.sum((before & (others < E)[None, :]).to(tl.int32), axis=1)
-    chosen = (entries < E) & (place < k)
-    tl.store(value_ptr + row * k + place, x, mask=chosen)
-    tl.store(index_ptr + row * k + place, entries.to(tl.int64), mask=chosen)
+    x_ptr += row * E
+    x = tl.load(x_ptr + entries, mask=entries < E, other=0.0)
+    choose(x_ptr, x, x, value_ptr + row * k, index_ptr + row * k, E, k, ENTRIES, AT_ONCE)
 
 
 def fits(x: Tensor, k: int) -> bool:
@@ -66,6 +84,12 @@ def fits(x: Tensor, k: int) -> bool:
 def supports(x: Tensor, k: int) -> bool:
     """Whether the kernel takes the k largest of the rows of x [..., E]."""
     return serves(x) and fits(x, k)
+
+
+def entry_blocks(entries: int) -> dict[str, int]:
+    """The sizes of blocks that `choose` compares, for rows of so many entries."""
+    padded = triton.next_power_of_2(entries)
+    return {"ENTRIES": padded, "AT_ONCE": min(_AT_ONCE, padded)}
 
 
 def reference(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -87,16 +111,15 @@ def few_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if not supports(x, k):
         return reference(x, k)
     values, index = fake(x, k)
-    entries = triton.next_power_of_2(x.shape[-1])
+    blocks = entry_blocks(x.shape[-1])
     _few_topk[(x.numel() // x.shape[-1],)](
         x.contiguous(),
         values,
         index,
         x.shape[-1],
         k,
-        ENTRIES=entries,
-        AT_ONCE=min(_AT_ONCE, entries),
-        num_warps=4 if entries <= 256 else 8,
+        **blocks,
+        num_warps=4 if blocks["ENTRIES"] <= 256 else 8,
         **launch_options(x),
     )
     return values, index
