@@ -125,8 +125,8 @@ def test_what_the_kernel_does_not_take_is_torchs(device):
         (x, weight, bias.half(), 3),
         (x.expand(8, 2, 16), weight, bias, 3),
         (x, weight, bias, 13),
-        router((1,), MAX_ENTRIES + 1, 2) + (1,),
-        router((1,), 2, MAX_CHANNELS + 1) + (1,),
+        (*router((1,), MAX_ENTRIES + 1, 2), 1),
+        (*router((1,), 2, MAX_CHANNELS + 1), 1),
     ]
     assert not any(fits(*each) for each in others)
     for found, expected in zip(route(*others[0], True), reference(*others[0], True), strict=True):
