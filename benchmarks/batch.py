@@ -7,12 +7,12 @@
     python benchmarks/batch.py --device cpu --lowering eager --shape llama-3.2-1b --blocks 1 --vocabulary 512
 
 Each token drops its own channels. "Weights read" is what some token of a step keeps, and GB/s goes by it: the GPU's
-kernels for quantised weights read that, of at most eight tokens; the dense product, which several tokens of plain
-weights take there, reads everything. "Together" are steps in which one sequence reads several tokens at once, as the
-verifier of a draft's guesses does. A sparsified model takes such a step for a prompt, which is dense by default: here
-its steps run with prefill="all", and only its prompts are dense. Both models' steps read a static cache, compiled and
-replayed as CUDA graphs, the dense ones as transformers does it, in turns in one process; each sequence has a prompt of
-random tokens of its own. Prints one JSON line per row and then a table.
+kernels for quantised weights read that, of at most eight tokens; with plain weights several tokens read everything
+there. "Together" are steps in which one sequence reads several tokens at once, as the verifier of a draft's guesses
+does. A sparsified model takes such a step for a prompt, which is dense by default: here its steps run with
+prefill="all", and only its prompts are dense. Both models' steps read a static cache, compiled and replayed as CUDA
+graphs, the dense ones as transformers does it, in turns in one process; each sequence has a prompt of random tokens of
+its own. Prints one JSON line per row and then a table.
 """
 
 import argparse

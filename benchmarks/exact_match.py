@@ -9,8 +9,8 @@ a number each, then one of the names; the answer is its number. "steps": additio
 greedily, token by token through the decode steps, prompts dense. A mean of losses hardly shows what they show: every
 token of an answer must be right, and each is read by those after it.
 
-Schedules are uniform, or by `--recipe fisher`, with thresholds measured while the model drops channels, on windows of
-the text. One JSON line per sparsity and then a table.
+Schedules are uniform, or by `--recipe fisher` with weights corrected once. Thresholds are measured while the model
+drops channels, on windows of the text. One JSON line per sparsity and then a table.
 """
 
 import argparse
@@ -107,6 +107,8 @@ def main() -> None:
     windows = cut_windows(ids, 512, opening_ids(tokenizer))
     fitted, scored = windows[:16], windows[16:32]
     calibration = was_fx.calibrate(model, fitted, fisher=arguments.recipe == "fisher", batch_size=2)
+    if arguments.recipe == "fisher":
+        calibration = was_fx.correct_fisher(model, calibration, tokens=fitted, batch_size=2)
     made = was_fx.fisher if arguments.recipe == "fisher" else was_fx.uniform
     table = Table("sparsity", "perplexity", "lookup", "steps", title=f"{arguments.model}, {arguments.recipe}")
     for target in [0.0, *arguments.targets]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = options.examples(
     "was check ./llama --schedule llama.was.safetensors",
     "was check ./llama-sparse  [dim]a checkpoint that was saved sparsified[/]",
+    "was check ./llama --schedule llama.was.safetensors --sequences 4  [dim]as a server steps[/]",
     "was check embedded --schedule s.was.safetensors --json",
 )
 
@@ -29,6 +30,7 @@ def check(
         typer.Option("--schedule", "-s", metavar="FILE", help="A schedule; none for a checkpoint that has its own."),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to generate.")] = 8,
+    sequences: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences that decode together.")] = 1,
     lowering: options.LoweringOption = None,
     weights: options.Weights = None,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -50,7 +52,7 @@ def check(
     if found is not None:
         was_fx.sparsify(loaded, found, lowering=decoding)
     with progress("Generating"):
-        report = was_fx.check(loaded, new_tokens=new_tokens)
+        report = was_fx.check(loaded, new_tokens=new_tokens, sequences=sequences)
     if json:
         print_json({"model": model, "ok": report.ok, **asdict(report)})
     else:

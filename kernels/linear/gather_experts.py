@@ -16,7 +16,7 @@ from was_fx.kernels.linear.gather_quantized_gemv import launch_one
 from was_fx.kernels.parts.gemv_config import GemvConfig, experts_config
 from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.served import note_served
-from was_fx.kernels.parts.triton_parts import MAX_SIBLINGS, interpreted, launch_options, serves, slots
+from was_fx.kernels.parts.triton_parts import MAX_SIBLINGS, launch_options, serves, slots
 from was_fx.kernels.quantized.rows import INT4, INT8, expert_rows, outputs_of
 
 # Most pairs of a call: eight tokens of sixteen experts.
@@ -78,24 +78,20 @@ def gather_experts(
         index,
         count,
         *slots([weight.mT]),
-        *slots([None]),
         experts.contiguous(),
         partial,
-        1,
         channels,
         segments,
         outputs,
         *[0] * (MAX_SIBLINGS - 1),
         pairs // x.shape[0],
         G=1,
-        TOKENS=1,
         SEGMENT=segment,
         SEGMENTS=triton.next_power_of_2(segments),
         ROWS=config.rows,
         COLUMNS=config.columns,
         ALIGNED=outputs % 16 == 0 and weight.data_ptr() % 16 == 0,
         WIDE=outputs * channels >= 2**31,
-        UPCAST=interpreted(),
         num_warps=config.warps,
         EXPERTS=True,
         **launch_options(x),

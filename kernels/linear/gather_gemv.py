@@ -1,10 +1,10 @@
-"""Multiply by the listed rows of Wᵀ only: `torch.ops.was.gather_gemv`.
+"""Multiply one token by the listed rows of Wᵀ only: `torch.ops.was.gather_gemv`.
 
-    partial[s, m, n] = Σ over the s-th part of the kept channels k of  x̃[m, k] · W[n, k]          y = Σ_s partial[s]
+    partial[s, 0, n] = Σ over the s-th part of the kept channels k of  x[k] · W[n, k]             y = Σ_s partial[s]
 
-x̃ is x without the channels that the token m drops; with one token that is every listed channel. The kept channels of
-each Linear are cut into S parts of equal size, whichever segments they lie in, so every program reads as much as any
-other. Whoever reads y adds the parts, in order: no atomics, and no launch of its own where the reader is fused.
+The kept channels of each Linear are cut into S parts of equal size, whichever segments they lie in, so every program
+reads as much as any other. Whoever reads y adds the parts, in order: no atomics, and no launch of its own where the
+reader is fused.
 """
 
 import itertools
@@ -16,12 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from was_fx.kernels.parts.gemv_config import GemvConfig, gemv_config
+from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.served import note_served
 from was_fx.kernels.parts.triton_parts import (
     MAX_SIBLINGS,
     begin,
     find_sibling,
-    interpreted,
     launch_options,
     listed_channels,
     of_sibling,
@@ -30,26 +30,18 @@ from was_fx.kernels.parts.triton_parts import (
     slots,
 )
 
-# Most tokens that share one read of the weights.
-MAX_TOKENS = 8
-
 
 @triton.jit
 def gather_kernel(
-    x_ptr,  # [M, K]
+    x_ptr,  # [K]
     index_ptr,  # [G, T, SEGMENT]
     count_ptr,  # [G, T]
     w0,  # [K, N_g] each: Wᵀ, row-contiguous
     w1,
     w2,
     w3,
-    t0,  # [K] fp32 each
-    t1,
-    t2,
-    t3,
     expert_ptr,  # [P] of P pairs of a row and an expert
-    partial_ptr,  # [S, M, ΣN]; of pairs [S, P, N]
-    M,
+    partial_ptr,  # [S, 1, ΣN]; of pairs [S, P, N]
     K,
     T,
     N0,
@@ -58,21 +50,18 @@ def gather_kernel(
     N3,
     PER,  # experts of a row
     G: tl.constexpr,
-    TOKENS: tl.constexpr,  # 1, or the next power of two from 16
     SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr,  # T, as a power of two
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,  # an entry's offset needs 64 bits
-    UPCAST: tl.constexpr,
     PDL: tl.constexpr,
     EXPERTS: tl.constexpr = False,  # x is [P / PER, K], the list of each pair, and w0 [E, K, N]
 ):
     split, splits = tl.program_id(1), tl.num_programs(1)
     g, tile, start, n = find_sibling(tl.program_id(0), N0, N1, N2, N3, G, COLUMNS)
     w_ptr = of_sibling(g, w0, w1, w2, w3)
-    t_ptr = of_sibling(g, t0, t1, t2, t3)
     if ALIGNED:
         n = tl.multiple_of(n, 16)
         w_ptr = tl.multiple_of(w_ptr, 16)
@@ -87,11 +76,8 @@ def gather_kernel(
         x_ptr += (pair // PER) * K
     counts, ends, first, last = share_of_list(count_ptr + (g + pair) * T, T, K, split, splits, SEGMENTS)
     index_ptr += (g + pair) * T * SEGMENT
-    tokens = tl.arange(0, TOKENS)
-    sums = tl.zeros([ROWS if TOKENS == 1 else TOKENS, COLUMNS], tl.float32)
-    k, x = listed_channels(
-        x_ptr, index_ptr, t_ptr, counts, ends, first, last, tokens, M, K, TOKENS, SEGMENT, SEGMENTS, ROWS
-    )
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    k, x = listed_channels(x_ptr, index_ptr, x_ptr, counts, ends, first, last, 0, 1, K, 1, SEGMENT, SEGMENTS, ROWS)
     for row in tl.range(first, last, ROWS):
         entries = (k.to(tl.int64) if WIDE else k)[:, None] * n + columns[None, :]
         listed = row + tl.arange(0, ROWS) < last
@@ -100,54 +86,40 @@ def gather_kernel(
         )
         # The channels of the next step are looked up while this step's weights arrive.
         k_next, x_next = listed_channels(
-            x_ptr, index_ptr, t_ptr, counts, ends, row + ROWS, last, tokens, M, K, TOKENS, SEGMENT, SEGMENTS, ROWS
+            x_ptr, index_ptr, x_ptr, counts, ends, row + ROWS, last, 0, 1, K, 1, SEGMENT, SEGMENTS, ROWS
         )
-        if TOKENS == 1:
-            sums += x[:, None] * w.to(tl.float32)
-        elif UPCAST:
-            sums += tl.dot(x, w.to(tl.float32), input_precision="ieee")
-        else:
-            sums += tl.dot(x.to(w.dtype), w, input_precision="ieee")
+        sums += x[:, None] * w.to(tl.float32)
         k, x = k_next, x_next
     width = N0 + N1 + N2 + N3
-    if TOKENS == 1:
-        place = (split * tl.num_programs(2) + pair) * width + start + columns
-        tl.store(partial_ptr + place, tl.sum(sums, axis=0), mask=in_columns)
-    else:
-        place = (split * M + tokens[:, None]) * width + start + columns[None, :]
-        tl.store(partial_ptr + place, sums, mask=(tokens < M)[:, None] & in_columns[None, :])
+    place = (split * tl.num_programs(2) + pair) * width + start + columns
+    tl.store(partial_ptr + place, tl.sum(sums, axis=0), mask=in_columns)
 
 
 def supports(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether this serves x [..., K] and weights [N_g, K]: few tokens on a GPU, and Wᵀ row-contiguous."""
-    if not serves(x) or not x.numel() or x.numel() // x.shape[-1] > MAX_TOKENS:
+    """Whether this serves x [..., K] and weights [N_g, K]: one token on a GPU, and Wᵀ row-contiguous."""
+    if not serves(x) or not x.numel() or x.numel() != x.shape[-1]:
         return False
     return all(w.dtype == x.dtype and w.device == x.device and w.t().is_contiguous() for w in weights)
 
 
-def reference(
-    x: Tensor, index: Tensor, count: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor], splits: int
-) -> Tensor:
+def reference(x: Tensor, index: Tensor, count: Tensor, weights: Sequence[Tensor], splits: int) -> Tensor:
     """The op's meaning in plain PyTorch.
 
     Args:
-        x: [..., K], M tokens.
+        x: [..., K], one token.
         index, count: the kept channels, as `compact` lists them.
         weights: G tensors [N_g, K] of x's dtype.
-        thresholds: G tensors [K] fp32, read when M > 1.
         splits: S.
 
     Returns:
-        [S, M, ΣN_g] fp32.
+        [S, 1, ΣN_g] fp32.
     """
     rows = x.reshape(-1, x.shape[-1]).float()
     parts = []
-    for g, (weight, threshold) in enumerate(zip(weights, thresholds, strict=True)):
+    for g, weight in enumerate(weights):
         ranks = torch.arange(index.shape[2], device=x.device) < count[g][:, None]
         kept = index[g][ranks].long()
         values = rows[:, kept]
-        if len(rows) > 1:
-            values = values.masked_fill(values.abs() <= threshold[kept], 0)
         cuts = [len(kept) * s // splits for s in range(splits + 1)]
         parts.append(
             torch.stack([values[:, a:b] @ weight[:, kept[a:b]].float().t() for a, b in itertools.pairwise(cuts)])
@@ -160,68 +132,50 @@ def gather_gemv(
     index: Tensor,
     count: Tensor,
     weights: Sequence[Tensor],
-    thresholds: Sequence[Tensor],
     splits: int,
     config: GemvConfig | None = None,
 ) -> Tensor:
     """See `reference`; by Triton where it serves. `config` overrides the tuned one."""
     if not supports(x, weights):
         note_served(weights, "gather_gemv_reference", "a GPU's kernels don't run here")
-        return reference(x, index, count, weights, thresholds, splits)
+        return reference(x, index, count, weights, splits)
     note_served(weights, "gather_gemv", "one token on a GPU, kept channels listed by the kernel before")
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
     sizes = [weight.shape[0] for weight in weights]
     config = config or gemv_config(x.device, x.dtype, x.shape[-1], sizes)
-    partial = x.new_empty((splits, rows.shape[0], sum(sizes)), dtype=torch.float32)
+    partial = x.new_empty((splits, 1, sum(sizes)), dtype=torch.float32)
     _, segments, segment = index.shape
-    one = rows.shape[0] == 1
     gather_kernel[(sum(triton.cdiv(n, config.columns) for n in sizes), splits)](
-        rows,
+        x.contiguous(),
         index,
         count,
         *slots([weight.t() for weight in weights]),
-        *slots(thresholds if not one else [None] * len(sizes)),
         None,
         partial,
-        rows.shape[0],
-        rows.shape[1],
+        x.shape[-1],
         segments,
         *sizes,
         *[0] * (MAX_SIBLINGS - len(sizes)),
         1,
         G=len(sizes),
-        TOKENS=1 if one else 16,
         SEGMENT=segment,
         SEGMENTS=triton.next_power_of_2(segments),
-        ROWS=config.rows if one else max(16, min(config.rows, 32)),
+        ROWS=config.rows,
         COLUMNS=config.columns,
         ALIGNED=all(n % 16 == 0 for n in sizes) and all(w.data_ptr() % 16 == 0 for w in weights),
-        WIDE=max(sizes) * rows.shape[1] >= 2**31,
-        UPCAST=interpreted(),
+        WIDE=max(sizes) * x.shape[-1] >= 2**31,
         num_warps=config.warps,
         **launch_options(x),
     )
     return partial
 
 
-def fake(
-    x: Tensor, index: Tensor, count: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor], splits: int
-) -> Tensor:
+def fake(x: Tensor, index: Tensor, count: Tensor, weights: Sequence[Tensor], splits: int) -> Tensor:
     """What the op returns, uninitialised."""
-    tokens = x.numel() // x.shape[-1]
-    return x.new_empty((splits, tokens, sum(w.shape[0] for w in weights)), dtype=torch.float32)
+    return x.new_empty((splits, 1, sum(w.shape[0] for w in weights)), dtype=torch.float32)
 
 
-_library = torch.library.Library("was", "FRAGMENT")
-_library.define(
-    "gather_gemv(Tensor x, Tensor index, Tensor count, Tensor[] weights, Tensor[] thresholds, int splits) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+gather_gemv_op = register_op(
+    "gather_gemv(Tensor x, Tensor index, Tensor count, Tensor[] weights, int splits) -> Tensor",
+    lambda x, index, count, weights, splits: gather_gemv(x, index, count, weights, splits),
+    fake,
 )
-_library.impl(
-    "gather_gemv",
-    lambda x, index, count, weights, thresholds, splits: gather_gemv(x, index, count, weights, thresholds, splits),
-    "CompositeExplicitAutograd",
-)
-torch.library.register_fake("was::gather_gemv", fake, lib=_library)
-
-gather_gemv_op = torch.ops.was.gather_gemv.default

@@ -2,7 +2,7 @@
 
     partial[s, m, n] = Σ over the s-th part of the kept channels k of  x̃[m, k] · W[n, k]          y = Σ_s partial[s]
 
-As `gather_gemv`, with W in one of the formats of `QuantizedRows`:
+x̃ is x without the channels that the token m drops. As `gather_gemv`, with W in one of the formats of `QuantizedRows`:
 
     int8   Σ_k x̃[k] · codes[k, n], times scales[n] once, before the part is stored
     int4   Σ_k a · q − Σ_k a · z / 16,  a = x̃[k] · scales[k] · s: the second sum is one for all outputs of a group
@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from was_fx.kernels.linear.gather_gemv import MAX_TOKENS
 from was_fx.kernels.parts.gemv_config import GemvConfig, gemv_config
 from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.served import note_served
@@ -38,6 +37,9 @@ from was_fx.kernels.parts.triton_parts import (
     slots,
 )
 from was_fx.kernels.quantized.rows import GROUPS, INT4, INT8, QuantizedRows
+
+# Most tokens that share one read of the weights.
+MAX_TOKENS = 8
 
 
 @triton.jit

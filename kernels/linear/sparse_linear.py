@@ -71,11 +71,12 @@ def choose(x: Tensor, weights: Sequence[Tensor], tokens: Tensor | None = None) -
     if tokens is not None:
         return _product(x, weights, "some tokens keep every channel")
     if x.is_cuda:
-        from was_fx.kernels.linear import gpu_gather  # imports triton
+        from was_fx.kernels.linear import gpu_gather, gpu_masked  # imports triton
 
-        # Of several tokens nearly every channel is kept by one of them: 2 to 8 took 1.5 to 2.8 times the dense step.
-        if x.numel() == x.shape[-1] and gpu_gather.supports(x, weights):
+        if gpu_gather.supports(x, weights):
             return Choice("gpu_gather", "one token on a GPU, rows of Wᵀ contiguous", gpu_gather.sparse_linear)
+        if gpu_masked.supports(x, weights):
+            return Choice("gpu_masked", "a few tokens on a GPU, rows of Wᵀ contiguous", gpu_masked.sparse_linear)
         return _product(x, weights)
     if cpu_gather.supports(x, weights):
         return cpu_gather.choice()

@@ -122,7 +122,8 @@ def _linears_case(
     thresholds = [threshold] * len(shape.sizes)
     weights = random_weights(shape, generator)
     index, count = compaction(x, thresholds, triton.next_power_of_2(shape.channels))
-    return (x, index, count, *weights, thresholds), [each for those in weights for each in those]
+    limits = [] if isinstance(shape.format, torch.dtype) else [thresholds]
+    return (x, index, count, *weights, *limits), [each for those in weights for each in those]
 
 
 def _experts_case(

@@ -109,7 +109,7 @@ class Part:
     """A Linear's output before its split-K partials are added: some of their columns.
 
     Attributes:
-        partial: [S, 1, ΣN] fp32, of the Linear and its siblings.
+        partial: [S, 1, ΣN] fp32 of one token, or [S, ..., ΣN], of the Linear and its siblings.
         start, size: its columns.
         bias: [N], or None.
     """

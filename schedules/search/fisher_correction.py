@@ -22,6 +22,8 @@ class FisherSettings:
 
     Attributes:
         corrections: how many; each is measured where the last one ended.
+        at: for a lower target they are measured at this sparsity, and the weights kept: where little is dropped it
+            costs too little to tell channels apart.
         steps: shares of the way, in the logarithm, from the weights before to those measured; the best is taken.
         most: a channel counts for at most so many times as much as before, or as little.
 
@@ -30,12 +32,15 @@ class FisherSettings:
     """
 
     corrections: int = 1
+    at: float = 0.5
     steps: tuple[float, ...] = (0.125, 0.25, 0.5)
     most: float = 3.0
 
     def __post_init__(self) -> None:
         if self.corrections < 0:
             raise ValueError(f"fisher needs at least no correction, found {self.corrections}")
+        if not 0 <= self.at < 1:
+            raise ValueError(f"fisher needs a sparsity from 0 to below 1 to correct at, found {self.at}")
         if not (self.steps and all(0 < step <= 1 for step in self.steps) and self.most > 1):
             raise ValueError(
                 f"fisher needs steps above 0 and at most 1, and most above 1, found {self.steps} and {self.most}"

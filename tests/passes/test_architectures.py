@@ -177,3 +177,25 @@ def test_decoding_with_listed_channels_is_the_same(name, cache, contexts):
     passes = ("fused norms", "decode attention", "fused gated products")
     assert tuple(decode.counts[each] for each in passes) == LISTED[name]
     assert decode.counts["batched counters"] == (2 if cache == "static" else 0)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma3Text", "GPT2"])
+@pytest.mark.usefixtures("meanings")
+def test_a_step_of_several_sequences_is_the_same_by_products_that_mask(name, contexts):
+    known = ARCHITECTURES["Gemma2" if name == "Gemma3Text" else name][0]
+    config = getattr(transformers, f"{name}Config")(**known)
+    model = transformers.AutoModelForCausalLM.from_config(config).half().eval()
+    prompt = torch.randint(2, 128, (3, PROMPT))
+    schedule = was_fx.uniform(was_fx.calibrate(model, prompt), 0.5)
+    logits = []
+    for lists in (False, True):
+        with settings_for_models():
+            sparse = compiled(copy.deepcopy(model), schedule, lists=lists)
+            found = generate(sparse, prompt, cache_implementation="static")
+        logits.append(found[1].view(NEW, 3, -1)[:2].float())  # of the prompt, and of a step that read the same tokens
+    assert (logits[1] - logits[0]).abs().max() < 2e-2 * logits[0].abs().max()
+    decode = contexts[-1]
+    assert decode.decode
+    assert decode.counts["listed"] == len(schedule.linears)
+    assert decode.counts["decode attention"] == 2
+    assert [context.counts["listed"] for context in contexts[:-1]] == [0, 0, 0]

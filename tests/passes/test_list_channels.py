@@ -1,4 +1,4 @@
-"""Sparse Linears of a decode step become a listing and a product with what is listed."""
+"""Sparse Linears of a decode step become a listing and a product with what is listed, or a product of a few tokens."""
 
 import operator
 
@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from was_fx.kernels.linear.gather_gemv import gather_gemv_op
+from was_fx.kernels.linear.masked_gemm import masked_gemm_op
 from was_fx.kernels.linear.sparse_linear import sparse_linear, sparse_siblings
 from was_fx.kernels.ops.compact import compact_op
 from was_fx.kernels.ops.count_dropped import count_dropped_op
@@ -51,6 +52,10 @@ def test_at_most_four_siblings_share_a_call(listed, count, calls, shape):
         ((1, 1, 12), torch.float64, {"lists": True}, "x is torch.float64"),
         ((2, 1, 12), torch.float32, {"lists": True}, "more than one token"),
         ((1, 3, 12), torch.float32, {"lists": True}, "more than one token"),
+        ((8, 1, 12), torch.bfloat16, {"lists": True}, None),
+        ((1, 2, 12), torch.float16, {"lists": True}, None),
+        ((4, 4, 12), torch.float16, {"lists": True}, None),
+        ((17, 1, 12), torch.bfloat16, {"lists": True}, "not 1 to 16 tokens"),
         ((1, 3, 12), torch.float32, {"lists": True, "prefill": "half"}, "some tokens keep every channel"),
         ((1, 1, 12), torch.float32, {"lists": False}, "not on a GPU"),
         ((1, 1, 12), torch.float32, {"lists": None}, "not on a GPU"),
@@ -58,7 +63,7 @@ def test_at_most_four_siblings_share_a_call(listed, count, calls, shape):
     ids=str,
 )
 @pytest.mark.usefixtures("meanings")
-def test_single_tokens_of_a_gpu_are_listed(rewrite, shape, dtype, options, reason):
+def test_few_tokens_of_a_gpu_are_rewritten(rewrite, shape, dtype, options, reason):
     module = rewrite(Fan(2, dtype), schedule(2), **options)
     module(torch.randn(shape, dtype=dtype))
     assert bool({sparse_linear, sparse_siblings} & set(module.targets)) == (reason is not None)
@@ -66,6 +71,28 @@ def test_single_tokens_of_a_gpu_are_listed(rewrite, shape, dtype, options, reaso
     declined = {(name, f"channels are not listed: {reason}") for name in ("linears.0", "linears.1", "last")}
     said = reason not in (None, "not on a GPU")  # elsewhere there is nothing to say
     assert declined <= set(module.context.declined) if said else declined.isdisjoint(module.context.declined)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 12), (1, 3, 12), (2, 8, 12), (5, 12)], ids=str)
+@pytest.mark.parametrize(("count", "calls"), [(1, 2), (4, 2), (5, 3), (9, 4)])
+def test_few_tokens_are_masked_by_the_product(listed, count, calls, shape):
+    module = listed(Fan(count, torch.float16), schedule(count), torch.randn(shape).half())
+    assert module.targets[masked_gemm_op] == calls
+    assert not {compact_op, gather_gemv_op, sparse_linear, sparse_siblings} & set(module.targets)
+    assert module.context.calls == []
+    assert module.context.counts["listed"] == len(module.context.parts) == count + 1
+
+
+@pytest.mark.usefixtures("meanings")
+@pytest.mark.parametrize("shape", [(-1, 1, 12), (1, -1, 12), (-1, 12)], ids=str)
+def test_one_graph_serves_any_few_tokens_and_another_many(rewrite, shape):
+    model = Fan(2, torch.float16)
+    module = rewrite(model, schedule(2), dynamic=True, lists=True)
+    for tokens, graphs, products in [(3, 1, 2), (2, 1, 2), (16, 1, 2), (17, 2, 0), (40, 2, 0), (8, 2, 0)]:
+        x = torch.randn(tokens, 12).half().view(shape)
+        y = module(x)[1]
+        torch.testing.assert_close(y, module.linear("linears.0", x), rtol=4e-3, atol=4e-3)
+        assert (len(module.contexts), module.targets[masked_gemm_op]) == (graphs, products)
 
 
 class Sliced(nn.Module):

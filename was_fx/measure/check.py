@@ -76,7 +76,7 @@ class CheckReport:
 
 
 @torch.no_grad()
-def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8) -> CheckReport:
+def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8, sequences: int = 1) -> CheckReport:
     """Run a prompt and a few decode steps as `generate()` will, and say what each scheduled Linear did.
 
     The prompt itself is dense here, so that the numbers are those of decode steps. What is compiled counts dropped
@@ -84,23 +84,27 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
 
     Args:
         model: a sparsified model, as it will be used: on its device, compiled or not, with its adapters.
-        prompt: LongTensor [1, n] of token ids; random ones by default.
+        prompt: LongTensor [B, n] of token ids, of one sequence or of several that decode together; random ones by
+            default.
         new_tokens: tokens to generate, at least 2.
+        sequences: B of the random prompt.
 
     Raises:
-        ValueError: the model is not sparsified, or can't generate; or `new_tokens` is below 2.
+        ValueError: the model is not sparsified, or can't generate; or `new_tokens` is below 2, or `sequences` below 1.
     """
     state = sparse_state(model)
     if state is None:
         raise ValueError("the model is not sparsified; call was_fx.sparsify(model, schedule) first")
     if new_tokens < 2:
         raise ValueError(f"new_tokens is {new_tokens}; expected at least 2, for a decode step after the prompt")
+    if sequences < 1:
+        raise ValueError(f"sequences is {sequences}; expected at least 1")
     if not hasattr(model, "generate"):
         raise ValueError(f"{type(model).__name__} has no generate(); check a causal LM of transformers")
     if prompt is None:
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(
-            min(3, (vocabulary(model) or 8) - 1), vocabulary(model) or 8, (1, _PROMPT), generator=generator
+            min(3, (vocabulary(model) or 8) - 1), vocabulary(model) or 8, (sequences, _PROMPT), generator=generator
         )
     check_tokens(model, prompt)
     prompt = prompt.to(input_device(model))
@@ -120,7 +124,7 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
             do_sample=False,
         )
         found = counts.realised()
-    rows = _rows(model, found, served, new_tokens - 1)
+    rows = _rows(model, found, served, (new_tokens - 1) * len(prompt))
     own = vars(model).get("generate")
     if isinstance(own, Generation) and own.step is not None and own.step.declined:
         notes.texts.append(f"decode steps run uncompiled, because {own.step.declined}")
@@ -132,6 +136,12 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
     slow = sum(row.implementation in ("dense_product", "dequantised_product") for row in rows)
     if slow:
         notes.texts.append(f"{slow} Linears are right but not faster: no kernel skips their rows here")
+    whole = sum(row.implementation == "masked_gemm" for row in rows)
+    if whole:
+        notes.texts.append(
+            f"steps of {len(prompt)} sequences read every row of {whole} Linears, once: "
+            "'Several tokens a step' in docs/performance.md says for how many that is faster than the dense model"
+        )
     return CheckReport(
         linears=rows,
         path=_path(served, calls),
@@ -143,7 +153,8 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
     )
 
 
-def _rows(model: nn.Module, found: Realised, served: list[Served], steps: int) -> tuple[LinearCheck, ...]:
+def _rows(model: nn.Module, found: Realised, served: list[Served], expected: int) -> tuple[LinearCheck, ...]:
+    """A row for each scheduled Linear, of whose calls so many tokens were `expected` to be sparse."""
     by_weight = {weight: each for each in served for weight in each.weights}
     state: Any = sparse_state(model)
     linears = find_linears(model)
@@ -156,7 +167,7 @@ def _rows(model: nn.Module, found: Realised, served: list[Served], steps: int) -
         calls = round(total / schedule.metadata.experts_per_token.get(group, 1))
         # The product is made with W [N, K], a view of the parameter at the same address.
         by = next(filter(None, (by_weight.get(local(linears[name].matrix).data_ptr()) for name in names)), None)
-        dense = calls < steps
+        dense = calls < expected
         reason = by.reason if by else "no sparse product was made" if dense else "its weight lies elsewhere meanwhile"
         rows.append(
             LinearCheck(

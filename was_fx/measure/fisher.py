@@ -12,8 +12,8 @@ second order, that dropping x_j costs by itself.
 
 Where the model drops channels, others that are dropped with it count too, in its own Linear and in those before and
 after. `dropped_costs` measures what every channel costs there, by one backward pass of the divergence from the dense
-model. Its gradient passes a dropped channel as if it were kept: it then says what every Linear before would have had to
-give, also through thresholds that it would have crossed.
+model, whose gradients are bounded alike. They pass a dropped channel as if it were kept: they then say what every
+Linear before would have had to give, also through thresholds that it would have crossed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -77,7 +77,7 @@ def fisher_weights(
     def add(name: str, grad: Tensor) -> None:
         if leading := leading_tokens(grad):
             grad = grad[:, leading:]
-        sums[name].add(_bounded(grad.detach().float().square()))
+        sums[name].add(_bounded(grad.detach().float()).square())
 
     def watch(name: str, x: Tensor) -> Tensor:
         # One for each Linear, so that siblings don't share a gradient; where nothing before it has one, it starts.
@@ -104,12 +104,12 @@ def fisher_weights(
     return {name: (total / tokens).sqrt().cpu() for name, (total, tokens) in found.items()}
 
 
-def _bounded(squares: Tensor) -> Tensor:
-    """Squared gradients [..., tokens, K], each token's scaled so that their sum is at most ten times the 99th
+def _bounded(gradients: Tensor) -> Tensor:
+    """Gradients [..., tokens, K], each token's scaled so that the sum of their squares is at most ten times the 99th
     percentile of its sequence's."""
-    sizes = squares.sum(-1, keepdim=True)
+    sizes = gradients.square().sum(-1, keepdim=True)
     most = _MOST * sizes.quantile(_OF, dim=-2, keepdim=True, interpolation="lower")
-    return torch.where(sizes > most, squares * (most / sizes), squares)
+    return torch.where(sizes > most, gradients * (most / sizes).sqrt(), gradients)
 
 
 class _Sum:
@@ -233,7 +233,7 @@ class _Drop(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (dropped,) = ctx.saved_tensors
         lost = dropped.flatten(0, -2).float()
-        nats = lost * grad.flatten(0, -2)
+        nats = lost * _bounded(grad.float()).flatten(0, -2)
         ctx.sums[0] -= nats.sum(0)
         ctx.sums[1] += nats.square().sum(0)
         ctx.sums[2] += lost.square().sum(0)

@@ -160,7 +160,7 @@ def correct_fisher(
         calibration: with Fisher weights, of `calibrate(..., fisher=True)`.
         tokens: LongTensor [n, seq], may be those that calibrated. Every fourth sequence, of eight or more, decides how
             far the correction goes; the others give it.
-        target: the model sparsity, above 0 and below 1.
+        target: the model sparsity, from 0.5 to below 1; for a lower one they are corrected at 0.5.
         seed: of the sequences that decide.
         batch_size: sequences per forward pass.
         progress: called with a `SearchState` at every step.

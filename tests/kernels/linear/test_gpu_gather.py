@@ -1,4 +1,4 @@
-"""All steps of a sparse Linear for few tokens, against fp64."""
+"""All steps of a sparse Linear for one token, against fp64."""
 
 import math
 
@@ -34,16 +34,15 @@ def run(case, device):
     return y.cpu()
 
 
-@pytest.mark.parametrize("shape", [(50,), (1, 50), (1, 1, 50), (2, 1, 50), (2, 4, 50), (8, 50)], ids=str)
+@pytest.mark.parametrize("shape", [(50,), (1, 50), (1, 1, 50)], ids=str)
 @pytest.mark.parametrize("outputs", [(20,), (5, 3, 5, 3, 5)], ids=str)
-def test_any_number_of_siblings_and_few_tokens(make_case, error, device, dtype, shape, outputs):
+def test_any_number_of_siblings(make_case, error, device, dtype, shape, outputs):
     case = make_case(shape, outputs, dtype, biases=[i % 2 == 0 for i in range(len(outputs))])
     assert error(run(case, device), case.exact()) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_nothing_kept_gives_the_bias(make_case, device, dtype, rows):
-    case = make_case((rows, 33), (5, 7), dtype, biases=[True, False])
+def test_nothing_kept_gives_the_bias(make_case, device, dtype):
+    case = make_case((1, 33), (5, 7), dtype, biases=[True, False])
     case.thresholds = [torch.full((33,), math.inf) for _ in case.thresholds]
-    expected = torch.cat([case.biases[0], torch.zeros(7, dtype=dtype)]).expand(rows, -1)
+    expected = torch.cat([case.biases[0], torch.zeros(7, dtype=dtype)])[None]
     assert torch.equal(run(case, device), expected)

@@ -330,6 +330,30 @@ def test_choice_of_implementation(make_case, rows, dtype, input_major, name, rea
     assert [(found.implementation, found.reason) for found in served] == [(name, reason)]
 
 
+@pytest.mark.parametrize(
+    ("rows", "dtype", "input_major", "name"),
+    [
+        (1, torch.bfloat16, True, "gpu_gather"),
+        (1, torch.float32, True, "gpu_gather"),
+        (2, torch.bfloat16, True, "gpu_masked"),
+        (8, torch.float16, True, "gpu_masked"),
+        (16, torch.bfloat16, True, "gpu_masked"),
+        (17, torch.bfloat16, True, "dense_product"),
+        (2, torch.float32, True, "dense_product"),
+        (2, torch.bfloat16, False, "dense_product"),
+    ],
+    ids=str,
+)
+def test_choice_on_a_gpu(monkeypatch, rows, dtype, input_major, name):
+    monkeypatch.setattr("was_fx.kernels.parts.triton_parts._capability", lambda _: (9, 0))
+    with FakeTensorMode():
+        x = torch.empty(rows, 1, 12, dtype=dtype, device="cuda:0")
+        weight = torch.empty((12, 8) if input_major else (8, 12), dtype=dtype, device="cuda:0")
+        weight = weight.t() if input_major else weight
+        assert choose(x, [weight, weight]).name == name
+        assert choose(x, [weight], torch.ones(rows, dtype=torch.bool, device="cuda:0")).name == "dense_product"
+
+
 def test_tokens_that_keep_channels_go_through_a_dense_product(make_case):
     case = make_case((2, 12), (8, 4))
     tokens = torch.tensor([True, False])

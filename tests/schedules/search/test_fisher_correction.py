@@ -76,7 +76,16 @@ def test_where_dropping_costs_nothing_nothing_changes(total):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"corrections": -1}, {"steps": (0.0,)}, {"steps": (0.5, 1.5)}, {"steps": ()}, {"most": 1.0}]
+    "wrong",
+    [
+        {"corrections": -1},
+        {"at": 1.0},
+        {"at": -0.1},
+        {"steps": (0.0,)},
+        {"steps": (0.5, 1.5)},
+        {"steps": ()},
+        {"most": 1.0},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="fisher needs"):

@@ -2,6 +2,7 @@
 
 import logging
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 import was_fx
 from was_fx.kernels.cpu.library import KINDS, kind
 from was_fx.kernels.linear import cpu_gather, dense_linear
+from was_fx.measure import check
 from was_fx.modules.sparse_linear import sparse_linears
 
 
@@ -27,6 +29,23 @@ def test_every_linear_with_its_kernel_and_the_reason(sparse, tokens):
     }
     assert all(row.reason and row.tokens == 4 for row in report.linears)
     assert (report.path, report.device, report.steps, report.notes) == ("eager", "cpu", 4, ())
+
+
+@pytest.mark.parametrize("how", [{"sequences": 3}, {"prompt": torch.arange(2, 29).view(3, 9)}])
+def test_several_sequences_decode_together(sparse, how):
+    report = was_fx.check(sparse, new_tokens=5, **how)
+    assert report.ok
+    assert {row.tokens for row in report.linears} == {12}
+    assert report.steps == 4
+    assert 0.3 < report.realised < 0.7
+
+
+def test_steps_that_read_every_row_are_noted(sparse, monkeypatch):
+    rows = check._rows
+    masked = lambda *given: tuple(replace(row, implementation="masked_gemm") for row in rows(*given))  # noqa: E731
+    monkeypatch.setattr(check, "_rows", masked)
+    (note,) = was_fx.check(sparse, sequences=2).notes
+    assert note.startswith("steps of 2 sequences read every row of 14 Linears, once")
 
 
 def test_the_numbers_of_the_whole_are_those_of_its_linears(sparse):
@@ -97,6 +116,7 @@ def test_warnings_meanwhile_become_notes_and_no_handler_stays(sparse, monkeypatc
     ("arguments", "error", "message"),
     [
         ({"new_tokens": 1}, ValueError, "new_tokens is 1; expected at least 2"),
+        ({"sequences": 0}, ValueError, "sequences is 0; expected at least 1"),
         ({"prompt": torch.full((1, 4), 500)}, ValueError, "vocabulary is 0 to 127"),
         ({"prompt": torch.zeros(1, 4)}, TypeError, "float32"),
     ],

@@ -247,6 +247,20 @@ def test_a_correction_of_fisher_weights_comes_nearer_to_the_dense_model(embedded
     assert nats[1] < 0.97 * nats[0]
 
 
+def test_a_low_target_takes_the_weights_that_are_corrected_where_half_is_dropped(llama, tokens):
+    calibration = was_fx.calibrate(llama, tokens, fisher=True)
+    weights = {}
+    for target in (0.2, 0.5, 0.7):
+        found = was_fx.search(llama, calibration, tokens=tokens, target=target, recipe="fisher")
+        assert found.sparsity == pytest.approx(target, abs=1e-6)
+        weights[target] = torch.cat(
+            [each.threshold / each.channel_thresholds(torch.ones(1)) for each in found.linears.values()]
+        )
+    torch.testing.assert_close(weights[0.2], weights[0.5], rtol=1e-4, atol=0)
+    assert not torch.allclose(weights[0.7], weights[0.5], rtol=1e-4, atol=0)
+    assert not torch.allclose(weights[0.5], torch.cat(list(calibration.fisher.weights.values())), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("sequences", [4, 8])
 def test_corrected_weights_are_kept_for_any_target(llama, tokens, sequences, monkeypatch):
     given = torch.cat([tokens, tokens.flip(1)])[:sequences]
