@@ -1,4 +1,4 @@
-"""A Linear with quantised weights on a GPU, all steps in one call, as `gpu_gather` does with plain ones."""
+"""A Linear with quantised weights on a GPU, all steps in one call, as `gpu_linear` does with plain ones."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from was_fx.kernels.linear import gather_quantized_gemv
+from was_fx.kernels.linear.gpu_linear import in_groups
 from was_fx.kernels.ops.compact import compact
 from was_fx.kernels.parts.gemv_config import gemv_config
-from was_fx.kernels.parts.triton_parts import MAX_SIBLINGS
 from was_fx.kernels.quantized.rows import QuantizedRows
 
 
@@ -26,18 +26,13 @@ def sparse_linear(
     thresholds: Sequence[Tensor | None],
 ) -> Tensor:
     """`was::quantized_linear` for few tokens; see `quantized_linear.reference` for the meaning."""
-    outputs = []
-    for first in range(0, len(rows), MAX_SIBLINGS):
-        chosen = slice(first, first + MAX_SIBLINGS)
-        sizes = [weight.shape[0] for weight in rows[chosen]]
-        splits = gemv_config(x.device, rows[first].format, x.shape[-1], sizes).splits
-        index, count, limits = _list(x, thresholds[chosen])
-        partial = gather_quantized_gemv.gather_quantized_gemv(x, index, count, *_tensors(rows[chosen]), limits, splits)
-        total = partial[0] if splits == 1 else partial.sum(0)
-        for part, bias in zip(total.split(sizes, dim=-1), biases[chosen], strict=True):
-            outputs.append((part if bias is None else part + bias.float()).to(x.dtype))
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    return y.reshape(*x.shape[:-1], -1)
+    return in_groups(_product, x, rows, biases, thresholds)
+
+
+def _product(x: Tensor, rows: Sequence[QuantizedRows], thresholds: Sequence[Tensor | None], sizes: list[int]) -> Tensor:
+    splits = gemv_config(x.device, rows[0].format, x.shape[-1], sizes).splits
+    index, count, limits = _list(x, thresholds)
+    return gather_quantized_gemv.gather_quantized_gemv(x, index, count, *_tensors(rows), limits, splits)
 
 
 def _list(x: Tensor, thresholds: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor]]:

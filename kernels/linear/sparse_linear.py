@@ -71,12 +71,12 @@ def choose(x: Tensor, weights: Sequence[Tensor], tokens: Tensor | None = None) -
     if tokens is not None:
         return _product(x, weights, "some tokens keep every channel")
     if x.is_cuda:
-        from was_fx.kernels.linear import gpu_gather, gpu_masked  # imports triton
+        from was_fx.kernels.linear import gather_gemv, gpu_linear, masked_gemm  # imports triton
 
-        if gpu_gather.supports(x, weights):
-            return Choice("gpu_gather", "one token on a GPU, rows of Wᵀ contiguous", gpu_gather.sparse_linear)
-        if gpu_masked.supports(x, weights):
-            return Choice("gpu_masked", "a few tokens on a GPU, rows of Wᵀ contiguous", gpu_masked.sparse_linear)
+        if gather_gemv.supports(x, weights):
+            return Choice("gpu_gather", "one token on a GPU, rows of Wᵀ contiguous", gpu_linear.gathered)
+        if masked_gemm.supports(x, weights):
+            return Choice("gpu_masked", "a few tokens on a GPU, rows of Wᵀ contiguous", gpu_linear.masked)
         return _product(x, weights)
     if cpu_gather.supports(x, weights):
         return cpu_gather.choice()

@@ -71,7 +71,7 @@ def calibrate(
             head among them if one matches; by default all but the head.
         exclude: those to leave out, and dense.
         fisher: measure Fisher weights too, for the recipe `fisher`: a backward pass over a third of the sequences, and
-            another pass over all of them. See `was_fx.measure.fisher`.
+            another pass over those. See `was_fx.measure.fisher`.
         seed: of the labels that are drawn for Fisher weights.
         batch_size: sequences per forward pass.
         progress: called with (sequences done, n).
@@ -97,7 +97,7 @@ def calibrate(
     builder = CalibrationBuilder(score, {name: linear.shape for name, linear in linears.items()}, norms)
     sample = share_of(tokens)
     plain, backward = number_of_sequences(tokens), number_of_sequences(sample)
-    total = 2 * plain + backward if fisher else plain
+    total = plain + 2 * backward if fisher else plain
     with looking_at_inputs(linears, builder.add):
         count = run_text(model, tokens, batch_size, partial(_in_phase, progress, 0, total))
     unseen = builder.unseen() if include is None else []
@@ -121,7 +121,7 @@ def calibrate(
     step = partial(_in_phase, progress, plain, total)
     weights = fisher_weights(model, linears, sample, seed=seed, batch_size=batch_size, progress=step)
     step = partial(_in_phase, progress, plain + backward, total)
-    table = fisher_table(model, linears, weights, partial(run_text, model, tokens, batch_size, step))
+    table = fisher_table(model, linears, weights, partial(run_text, model, sample, batch_size, step))
     return replace(found, fisher=FisherScores(weights, table.thresholds))
 
 

@@ -136,7 +136,7 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
     slow = sum(row.implementation in ("dense_product", "dequantised_product") for row in rows)
     if slow:
         notes.texts.append(f"{slow} Linears are right but not faster: no kernel skips their rows here")
-    whole = sum(row.implementation == "masked_gemm" for row in rows)
+    whole = sum(row.implementation in ("masked_gemm", "gpu_masked") for row in rows)
     if whole:
         notes.texts.append(
             f"steps of {len(prompt)} sequences read every row of {whole} Linears, once: "

@@ -39,6 +39,8 @@ from was_fx.schedules.score import Score
 from was_fx.schedules.search.fisher_correction import DroppedCosts
 from was_fx.sparse.sparsify import prompts_treated
 
+# Bytes of activations that a backward pass may keep.
+_KEPT = 3 << 30
 # Sequences that are all used.
 _ALL = 8
 # Squared gradients are brought down to so many times what this share of a sequence's tokens have,
@@ -58,8 +60,8 @@ def fisher_weights(
 ) -> dict[str, Tensor]:
     """g [K] fp32 on the CPU of each Linear, by qualified name.
 
-    No gradient of a weight is taken, and each block of the model is run again for its part of the backward pass, so
-    that memory holds the inputs of the blocks and one block's activations beside the model.
+    No gradient of a weight is taken, and where activations of all blocks would take more than 3 GiB, each block is run
+    again for its part of the backward pass, so that memory holds the inputs of the blocks and one block's activations.
 
     Args:
         model: a dense causal LM, in any floating dtype; its weights may be quantised. Not changed.
@@ -131,8 +133,9 @@ class _Sum:
         if squares.dim() == 2:
             self._total = self._total + squares.sum(0)
             return
-        self._means += squares.flatten(0, -3).mean(1)
-        self._lengths += [squares.shape[-2]] * (len(self._means) - len(self._lengths))
+        sequences = squares.flatten(0, -3)
+        self._means += sequences.mean(1)
+        self._lengths += [sequences.shape[1]] * len(sequences)
         if len(self._means) >= _SEQUENCES:
             self._settle()
 
@@ -321,12 +324,22 @@ def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _blocks_run_again(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> Iterator[None]:
-    """Keep only what enters each block for the backward pass."""
+    """Of a large batch keep only what enters each block for the backward pass."""
     blocks = [model.get_submodule(block.name) for block in find_blocks(shapes) if block.name not in shapes]
+    width = sum(channels for _, channels in shapes.values())
     with ExitStack() as stack:
         for block in blocks:
             own = "forward" in vars(block)
             before = block.forward
-            block.forward = partial(checkpoint, before, use_reentrant=False, preserve_rng_state=False)
+            block.forward = partial(_run_block, before, width)
             stack.callback(partial(setattr, block, "forward", before) if own else partial(delattr, block, "forward"))
         yield
+
+
+def _run_block(forward: Callable[..., Any], width: int, *arguments: Any, **keywords: Any) -> Any:
+    """A block's forward; run again for its backward pass, unless so little is to keep of its first argument
+    [..., channels]: in all blocks about twice the inputs of their Linears, `width` channels a token."""
+    x = arguments[0] if arguments else None
+    if isinstance(x, Tensor) and 2 * width * x.shape[:-1].numel() * x.element_size() <= _KEPT:
+        return forward(*arguments, **keywords)
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)

@@ -60,7 +60,7 @@ class _Point:
 class _FisherSearch:
     def __init__(self, context: SearchContext, metadata: ScheduleMetadata) -> None:
         calibration = context.calibration
-        self.context, self.metadata, self.target = context, metadata, context.target
+        self.context, self.metadata = context, metadata
         self.shapes = calibration.shapes
         self.costs = channel_costs(self.shapes, calibration.weights)
         self.read = weights_read(self.shapes, calibration.experts_per_token)
@@ -70,8 +70,9 @@ class _FisherSearch:
     def run(self) -> _Point:
         """At the context's target, after the recipe's corrections."""
         calibration, settings = self.context.calibration, self.context.recipe.fisher
-        if settings.corrections:
-            self.target = max(self.target, settings.at)
+        if settings.corrections and self.context.target < settings.at:
+            higher = _FisherSearch(replace(self.context, target=settings.at), self.metadata).run()
+            return self._settled_here(higher.scores, higher.levels)
         point = self._settled_here(fisher_scores_of(calibration), calibration.levels)
         for _ in range(settings.corrections):
             # How far to go differs from model to model, and too far loses more than there is to win.
@@ -80,9 +81,6 @@ class _FisherSearch:
             if best is point:
                 break
             point = self._settled(best)
-        if self.target > self.context.target:
-            self.target = self.context.target
-            point = self._settled_here(point.scores, point.levels)
         return point
 
     def _settled_here(self, scores: FisherScores, levels: Tensor) -> _Point:
@@ -96,9 +94,9 @@ class _FisherSearch:
     def _point(self, scores: FisherScores, levels: Tensor) -> _Point:
         context = self.context
         if context.latency is None:
-            sparsities = allocate(scores, levels, self.read, self.costs, self.target)
+            sparsities = allocate(scores, levels, self.read, self.costs, context.target)
         else:
-            sparsities = allocate_time(scores, levels, self.shapes, self.read, context.latency, self.target)
+            sparsities = allocate_time(scores, levels, self.shapes, self.read, context.latency, context.target)
         return _Point(fisher_schedule(scores, levels, self.shapes, sparsities, self.metadata), scores, levels)
 
     def _settled(self, point: _Point, weights: Mapping[str, Tensor] | None = None) -> _Point:

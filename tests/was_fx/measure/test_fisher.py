@@ -108,6 +108,20 @@ def test_the_gradient_is_that_of_the_drawn_labels_loss():
     torch.testing.assert_close(got, logits.grad)
 
 
+def test_blocks_of_a_large_batch_are_run_again(llama, tokens, monkeypatch):
+    calls = []
+    llama.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    linears = body_linears(llama)
+    found = []
+    for kept in (1 << 30, 0):
+        monkeypatch.setattr("was_fx.measure.fisher._KEPT", kept)
+        found.append(fisher_weights(llama, linears, tokens, seed=3, batch_size=4))
+        calls.append(-1)
+    assert calls == [1, -1, 1, 1, -1]
+    for name, weights in found[0].items():
+        assert torch.equal(weights, found[1][name])
+
+
 def test_the_model_is_left_as_it_was(llama, tokens):
     llama.train()
     llama.lm_head.weight.requires_grad_(False)
