@@ -3,11 +3,14 @@
     python benchmarks/draft_acceptance.py                                    # the embedded model: acceptance only
     python benchmarks/draft_acceptance.py models/smollm2-135m --lowering recorded --weights none int4 --targets 0.25 0.4
     python benchmarks/draft_acceptance.py models/llama-3.1-8b --device cuda --dtype bfloat16 --weights none int8 int4
+    python benchmarks/draft_acceptance.py --shape llama-3-8b --device cuda --dtype bfloat16 --weights int4
 
 With a model, the dense one alone and with each draft take turns, prompt by prompt; both run as fast as was_fx can, the
 dense one alone too: compiled and replayed as CUDA graphs on a GPU, recorded on a CPU with `--lowering recorded`. Times
 are counted from the 32nd new token on, when everything is compiled, captured and recorded; medians over all texts.
-Thresholds are uniform and measured with the draft's weights. One JSON line per draft, then a table.
+Thresholds are uniform and measured with the draft's weights. "Round" is the time of a dense step and the guesses before it.
+With --shape weights and text are random, so what is accepted says nothing; the times of a round and of the dense model
+do. One JSON line per draft, then a table.
 """
 
 import argparse
@@ -30,17 +33,20 @@ from was_fx.generate.compiled_step import CompiledStep
 from was_fx.generate.decode_loop import AHEAD, decode
 from was_fx.generate.drafted_loop import noting_rounds
 from was_fx.generate.recorded_step import RecordedStep
+from was_fx.measure.shapes import SHAPES, config
+from was_fx.measure.speed import random_model
 from was_fx.measure.token_clock import TokenClock
 
 BEGIN = 32  # new tokens that are not timed
 TEXT = Path(embedded.path())
 COLUMNS = ("draft", "sparsity", "guesses", "tokens per dense step", "accepted per step", "accepted", "same text")
-TIMES = ("dense ms", "with draft ms", "faster")
+TIMES = ("dense ms", "with draft ms", "round ms", "faster")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="a folder or a name on the Hub; by default the embedded model")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of a model's shapes, for times")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of the dense model")
     parser.add_argument("--lowering", choices=["inductor", "eager", "recorded"])
@@ -52,7 +58,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, help="new tokens; 64 of the embedded model, else 160")
     parser.add_argument("--rounds", type=int, default=1, help="how often each text is timed")
-    measure(parser.parse_args())
+    arguments = parser.parse_args()
+    if arguments.model and arguments.shape:
+        parser.error("give a model or --shape, not both")
+    measure(arguments)
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -61,13 +70,14 @@ def measure(arguments: argparse.Namespace) -> None:
     model, fitted, prompts = _loaded(arguments)
     if arguments.dense_weights:
         was_fx.quantize(model, arguments.dense_weights)
-    timed = arguments.model is not None
+    name = arguments.model or arguments.shape
+    timed = name is not None
     tokens = arguments.tokens or (160 if timed else 64)
     if timed and tokens <= 2 * BEGIN:
         sys.exit(f"--tokens is {tokens}; give more than {2 * BEGIN}, of which the first {BEGIN} are not timed")
     alone = copy.deepcopy(model)  # the weights of a model with drafts lie otherwise
     dense = _generate_alone(alone, arguments) if timed else alone.generate
-    table = Table(*COLUMNS, *(TIMES if timed else ()), title=f"{arguments.model or 'embedded'}, {machine['device']}")
+    table = Table(*COLUMNS, *(TIMES if timed else ()), title=f"{name or 'embedded'}, {machine['device']}")
     calibration = was_fx.calibrate(model, fitted)
     drafts = {}
     for weights in arguments.weights:
@@ -84,7 +94,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 draft.generation_config.num_assistant_tokens = guesses
                 row = _compared(model, draft, dense, prompts, tokens, arguments.rounds, timed)
                 row = {"draft": weights, "sparsity": target, "guesses": guesses, **row}
-                print(json.dumps(machine | {"model": arguments.model, "dtype": arguments.dtype} | row), flush=True)
+                print(json.dumps(machine | {"model": name, "dtype": arguments.dtype} | row), flush=True)
                 table.add_row(*[f"{each:.3g}" if isinstance(each, float) else str(each) for each in row.values()])
     Console(width=160).print(table)
 
@@ -92,7 +102,14 @@ def measure(arguments: argparse.Namespace) -> None:
 def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Model, tokens [n, 512] to measure thresholds on, and prompts [n, seq], both of books."""
     dtype = getattr(torch, arguments.dtype)
-    if arguments.model is None:
+    if arguments.shape:
+        model = random_model(config(arguments.shape), dtype=dtype, device=arguments.device)
+        generator = torch.Generator().manual_seed(0)
+        calibration, test = (
+            torch.randint(model.config.vocab_size, size, generator=generator)
+            for size in ((4, 512), (arguments.prompts, arguments.prompt))
+        )
+    elif arguments.model is None:
         model, _ = embedded.load(dtype)
         calibration, test = embedded.tokens("calibration", 512), embedded.tokens("test", arguments.prompt)
     else:
@@ -160,6 +177,7 @@ def _compared(
     if timed:
         ratios = [one / other for one, other in zip(*times.values(), strict=True)]
         row |= {f"{name}_ms": statistics.median(each) for name, each in times.items()}
+        row["round_ms"] = row["draft_ms"] * row["tokens_per_step"]
         row["faster"] = statistics.median(ratios)
     return row
 
