@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from was_fx.kernels.ops import decode_attention, gated_product_compact, rms_norm_compact
+from was_fx.kernels.parts.arrivals import arrivals
 from was_fx.kernels.parts.gemv_config import LinearsShape, gemv_config
 from was_fx.kernels.tune.graph_timing import capture, microseconds
 from was_fx.kernels.tune.tile_sizes import ROTATED_BYTES, measure
@@ -73,7 +74,7 @@ def listing(shape: str, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
 
     def attention(lists: bool):
         thresholds = [torch.rand(heads * width, device="cuda") * 0.1] if lists else []
-        counters = decode_attention.arrivals(q)
+        counters = arrivals(q)
         return lambda: decode_attention.decode_attention(q, k, v, mask, width**-0.5, thresholds, counters)
 
     partial = rand(splits["gate_up"], 1, 2 * wide, like=torch.float32)

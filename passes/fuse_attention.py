@@ -18,8 +18,9 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from was_fx.kernels.ops.compact import compact_op
-from was_fx.kernels.ops.decode_attention import arrivals, arrivals_op, decode_attention_op, fake
+from was_fx.kernels.ops.decode_attention import decode_attention_op, fake
 from was_fx.passes.graph.context import Context, value
+from was_fx.passes.graph.counters import counters_before
 from was_fx.passes.graph.matching import arguments_of, flattening_of, kind, storage, written_storages
 
 _SDPA = "scaled_dot_product_attention"
@@ -75,10 +76,9 @@ def fuse_attention(context: Context) -> None:
     graph = context.module.graph
     lists = graph.find_nodes(op="call_function", target=compact_op)
     written = written_storages(graph)
-    counters: dict[torch.device, Node] = {}
     readers = {flattening_of(x, {_SDPA}): each for each in lists if storage(x := each.args[0]) not in written}
     for node, found in context.matches([each for each in graph.nodes if kind(each) == _SDPA], match):
-        _rewrite(context, node, found, readers.get(node), counters)
+        _rewrite(context, node, found, readers.get(node))
         context.counts["decode attention"] += 1
 
 
@@ -101,15 +101,11 @@ def _unrepeated(node: Any) -> Any:
     return base if all(same) else node
 
 
-def _rewrite(
-    context: Context, node: Node, found: Attention, reader: Node | None, counters: dict[torch.device, Node]
-) -> None:
+def _rewrite(context: Context, node: Node, found: Attention, reader: Node | None) -> None:
     thresholds = list(arguments_of(reader)[1]) if reader is not None else []
-    device = value(found.q).device
+    counters = counters_before(context, node, found.q)
     with context.module.graph.inserting_before(node):
-        if device not in counters:
-            counters[device] = context.call(arrivals_op, (found.q,), arrivals(value(found.q)))
-        arguments = (found.q, found.k, found.v, found.mask, found.scale, thresholds, counters[device])
+        arguments = (found.q, found.k, found.v, found.mask, found.scale, thresholds, counters)
         y, index, count = context.fused(decode_attention_op, fake, arguments)
     context.replace(node, y)
     if reader is not None:

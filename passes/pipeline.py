@@ -25,6 +25,7 @@ def _gpu_passes() -> tuple[Pass, ...]:
     from was_fx.passes.fuse_attention import fuse_attention
     from was_fx.passes.fuse_gated_products import fuse_gated_products
     from was_fx.passes.fuse_rms_norms import fuse_rms_norms
+    from was_fx.passes.fuse_routers import fuse_routers
     from was_fx.passes.list_channels import list_channels
     from was_fx.passes.list_expert_channels import list_expert_channels
     from was_fx.passes.replace_topk import replace_topk
@@ -32,6 +33,7 @@ def _gpu_passes() -> tuple[Pass, ...]:
     return (
         list_channels,
         list_expert_channels,
+        fuse_routers,
         replace_topk,
         fuse_attention,
         fuse_rms_norms,

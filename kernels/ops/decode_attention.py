@@ -18,26 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from was_fx.kernels.ops import compact
+from was_fx.kernels.parts.arrivals import COUNTERS, arrivals, last
 from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.triton_parts import begin, interpreted, launch_options, list_kept, serves, slots
 
 # Keys per step of a program.
 BLOCK = 64
-# Programs that all heads of a sequence share; each key-value head gets an equal number of them.
-PROGRAMS = 128
+# Programs that all heads of a sequence share; each key-value head gets an equal number of them, and fewer counters.
+PROGRAMS = COUNTERS
 # Partial results that one program adds up. Where a key-value head has more, some programs add up so many each, and then
 # one adds up theirs: a multiprocessor alone reads the parts of many splits too slowly.
 FAN = 16
-
-
-@triton.jit
-def _last(arrivals_ptr, programs):
-    """Whether the other of `programs` came here before: what they stored can be read, and the counter is 0 again."""
-    tl.debug_barrier()  # the stores of all threads come before the arrival, which is one thread's
-    last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
-    if last:
-        tl.store(arrivals_ptr, 0)
-    return last
 
 
 @triton.jit
@@ -217,7 +208,7 @@ def _decode_attention(
         arrivals_ptr += (batch * shared + kv) * (BUNDLES + 1)
         bundle = split // FAN
         _store_part(best, norm, total, best_ptr, norm_ptr, part_ptr, first + split * H, group, HEADS, D)
-        if _last(arrivals_ptr + bundle, FAN):
+        if last(arrivals_ptr + bundle, FAN):
             best1, norm1, total1 = _sum_parts(
                 best_ptr, norm_ptr, part_ptr, first + bundle * FAN * H, H, group, FAN, ROWS, D, WIDTH
             )
@@ -229,7 +220,7 @@ def _decode_attention(
             else:
                 place = first + SPLITS * H
                 _store_part(best1, norm1, total1, best_ptr, norm_ptr, part_ptr, place + bundle * H, group, ROWS, D)
-                if _last(arrivals_ptr + BUNDLES, BUNDLES):
+                if last(arrivals_ptr + BUNDLES, BUNDLES):
                     _, norm2, total2 = _sum_parts(
                         best_ptr, norm_ptr, part_ptr, place, H, group, BUNDLES, ROWS, D, WIDTH
                     )
@@ -285,16 +276,6 @@ def reference(
         listed, count[:, s : s + 1] = compact.reference(flat[:, own], [t[own] for t in thresholds], index.shape[2])
         index[:, s : s + 1] = listed + own.start
     return y, index, count
-
-
-def arrivals(q: Tensor) -> Tensor:
-    """[PROGRAMS] int32 zeros, by which the programs of `decode_attention` tell who came last.
-
-    Every call leaves zeros, so one tensor serves all calls that follow one another. Calls that may run at the same time
-    need one each, so a graph makes its own. An op, lest a compiler takes the zeros for a constant that all who run the
-    graph share.
-    """
-    return q.new_zeros(PROGRAMS, dtype=torch.int32)
 
 
 def decode_attention(
@@ -385,4 +366,3 @@ decode_attention_op = register_op(
     decode_attention,
     fake,
 )
-arrivals_op = register_op("arrivals(Tensor q) -> Tensor", arrivals, arrivals)

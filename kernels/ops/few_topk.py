@@ -18,14 +18,52 @@ from was_fx.kernels.parts.triton_parts import DTYPES, begin, launch_options, ser
 MAX_ENTRIES = 1024
 MAX_ROWS = 8
 
-_AT_ONCE = 64
+# Rows of more entries than _ALL_AT_ONCE are compared with so many at once.
+_AT_ONCE, _ALL_AT_ONCE = 64, 128
 
 
 @triton.jit
-def _key(x):
-    """int32 that is ordered as x is, NaN above all."""
+def _key(x, columns):
+    """int64 that is ordered as x is, NaN above all; of equal ones the first is the greatest."""
+    x = x.to(tl.float32)
     bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0
-    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    key = tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    return (key.to(tl.int64) << 32) - columns
+
+
+@triton.jit
+def _count_greater(others, own):
+    """How many of the others are greater than each of `own`."""
+    # Down the columns, which are the threads': a sum across threads takes several times as many instructions.
+    return tl.sum((others[:, None] > own[None, :]).to(tl.int32), axis=0)
+
+
+@triton.jit
+def choose(
+    x_ptr,  # [E]
+    x,  # [ENTRIES]: the same numbers; -inf past E
+    values,  # [ENTRIES]: what is stored of each
+    value_ptr,  # [k]
+    index_ptr,  # [k] int64
+    E,
+    k,
+    ENTRIES: tl.constexpr,  # E as a power of two
+    AT_ONCE: tl.constexpr,
+):
+    """Store the values and the columns of the k largest of x."""
+    entries = tl.arange(0, ENTRIES)
+    own = _key(x, entries)
+    if AT_ONCE == ENTRIES:
+        place = _count_greater(own, own)
+    else:
+        place = tl.zeros([ENTRIES], tl.int32)
+        for first in tl.range(0, ENTRIES, AT_ONCE):
+            others = first + tl.arange(0, AT_ONCE)
+            other = tl.load(x_ptr + others, mask=others < E, other=float("-inf"))
+            place += _count_greater(_key(other, others), own)
+    chosen = (entries < E) & (place < k)
+    tl.store(value_ptr + place, values, mask=chosen)
+    tl.store(index_ptr + place, entries.to(tl.int64), mask=chosen)
 
 
 @triton.jit
@@ -35,26 +73,16 @@ def _few_topk(
     index_ptr,  # [R, k] int64
     E,
     k,
-    ENTRIES: tl.constexpr,  # E as a power of two
+    ENTRIES: tl.constexpr,
     AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
     row = tl.program_id(0)
     entries = tl.arange(0, ENTRIES)
-    x = tl.load(x_ptr + row * E + entries, mask=entries < E, other=0.0)
-    own = _key(x.to(tl.float32))
-    place = tl.zeros([ENTRIES], tl.int32)
-    for first in tl.static_range(0, ENTRIES, AT_ONCE):
-        others = first + tl.arange(0, AT_ONCE)
-        other = _key(tl.load(x_ptr + row * E + others, mask=others < E, other=0.0).to(tl.float32))
-        before = (other[None, :] > own[:, None]) | (
-            (other[None, :] == own[:, None]) & (others[None, :] < entries[:, None])
-        )
-        place += tl.sum((before & (others < E)[None, :]).to(tl.int32), axis=1)
-    chosen = (entries < E) & (place < k)
-    tl.store(value_ptr + row * k + place, x, mask=chosen)
-    tl.store(index_ptr + row * k + place, entries.to(tl.int64), mask=chosen)
+    x_ptr += row * E
+    x = tl.load(x_ptr + entries, mask=entries < E, other=float("-inf"))
+    choose(x_ptr, x, x, value_ptr + row * k, index_ptr + row * k, E, k, ENTRIES, AT_ONCE)
 
 
 def fits(x: Tensor, k: int) -> bool:
@@ -66,6 +94,12 @@ def fits(x: Tensor, k: int) -> bool:
 def supports(x: Tensor, k: int) -> bool:
     """Whether the kernel takes the k largest of the rows of x [..., E]."""
     return serves(x) and fits(x, k)
+
+
+def entry_blocks(entries: int) -> dict[str, int]:
+    """The sizes of blocks that `choose` compares, for rows of so many entries."""
+    padded = triton.next_power_of_2(entries)
+    return {"ENTRIES": padded, "AT_ONCE": padded if padded <= _ALL_AT_ONCE else _AT_ONCE}
 
 
 def reference(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -87,16 +121,15 @@ def few_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if not supports(x, k):
         return reference(x, k)
     values, index = fake(x, k)
-    entries = triton.next_power_of_2(x.shape[-1])
+    blocks = entry_blocks(x.shape[-1])
     _few_topk[(x.numel() // x.shape[-1],)](
         x.contiguous(),
         values,
         index,
         x.shape[-1],
         k,
-        ENTRIES=entries,
-        AT_ONCE=min(_AT_ONCE, entries),
-        num_warps=4 if entries <= 256 else 8,
+        **blocks,
+        num_warps=4 if blocks["ENTRIES"] <= 256 else 8,
         **launch_options(x),
     )
     return values, index

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from was_fx.kernels.ops.compact import compact_op
-from was_fx.kernels.ops.decode_attention import arrivals_op, decode_attention_op
+from was_fx.kernels.ops.decode_attention import decode_attention_op
+from was_fx.kernels.parts.arrivals import arrivals_op
 
 SDPA = F.scaled_dot_product_attention
 SCHEDULE = {"q": 0.4, "o": 0.02}

@@ -17,6 +17,7 @@ NAMES = [
     "merge_siblings",
     "list_channels",
     "list_expert_channels",
+    "fuse_routers",
     "replace_topk",
     "fuse_attention",
     "fuse_rms_norms",

@@ -9,13 +9,12 @@ from triton.runtime import interpreter
 from was_fx.kernels.ops import compact
 from was_fx.kernels.ops.decode_attention import (
     PROGRAMS,
-    arrivals,
-    arrivals_op,
     decode_attention,
     decode_attention_op,
     reference,
     segment_size,
 )
+from was_fx.kernels.parts.arrivals import arrivals, arrivals_op
 
 # numpy's warnings, from the interpreter, of lanes that are masked
 pytestmark = [
