@@ -8,9 +8,9 @@
 With a model, the dense one alone and with each draft take turns, prompt by prompt; both run as fast as was_fx can, the
 dense one alone too: compiled and replayed as CUDA graphs on a GPU, recorded on a CPU with `--lowering recorded`. Times
 are counted from the 32nd new token on, when everything is compiled, captured and recorded; medians over all texts.
-Thresholds are uniform and measured with the draft's weights. "Round" is the time of a dense step and the guesses before it.
-With --shape weights and text are random, so what is accepted says nothing; the times of a round and of the dense model
-do. One JSON line per draft, then a table.
+Thresholds are uniform and measured with the draft's weights. "Round" is the time of a dense step and the guesses
+before it. With --shape weights and text are random, so what is accepted says nothing; the times of a round and of the
+dense model do. One JSON line per draft, then a table.
 """
 
 import argparse

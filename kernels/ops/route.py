@@ -107,9 +107,9 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, softmax: b
     return logits, values, index
 
 
-def tile(entries: int, channels: int) -> Tile:
-    """Of W [entries, channels]: about as many programs as a GPU has multiprocessors, or twice that."""
-    rows = max(1, triton.next_power_of_2(entries) // 256)
+def tile(entries: int, channels: int, tokens: int) -> Tile:
+    """Of W [entries, channels]: a row for each program, and several where more than 512 programs would share them."""
+    rows = max(1, min(4, triton.next_power_of_2(entries) * tokens // 512))
     return Tile(rows, 4 if entries <= 256 and channels <= 4096 else 8)
 
 
@@ -127,9 +127,10 @@ def route(
     if not serves(x) or not fits(x, weight, bias, k):
         return reference(x, weight, bias, k, softmax)
     entries, channels = weight.shape
-    by = tile(entries, channels) if by is None else by
+    tokens = x.numel() // channels
+    by = tile(entries, channels, tokens) if by is None else by
     logits, values, index = fake(x, weight, bias, k, softmax)
-    _route[(triton.cdiv(entries, by.rows), x.numel() // channels)](
+    _route[(triton.cdiv(entries, by.rows), tokens)](
         x.contiguous(),
         weight,
         bias,
