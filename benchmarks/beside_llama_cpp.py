@@ -2,10 +2,13 @@
 
     pip install llama-cpp-python gguf
     python benchmarks/beside_llama_cpp.py models/smollm2-135m --text wikitext2.valid.txt.xz --formats int8 int4
+    python benchmarks/beside_llama_cpp.py models/smollm2-135m --text wikitext2.valid.txt.xz --formats bf16 int8 int4 \
+        --targets 0 --schedules 25.was.safetensors 50.was.safetensors
 
 Ours are `generate()` with recorded steps (`sparsify(lowering="recorded")`) and uniform schedules whose thresholds are
-measured with the quantised weights; theirs Q8_0, Q4_0 and Q4_1 by the reference rounding of gguf, embeddings in Q8_0 at
-most. Same threads, same text; medians over all steps of all rounds. One JSON line per variant, then a table.
+measured with the quantised weights, or the schedules given; theirs BF16, Q8_0, Q4_0 and Q4_1 by the reference rounding
+of gguf, embeddings in Q8_0 at most beside the quantised. Same threads, same text; medians over all steps of all rounds.
+One JSON line per variant, then a table.
 """
 
 import argparse
@@ -17,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-THEIRS = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1")}
+THEIRS = {"bf16": ("BF16",), "int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1")}
 
 
 def main() -> None:
@@ -26,6 +29,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="a text; .xz is unpacked")
     parser.add_argument("--formats", nargs="+", default=["int8", "int4"], choices=THEIRS)
     parser.add_argument("--targets", nargs="+", type=float, default=[0.0, 0.25, 0.5])
+    parser.add_argument("--schedules", nargs="+", default=[], type=Path, help="schedules beside the uniform targets")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
@@ -66,12 +70,18 @@ def measure(arguments: argparse.Namespace) -> None:
                 loss = torch.nn.functional.cross_entropy(logits, scored[0, 1:]).item()
                 scoring.close()
                 variants[f"llama.cpp {kind}"] = llama_cpp.Llama(str(path), verbose=False, **options), math.exp(loss)
-            for target in arguments.targets:
-                model = was_fx.quantize(load(), {"lm_head": "int8", "*": format})
-                schedule = was_fx.uniform(was_fx.calibrate(model, fitted), target)
+            for chosen in (*arguments.targets, *arguments.schedules):
+                model = load()
+                if format != "bf16":
+                    was_fx.quantize(model, {"lm_head": "int8", "*": format})
+                if isinstance(chosen, Path):
+                    schedule = was_fx.Schedule.load(chosen)
+                else:
+                    schedule = was_fx.uniform(was_fx.calibrate(model, fitted), chosen)
                 was_fx.sparsify(model, schedule, prefill="sparse", lowering="recorded")
                 loss = was_fx.perplexity(model, scored)
-                variants[f"{format}, {target:.0%}"] = was_fx.sparsify(model, schedule, lowering="recorded"), loss
+                name = chosen.name.split(".")[0] if isinstance(chosen, Path) else f"{chosen:.0%}"
+                variants[f"{format}, {name}"] = was_fx.sparsify(model, schedule, lowering="recorded"), loss
         times: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(arguments.rounds):
             for name, (model, _) in variants.items():

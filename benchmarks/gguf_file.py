@@ -21,7 +21,8 @@ _NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"
 
 
 def write(model: Any, path: Path, weights: str) -> None:
-    """Write a model with weights of `weights` ("F16", "Q8_0", "Q4_0", "Q4_1", …); embeddings and head in Q8_0 at most.
+    """Write a model with weights of `weights` ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", …); embeddings and head in Q8_0 at most
+    beside weights that are quantised.
 
     Raises:
         ValueError: the model is of a kind whose names and layout this does not know.
@@ -43,11 +44,7 @@ def write(model: Any, path: Path, weights: str) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     kind = gguf.GGMLQuantizationType[weights]
-    head = (
-        kind
-        if kind in (gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32)
-        else gguf.GGMLQuantizationType.Q8_0
-    )
+    head = kind if weights in ("F32", "F16", "BF16") else gguf.GGMLQuantizationType.Q8_0
     for name, tensor in _tensors(model, architecture):
         data = tensor.float().numpy()
         chosen = gguf.GGMLQuantizationType.F32

@@ -129,36 +129,75 @@ def number(cell: str) -> float:
     return float(found[0])
 
 
-def formats_and_sparsity() -> str:
-    """Perplexity against megabytes read for a token, by format of the weights."""
-    series: dict[str, list[tuple[str, float, float]]] = {}
-    for row in rows_of("quality.md", "## Formats of weights")[1:]:
-        name, level = row[0].split(", ")
-        perplexity = number(row[2] if level == "0 %" else row[3])
-        series.setdefault(name, []).append((level, number(row[1]), perplexity))
-    left, right, top, bottom = 70, 690, 50, 330
-    low, high = 17.0, 25.0
+# Name of a format, level, column of the cost and perplexity by the recipe fisher.
+Point = tuple[str, float, float]
 
-    def place(megabytes: float, perplexity: float) -> tuple[float, float]:
-        x = left + (right - left) * megabytes / 280
+
+def formats_by(column: str) -> dict[str, list[Point]]:
+    """(level, cost, perplexity) of each format of weights; the cost is what a column has, where it was measured."""
+    heading, *rows = rows_of("quality.md", "## Formats of weights")
+    at = heading.index(column)
+    series: dict[str, list[Point]] = {}
+    for row in rows:
+        name, level = row[0].split(", ")
+        if row[at]:
+            perplexity = number(row[2] if level == "0 %" else row[3])
+            series.setdefault(name, []).append((level, number(row[at]), perplexity))
+    return series
+
+
+def panel(series: dict[str, list[Point]], left: float, right: float, ticks: list[float], unit: str) -> list[str]:
+    """Perplexity against a cost, a line for each format, between two x of a picture."""
+    top, bottom, low, high = 50, 330, 17, 25
+
+    def place(cost: float, perplexity: float) -> tuple[float, float]:
+        x = left + (right - left) * (cost - ticks[0]) / (ticks[-1] - ticks[0])
         return x, bottom - (bottom - top) * (perplexity - low) / (high - low)
 
-    parts = [text(24, 30, "Perplexity (lower is better) against the megabytes of weights that a token reads", "bold")]
-    for value in range(17, 26):
-        y = place(0, value)[1]
+    parts: list[str] = []
+    named: list[tuple[float, float]] = []
+    for value in range(low, high + 1):
+        y = place(ticks[0], value)[1]
         parts += [line([(left, y), (right, y)]), text(left - 10, y + 4, str(value), "end small faint")]
-    for value in range(0, 281, 40):
-        parts.append(text(place(value, low)[0], bottom + 20, f"{value} MB", "middle small faint"))
-    for colour, (name, points) in zip(COLOURS, series.items(), strict=True):
-        places = [place(megabytes, perplexity) for _, megabytes, perplexity in points]
+    for value in ticks:
+        parts.append(text(place(value, low)[0], bottom + 20, f"{value:g} {unit}", "middle small faint"))
+    for colour, (name, points) in zip(COLOURS, series.items(), strict=False):
+        places = [place(cost, perplexity) for _, cost, perplexity in points]
         parts.append(line(places, colour))
         for (x, y), (level, *_) in zip(places, points, strict=True):
             parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="4" style="fill: var(--{colour})"/>')
             dense = level == "0 %"
             shift = (-14, 20) if dense else (7, -7)
-            parts.append(text(x + shift[0], y + shift[1], f"{name}, {level}" if dense else level, "small"))
-    parts.append(text(24, 374, "SmolLM2-135M, recipe fisher, WikiText-2: the table in quality.md", "small faint"))
+            if all(math.dist((x, y), other) > 14 for other in named):  # else it would be written over another
+                parts.append(text(x + shift[0], y + shift[1], f"{name}, {level}" if dense else level, "small"))
+            named.append((x, y))
+    return parts
+
+
+FORMATS = "SmolLM2-135M, recipe fisher, WikiText-2: the table in quality.md"
+
+
+def formats_and_sparsity() -> str:
+    """Perplexity against megabytes read for a token, by format of the weights."""
+    parts = [
+        text(24, 30, "Perplexity (lower is better) against the megabytes of weights that a token reads", "bold"),
+        *panel(formats_by("MB a token"), 70, 690, [*range(0, 281, 40)], "MB"),
+        text(24, 374, FORMATS, "small faint"),
+    ]
     return picture(780, 390, "Perplexity against megabytes per token for bf16, int8 and int4 at 0 to 50 %", parts)
+
+
+def loss_and_time() -> str:
+    """Perplexity against the time of a token, on a GPU and on a CPU, by format of the weights."""
+    parts = [
+        text(24, 30, "Perplexity (lower is better) against milliseconds per token (left is faster)", "bold"),
+        *panel(formats_by("ms, H200"), 50, 370, [0.6, 0.8, 1.0, 1.2, 1.4, 1.6], "ms"),
+        text(210, 374, "NVIDIA H200", "middle small"),
+        *panel(formats_by("ms, CPU"), 440, 760, [*range(6, 17, 2)], "ms"),
+        text(600, 374, "two CPU cores, AVX2", "middle small"),
+        text(24, 402, FORMATS, "small faint"),
+    ]
+    return picture(830, 418, "Perplexity against milliseconds per token for bf16, int8 and int4 at 0 to 50 %", parts)
 
 
 def speed() -> str:
@@ -178,7 +217,13 @@ def speed() -> str:
     return picture(740, y + 34, "Milliseconds per decode step, dense and at 40, 50, 60 and 75 %", parts)
 
 
-PICTURES = {"one-token": one_token, "pipeline": pipeline, "formats": formats_and_sparsity, "speed": speed}
+PICTURES = {
+    "one-token": one_token,
+    "pipeline": pipeline,
+    "formats": formats_and_sparsity,
+    "loss-and-time": loss_and_time,
+    "speed": speed,
+}
 
 
 def main() -> None:
