@@ -21,8 +21,8 @@ _NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"
 
 
 def write(model: Any, path: Path, weights: str) -> None:
-    """Write a model with weights of `weights` ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", …); embeddings and head in Q8_0 at most
-    beside weights that are quantised.
+    """Write a model with weights of `weights` ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", …); embeddings and head of a
+    quantised one in Q8_0 at most.
 
     Raises:
         ValueError: the model is of a kind whose names and layout this does not know.
