@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from was_fx.kernels.parts.registration import register_op
-from was_fx.kernels.parts.triton_parts import DTYPES, begin, launch_options, serves
+from was_fx.kernels.parts.triton_parts import DTYPES, begin, launch_options, order, serves
 
 # Each entry is compared with every other.
 MAX_ENTRIES = 1024
@@ -20,15 +20,6 @@ MAX_ROWS = 8
 
 # Rows of more entries than _ALL_AT_ONCE are compared with so many at once.
 _AT_ONCE, _ALL_AT_ONCE = 64, 128
-
-
-@triton.jit
-def _key(x, columns):
-    """int64 that is ordered as x is, NaN above all; of equal ones the first is the greatest."""
-    x = x.to(tl.float32)
-    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0
-    key = tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
-    return (key.to(tl.int64) << 32) - columns
 
 
 @triton.jit
@@ -52,7 +43,7 @@ def choose(
 ):
     """Store the values and the columns of the k largest of x."""
     entries = tl.arange(0, ENTRIES)
-    own = _key(x, entries)
+    own = order(x, entries)
     if AT_ONCE == ENTRIES:
         place = _count_greater(own, own)
     else:
@@ -60,7 +51,7 @@ def choose(
         for first in tl.range(0, ENTRIES, AT_ONCE):
             others = first + tl.arange(0, AT_ONCE)
             other = tl.load(x_ptr + others, mask=others < E, other=float("-inf"))
-            place += _count_greater(_key(other, others), own)
+            place += _count_greater(order(other, others), own)
     chosen = (entries < E) & (place < k)
     tl.store(value_ptr + place, values, mask=chosen)
     tl.store(index_ptr + place, entries.to(tl.int64), mask=chosen)

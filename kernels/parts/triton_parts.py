@@ -69,6 +69,15 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
+def order(x, columns):
+    """int64 that is ordered as x is, NaN above all; of equal ones the first is the greatest."""
+    x = x.to(tl.float32)
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0
+    key = tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    return (key.to(tl.int64) << 32) - columns
+
+
+@triton.jit
 def sum_partials(
     partial_ptr,  # [SPLITS, width] fp32
     channels,  # block of column numbers

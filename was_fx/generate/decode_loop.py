@@ -22,6 +22,7 @@ from torch import Tensor
 
 from was_fx.compat.generation import cache_among, decoding_method, end_tokens, is_callers, pad_token
 from was_fx.generate.direct_step import DirectStep
+from was_fx.generate.greedy import Greedy
 from was_fx.generate.model_step import ModelStep, position_after, prompt_logits, runs_callers_code
 
 # Steps that may be queued before the first of them has been read: more than Python needs to keep the GPU busy, few
@@ -106,7 +107,7 @@ def is_plain(config: Any, model_kwargs: dict[str, Any]) -> bool:
 
 @dataclass
 class _Sent:
-    """What a step has sent to the CPU: its tokens [B], for a streamer, and whether a sequence goes on, if that is open.
+    """What a step has sent to the CPU: its tokens [B], for a streamer, and which sequences go on [B], if that is open.
 
     `random` is the state of the GPU's random numbers after it.
     """
@@ -125,18 +126,18 @@ class _Mail:
         self._slots: Any = None
         if device.type == "cuda":  # a copy to memory that is not pinned waits for the GPU
             tokens = torch.empty((slots, batch), dtype=torch.long, pin_memory=True)
-            flags = torch.empty(slots, dtype=torch.bool, pin_memory=True)
+            flags = torch.empty((slots, batch), dtype=torch.bool, pin_memory=True)
             self._slots = cycle([(tokens[i], flags[i], torch.cuda.Event()) for i in range(slots)])
 
-    def send(self, tokens: Tensor | None, flag: Tensor | None) -> tuple[Tensor | None, Tensor | None, Any]:
+    def send(self, tokens: Tensor | None, flags: Tensor | None) -> tuple[Tensor | None, Tensor | None, Any]:
         """Both as they will be on the CPU once the event has come to pass."""
         if self._slots is None:
-            return tokens, flag, None
-        own_tokens, own_flag, event = next(self._slots)
+            return tokens, flags, None
+        own_tokens, own_flags, event = next(self._slots)
         tokens = None if tokens is None else own_tokens.copy_(tokens, non_blocking=True)
-        flag = None if flag is None else own_flag.copy_(flag, non_blocking=True)
+        flags = None if flags is None else own_flags.copy_(flags, non_blocking=True)
         event.record()
-        return tokens, flag, event
+        return tokens, flags, event
 
 
 class _Loop:
@@ -162,6 +163,7 @@ class _Loop:
         self.ends = None if ends is None else ends.to(input_ids.device)
         self.may_end = self.ends is None or self.ends.numel() > 0
         self.pads = batch > 1 and any(hasattr(each, "eos_token_id") for each in criteria)
+        self.likeliest = Greedy()
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         self.waiting: deque[_Sent] = deque()
 
@@ -199,7 +201,7 @@ class _Loop:
         if self.config.do_sample:
             token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
         else:
-            token = scores.argmax(dim=-1)
+            token = self.likeliest(scores)
         if self.pads:
             token = torch.where(self.unfinished, token, pad_token(self.config))
         return token
@@ -209,15 +211,18 @@ class _Loop:
         if length > self.text.shape[1]:
             self.text = torch.cat([self.text, torch.empty_like(self.text)], dim=1)
         self.text[:, length - 1] = token
-        goes_on = None
         if self.may_end:
-            ended = self.criteria(self.text[:, :length], None) if self.ends is None else torch.isin(token, self.ends)
-            self.unfinished = self.unfinished & ~ended
-            goes_on = self.unfinished.any()
+            if self.ends is None:
+                going = ~self.criteria(self.text[:, :length], None)
+            else:
+                going = (token[:, None] != self.ends).all(dim=-1)
+            self.unfinished = self.unfinished & going
         random = None
         if self.config.do_sample and token.is_cuda:
             random = torch.cuda.get_rng_state(token.device)  # the CPU holds it
-        tokens, goes_on, event = self.mail.send(token if self.streamer is not None else None, goes_on)
+        tokens, goes_on, event = self.mail.send(
+            token if self.streamer is not None else None, self.unfinished if self.may_end else None
+        )
         self.waiting.append(_Sent(length, tokens, goes_on, event, random))
 
     def _read(self, length: int) -> int | None:
@@ -232,7 +237,7 @@ class _Loop:
             self.waiting.popleft()
             if self.streamer is not None:
                 self.streamer.put(first.tokens if first.event is None else first.tokens.clone())  # type: ignore[union-attr]
-            ended = first.goes_on is not None and not first.goes_on
+            ended = first.goes_on is not None and not first.goes_on.any()
             if ended or (self.end is not None and first.length >= self.end):
                 if first.random is not None and self.waiting:
                     torch.cuda.set_rng_state(first.random, self.text.device)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from was_fx.compat.generation import end_tokens, take_back
+from was_fx.generate.greedy import Greedy
 from was_fx.generate.model_step import position_after, prompt_logits
 
 
@@ -87,6 +88,7 @@ class DraftedLoop:
         self.model, self.processor, self.criteria, self.streamer = model, processor, criteria, streamer
         self.samples: bool = config.do_sample
         self.guesses, self.confidence = guesses, confidence
+        self.likeliest = Greedy()
         self.start, self.end = ids.shape[1], config.max_length
         self.length = self.start
         # Room for guesses past the end, and for what a step is filled up with.
@@ -130,7 +132,7 @@ class DraftedLoop:
     def _pick(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """A token [1] for scores [1, V], and the probabilities [1, V] that it was drawn by."""
         if not self.samples:
-            return scores.argmax(dim=-1), scores
+            return self.likeliest(scores), scores
         probabilities = torch.softmax(scores, dim=-1)
         return torch.multinomial(probabilities, num_samples=1).squeeze(1), probabilities
 
@@ -166,7 +168,7 @@ class DraftedLoop:
         else:
             scores = logits[: count + 1]
         if not self.samples:
-            own = scores.argmax(dim=-1)
+            own = self.likeliest(scores)
             kept = _leading((own[:-1] == guesses).tolist())
             return own[: kept + 1]
         # Algorithm 1 of Leviathan et al., "Fast inference from transformers via speculative decoding": what is kept or

@@ -13,6 +13,7 @@ from torch import Tensor
 from was_fx.compat.cuda import hold_gpu
 from was_fx.compat.dynamo import graphs_compiled
 from was_fx.compat.generation import cache_argument, may_be_taken_back, take_back
+from was_fx.generate.greedy import Greedy
 from was_fx.measure.token_clock import TokenClock
 
 # New tokens that don't count at the start of a sequence where the first steps are other ones: on a GPU they capture a
@@ -74,6 +75,7 @@ class TimedModel:
         self.model, self.load, self._step = model, load, step
         self.on_gpu = load.prompt.is_cuda
         self.has_steps = self.on_gpu and load.cache == "static"
+        self._likeliest = Greedy()
         self._cache_name = cache_argument(model)
         self._cache: Any = None
         self._first: Tensor | None = None  # the tokens after the prompt, while the cache holds that
@@ -181,7 +183,8 @@ class TimedModel:
 
     def _next(self, logits: Tensor) -> Tensor:
         """What comes after each of the last S tokens, [B, S], by logits [B, S or more, V]."""
-        return logits[:, -self.load.together :].argmax(-1)
+        last = logits[:, -self.load.together :]
+        return self._likeliest(last.flatten(0, 1)).view(last.shape[:2])
 
     def _mark(self) -> Any:
         """Now, by the GPU's clock; on a CPU in seconds."""
