@@ -67,6 +67,17 @@ def pair(model, tokens, oracle):
     return was_fx.sparsify(model, schedule, prefill="all"), expected
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_a_gpu_that_is_not_torchs_current_one(llama, tokens, weights):
+    schedule = was_fx.uniform(was_fx.calibrate(llama, tokens), 0.5)
+    texts = []
+    for device in ("cuda:0", "cuda:1"):
+        model = was_fx.sparsify(copy.deepcopy(llama).to(device), schedule, prefill="all", weights=weights)
+        texts += [generate(model, tokens[:1, :16].to(device)).cpu() for _ in range(4)]
+    assert all(text.equal(texts[0]) for text in texts)
+
+
 @pytest.mark.parametrize("arguments", MODES.values(), ids=MODES.keys())
 def test_modes_equal_the_oracle(llama, tokens, oracle, arguments):
     if arguments.get("cache_implementation") == "quantized":

@@ -24,6 +24,7 @@ from torch import Tensor
 from was_fx.compat.dynamo import is_static_input
 from was_fx.compat.tensors import version
 from was_fx.kernels.ops.channel_threshold import channel_threshold_op
+from was_fx.kernels.parts.devices import on
 from was_fx.passes.graph.context import Context
 from was_fx.passes.graph.matching import storage, written_storages
 
@@ -90,12 +91,17 @@ class CudaGraphs:
         self._in_place = tuple(sorted(in_place))
         self._versioned = tuple(sorted(versioned))
         self._others: tuple[int, ...] | None = None  # positions of all other inputs
+        self._device: torch.device | None = None
         self._graphs: OrderedDict[tuple[Any, ...], _Captured | None] = OrderedDict()
         self._lock = threading.Lock()
         self.captures = 0
 
     def __call__(self, *inputs: Any) -> Any:
-        outputs = self._run(inputs)
+        if self._device is None:
+            devices = (each.device for each in inputs if isinstance(each, Tensor) and not _is_number(each))
+            self._device = next(devices)
+        with on(self._device):
+            outputs = self._run(inputs)
         calls = _calls.get()
         if calls is not None:
             calls.append(Call(self, inputs, outputs))

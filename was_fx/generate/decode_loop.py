@@ -24,6 +24,7 @@ from was_fx.compat.generation import cache_among, decoding_method, end_tokens, i
 from was_fx.generate.direct_step import DirectStep
 from was_fx.generate.greedy import Greedy
 from was_fx.generate.model_step import ModelStep, position_after, prompt_logits, runs_callers_code
+from was_fx.kernels.parts.devices import on
 
 # Steps that may be queued before the first of them has been read: more than Python needs to keep the GPU busy, few
 # enough that little is thrown away after the last token.
@@ -75,7 +76,8 @@ def decode(
         )
     call = step or model
     loop = _Loop(model, call, input_ids, logits_processor, stopping_criteria, generation_config, streamer, direct)
-    return loop.run(model_kwargs, ahead)
+    with on(input_ids.device):
+        return loop.run(model_kwargs, ahead)
 
 
 def serves(config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:

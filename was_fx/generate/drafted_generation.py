@@ -18,6 +18,7 @@ from was_fx.generate.generation import Generation, is_on_one_gpu, why_no_static_
 from was_fx.generate.kept_cache import KeptCache
 from was_fx.generate.model_step import ModelStep, runs_callers_code
 from was_fx.generate.recorded_step import RecordedStep
+from was_fx.kernels.parts.devices import on
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,8 @@ class DraftedGeneration:
         cache = model_kwargs[name] = self._kept.reused(cache, model, 1)
         look_every = 1 if runs_callers_code(logits_processor, stopping_criteria, streamer) else LOOK_EVERY
         steps = self._of(draft, model_kwargs, cache, direct, look_every)
-        text = loop.run(model_kwargs, cache, steps)
+        with on(input_ids.device):
+            text = loop.run(model_kwargs, cache, steps)
         self._kept.keep(cache)
         return text
 

@@ -14,6 +14,7 @@ from was_fx.compat.cuda import hold_gpu
 from was_fx.compat.dynamo import graphs_compiled
 from was_fx.compat.generation import cache_argument, may_be_taken_back, take_back
 from was_fx.generate.greedy import Greedy
+from was_fx.kernels.parts.devices import on
 from was_fx.measure.token_clock import TokenClock
 
 # New tokens that don't count at the start of a sequence where the first steps are other ones: on a GPU they capture a
@@ -109,6 +110,10 @@ class TimedModel:
         `generate()` hides in ways of its own. The cache is static and stays the same from call to call; the prompt is
         read once where the steps can be taken out of it again.
         """
+        with on(self.load.prompt.device):
+            return self._steps(count)
+
+    def _steps(self, count: int | None) -> tuple[float, Tensor]:
         count, together = count or self.load.tokens, self.load.together
         batch, length = self.load.prompt.shape
         if self._cache is None:
@@ -179,7 +184,7 @@ class TimedModel:
 
     def _wait(self) -> None:
         if self.on_gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.load.prompt.device)
 
     def _next(self, logits: Tensor) -> Tensor:
         """What comes after each of the last S tokens, [B, S], by logits [B, S or more, V]."""
