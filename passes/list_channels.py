@@ -111,7 +111,7 @@ def _listed(context: Context, x: Node, calls: list[SparseCall], thresholds: list
 def _masked(context: Context, x: Node, calls: list[SparseCall], thresholds: list[Node], sizes: list[int]) -> Node:
     """The parts of the product of a few tokens."""
     weights, like = [call.weight for call in calls], value(x)
-    splits = masked_gemm_config(int(like.shape[-1]), sizes).splits
+    splits = masked_gemm_config(like.device, int(like.shape[-1]), sizes).splits
     parts = like.new_empty((splits, *like.shape[:-1], sum(sizes)), dtype=torch.float32)
     return context.call(masked_gemm_op, (x, weights, thresholds, splits), parts)
 

@@ -39,7 +39,7 @@ def _gathered(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor]
 
 
 def _masked(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor], sizes: list[int]) -> Tensor:
-    return masked_gemm(x, weights, thresholds, masked_gemm_config(x.shape[-1], sizes).splits)
+    return masked_gemm(x, weights, thresholds, masked_gemm_config(x.device, x.shape[-1], sizes).splits)
 
 
 def in_groups(

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from was_fx.kernels.parts.gemv_config import multiprocessors
 from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.served import note_served
 from was_fx.kernels.parts.triton_parts import (
@@ -128,17 +129,18 @@ def supports(x: Tensor, weights: Sequence[Tensor]) -> bool:
     return all(w.dtype == x.dtype and w.device == x.device and w.t().is_contiguous() for w in weights)
 
 
-def masked_gemm_config(channels: int, sizes: Sequence[int]) -> MaskedGemmConfig:
+def masked_gemm_config(device: torch.device, channels: int, sizes: Sequence[int]) -> MaskedGemmConfig:
     """The configuration for G Linears [N_g, K] that share an input.
 
-    Two programs for each of 132 multiprocessors, all at once, with 40 KB of weights on the way for each.
+    Two programs for each multiprocessor, all at once, with 40 KB of weights on the way for each.
 
     Args:
+        device: the GPU.
         channels: K.
         sizes: N_g of each.
     """
     tiles = sum(triton.cdiv(n, _COLUMNS) for n in sizes)
-    splits = max(1, min(8, 264 // tiles, channels // 256))
+    splits = max(1, min(8, 2 * multiprocessors(device) // tiles, channels // 256))
     return MaskedGemmConfig(_ROWS, _COLUMNS, splits, warps=4, stages=5)
 
 
@@ -181,7 +183,7 @@ def masked_gemm(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     tokens, channels = rows.shape
     sizes = [weight.shape[0] for weight in weights]
-    config = config or masked_gemm_config(channels, sizes)
+    config = config or masked_gemm_config(x.device, channels, sizes)
     partial = fake(x, weights, thresholds, splits)
     _masked_gemm[(sum(triton.cdiv(n, config.columns) for n in sizes), splits)](
         rows,

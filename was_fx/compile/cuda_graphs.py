@@ -42,6 +42,16 @@ class _Captured:
     outputs: Sequence[Any]
     aliases: list[bool]  # outputs that are an input's memory
 
+    def replayed(self, moving: list[Tensor]) -> list[Any]:
+        """The outputs of a replay with these inputs in place of those that are copied."""
+        with self.lock:
+            torch._foreach_copy_(self.copied, moving)
+            self.graph.replay()
+            return [
+                output.clone() if isinstance(output, Tensor) and not alias else output
+                for output, alias in zip(self.outputs, self.aliases, strict=True)
+            ]
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -102,10 +112,31 @@ class CudaGraphs:
             self._device = next(devices)
         with on(self._device):
             outputs = self._run(inputs)
+        self._note(inputs, outputs)
+        return outputs
+
+    def replaying(self, inputs: Sequence[Any]) -> Callable[[Sequence[Any]], Any] | None:
+        """What does a call with these inputs again, where nothing has changed but the contents of those that are
+        copied: it doesn't look at the others, of which there are hundreds. None if no graph was captured for them."""
+        key, _ = self._key(inputs)
+        with self._lock:
+            found = self._graphs.get(key)
+        device = self._device
+        if found is None or device is None:
+            return None
+
+        def replay(inputs: Sequence[Any]) -> Any:
+            with on(device):
+                outputs = found.replayed(self._moving(inputs))
+            self._note(inputs, outputs)
+            return outputs
+
+        return replay
+
+    def _note(self, inputs: Sequence[Any], outputs: Any) -> None:
         calls = _calls.get()
         if calls is not None:
             calls.append(Call(self, inputs, outputs))
-        return outputs
 
     def _run(self, inputs: Sequence[Any]) -> Any:
         key, moving = self._key(inputs)
@@ -121,26 +152,24 @@ class CudaGraphs:
             found = self._graphs[key]
             if found is None:
                 found = self._graphs[key] = self._capture(inputs, moving)
-        with found.lock:
-            torch._foreach_copy_(found.copied, moving)
-            found.graph.replay()
-            return [
-                output.clone() if isinstance(output, Tensor) and not alias else output
-                for output, alias in zip(found.outputs, found.aliases, strict=True)
-            ]
+        return found.replayed(moving)
+
+    def _moving(self, inputs: Sequence[Any]) -> list[Tensor]:
+        """The inputs that a graph doesn't read where they are."""
+        others = map(inputs.__getitem__, self._others or ())
+        return [each for each in others if isinstance(each, Tensor) and not _is_number(each)]
 
     def _key(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor]]:
         """What a graph depends on, and the inputs that it doesn't read where they are."""
         if self._others is None:
             self._others = tuple(sorted(set(range(len(inputs))) - set(self._in_place)))
         others = [inputs[position] for position in self._others]
-        moving = [each for each in others if isinstance(each, Tensor) and not _is_number(each)]
         plain = [
             (each.item() if _is_number(each) else each.shape) if isinstance(each, Tensor) else each for each in others
         ]
         versions = map(version, map(inputs.__getitem__, self._versioned))
         # Hundreds of weights at every token: map, which loops in C.
-        return (*map(Tensor.data_ptr, map(inputs.__getitem__, self._in_place)), *plain, *versions), moving
+        return (*map(Tensor.data_ptr, map(inputs.__getitem__, self._in_place)), *plain, *versions), self._moving(inputs)
 
     def _capture(self, inputs: Sequence[Any], moving: list[Tensor]) -> _Captured:
         copied = [each.clone() for each in moving]

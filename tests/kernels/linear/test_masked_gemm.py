@@ -158,8 +158,8 @@ def test_weight_of_another_dtype_is_not_served(make_case, device):
 
 
 @pytest.mark.parametrize(("channels", "sizes"), [(4096, (4096,)), (4096, (14336, 14336)), (16, (5,)), (300, (70000,))])
-def test_every_shape_has_tiles(channels, sizes):
-    config = masked_gemm_config(channels, sizes)
+def test_every_shape_has_tiles(channels, sizes, device):
+    config = masked_gemm_config(torch.device(device), channels, sizes)
     assert 1 <= config.splits <= max(1, channels // config.rows)
     assert 2 * config.rows * config.columns * config.stages <= 98304  # two programs share a multiprocessor's memory
 

@@ -79,6 +79,22 @@ def test_replays_calculate_with_the_inputs_of_their_own_call(step):
     assert step.captures == 1
 
 
+def test_a_graph_is_replayed_without_looking_at_what_stays(step, monkeypatch):
+    weight, cache, token = torch.tensor([2.0, 3.0]), torch.zeros(2), torch.ones(2)
+    assert step.replaying((weight, cache, token, 1)) is None
+    for _ in range(2):
+        assert step.replaying((weight, cache, token, 1)) is None or step.captures
+        step(weight, cache, token, 1)
+    replay = step.replaying((weight, cache, token, 1))
+    monkeypatch.setattr(step, "_key", None)
+    with noting_calls() as calls:
+        results = [replay((weight, cache, torch.full((2,), float(i)), 1)) for i in range(3)]
+    assert [y.tolist() for y, *_ in results] == [[2.0 * i + 1, 3.0 * i + 1] for i in range(3)]
+    assert cache.tolist() == [2.0 + 3.0] * 2
+    assert step.captures == 1
+    assert [call.outputs for call in calls] == results
+
+
 def test_outputs_that_are_an_input_are_that_input_and_others_are_kept(step):
     weight, cache = torch.ones(2), torch.zeros(2)
     for i in range(4):

@@ -1,6 +1,7 @@
 """Models that generate on a CPU as they do on a GPU."""
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -56,6 +57,17 @@ def shortcuts(monkeypatch):
     class Steps(CudaGraphs):
         def _run(self, inputs):
             return list(self._compiled(*inputs))
+
+        def replaying(self, inputs):
+            fixed = [each for each in inputs if not isinstance(each, torch.Tensor) or each.numel() > 3]
+
+            def replay(others):
+                kept = [each for each in others if not isinstance(each, torch.Tensor) or each.numel() > 3]
+                assert len(kept) == len(fixed)
+                assert all(map(operator.is_, kept, fixed))
+                return self._run(others)
+
+            return replay
 
     found, logits = [], DirectStep.logits
 
