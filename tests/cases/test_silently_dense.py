@@ -554,6 +554,116 @@ def test_a_parametrized_weight_stays_sparse(case):
     case.assert_sparse(found, expected, case.logits(dense, case.prompt))
 
 
+def test_densify_leaves_a_parametrization_in_place(case):
+    model, dense = case.sparse(prefill="all"), case.dense()
+    for each in (model, dense):
+        nn.utils.parametrizations.weight_norm(each.model.layers[0].mlp.gate_proj)
+    case.logits(model, case.prompt)
+    was_fx.densify(model)
+    case.assert_close(case.logits(model, case.prompt), case.logits(dense, case.prompt))
+    for each in (model, dense):
+        nn.utils.parametrize.remove_parametrizations(each.model.layers[0].mlp.gate_proj, "weight")
+    assert {type(module) for module in model.modules()} == {type(module) for module in dense.modules()}
+
+
+# Modules that a user puts in the place of others.
+
+GATE = "model.layers.0.mlp.gate_proj"
+
+
+def another_linear(model, outputs=160):
+    torch.manual_seed(5)
+    model.set_submodule(GATE, nn.Linear(64, outputs, bias=False))
+
+
+def another_block(model):
+    torch.manual_seed(5)
+    block = type(model.model.layers[0])(model.config, 0)
+    model.model.layers[0] = block.eval()
+
+
+@pytest.mark.parametrize("change", [another_linear, another_block])
+@pytest.mark.parametrize("way", ["itself", "its body alone"])
+def test_a_module_put_in_the_place_of_another_is_sparse_too(case, change, way):
+    model, other = case.sparse(prefill="all"), case.dense()
+    for each in (model, other):
+        change(each)
+    found = case.logits(UNCOMPILED[way](model), case.prompt)
+    case.assert_sparse(found, case.logits(case.oracle(model=other), case.prompt), case.logits(other, case.prompt))
+    was_fx.densify(model)
+    assert {type(module) for module in model.modules()} == {type(module) for module in other.modules()}
+    assert case.logits(model, case.prompt).equal(case.logits(other, case.prompt))
+
+
+def test_a_module_put_in_the_place_of_another_is_measured(case):
+    for measure in (lambda model: was_fx.evaluate(model, case.tokens).linears, was_fx.check):
+        model = case.sparse()
+        another_linear(model)
+        found = measure(model)
+        rows = found if isinstance(found, dict) else {row.name: row.realised for row in found.linears}
+        assert rows.keys() == case.schedule.linears.keys()
+        assert rows[GATE] > 0.3
+    model = case.sparse()
+    another_linear(model)
+    was_fx.sparsify(model, was_fx.uniform(case.calibration, 0.4), allow_other_model=True)
+    assert was_fx.evaluate(model, case.tokens).linears[GATE] > 0.1
+
+
+@pytest.mark.parametrize("what", ["a Linear of another shape", "no Linear"])
+def test_a_module_that_the_schedule_does_not_fit_is_named_once(case, what):
+    model = case.sparse()
+    if what == "no Linear":
+        model.set_submodule(GATE, nn.Sequential(nn.Linear(64, 160)))
+    else:
+        another_linear(model, 96)
+        for name, shape in (("up_proj", (64, 96)), ("down_proj", (96, 64))):
+            model.set_submodule(f"model.layers.0.mlp.{name}", nn.Linear(*shape, bias=False))
+    with pytest.warns(UserWarning, match="was replaced") as told:
+        case.greedy(model, case.prompt)
+    assert len(told) == (1 if what == "no Linear" else 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = was_fx.check(model, case.prompt)
+    assert [row.name for row in report.linears if row.dense] == [
+        name for name in case.schedule.linears if any(name in str(each.message) for each in told)
+    ]
+    was_fx.densify(model)
+
+
+def test_a_model_that_lost_a_block(case):
+    model, oracle = case.sparse(), case.oracle("dense")
+    for each in (model, oracle):
+        del each.model.layers[1]
+        each.config.num_hidden_layers = 1
+    assert case.greedy(model, case.prompt).equal(case.greedy(oracle, case.prompt))
+    report = was_fx.check(model)
+    assert report.ok
+    assert len(report.linears) == 7
+    assert any("7 scheduled Linears are not in the model" in note for note in report.notes)
+    was_fx.densify(model)
+
+
+def test_blocks_that_are_wrapped_keep_their_names(block):
+    model = block.sparse()
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    assert block.greedy(model, block.prompt).equal(block.greedy(block.oracle("dense"), block.prompt))
+    report = was_fx.check(model)
+    assert report.ok
+    assert {row.name for row in report.linears} == set(block.schedule.linears)
+    was_fx.densify(model)
+    assert was_fx.calibrate(model, block.tokens).shapes == block.calibration.shapes
+
+
+def test_a_body_that_two_models_share_is_made_sparse_once(case):
+    model = case.sparse()
+    other = type(model)(model.config).eval()
+    other.model = model.model
+    with pytest.raises(ValueError, match="is sparse already"):
+        was_fx.sparsify(other, case.schedule, allow_other_model=True)
+    was_fx.densify(model)
+    case.assert_close(case.logits(model, case.prompt), case.logits(case.dense(), case.prompt))
+
+
 # What a prompt is.
 
 
@@ -679,11 +789,10 @@ def test_check_counts_decode_steps_as_the_oracle_does(case):
         assert row.realised == pytest.approx(dropped / seen, abs=0.02)
 
 
-def replaced_by_a_dense_one(model):
-    old = model.model.layers[0].mlp.up_proj
-    new = nn.Linear(old.in_features, old.out_features, bias=False)
-    new.weight = old.weight
-    model.model.layers[0].mlp.up_proj = new
+def replaced_by_another_module(model):
+    model.model.layers[0].mlp.up_proj = nn.Sequential(nn.Linear(64, 160))
+    with pytest.warns(UserWarning, match="up_proj was replaced by Sequential"):
+        model(torch.tensor([[5, 6]]), use_cache=True)
 
 
 def with_the_forward_of_a_dense_one(model):
@@ -691,7 +800,7 @@ def with_the_forward_of_a_dense_one(model):
     module.forward = types.MethodType(nn.Linear.forward, module)
 
 
-@pytest.mark.parametrize("make_dense", [replaced_by_a_dense_one, with_the_forward_of_a_dense_one])
+@pytest.mark.parametrize("make_dense", [replaced_by_another_module, with_the_forward_of_a_dense_one])
 def test_check_reports_a_linear_that_runs_dense(case, make_dense):
     model = case.sparse()
     make_dense(model)
