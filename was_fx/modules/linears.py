@@ -10,15 +10,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from was_fx.compat.dynamo import WRAPPED
 from was_fx.kernels.quantized.rows import QuantizedRows
 from was_fx.modules.experts import expert_names, is_experts, running_by_hand
 from was_fx.modules.quantized_experts import QuantizedExperts, is_quantized, rows_of
 from was_fx.modules.quantized_linear import QuantizedLinear
 from was_fx.modules.text_decoder import TextDecoder, refuse_encoder_decoder
 from was_fx.modules.weights import is_sharded
-
-# Attributes in which wrappers hold what they wrap: those of PEFT, torch.compile, and torch's checkpointing and FSDP.
-_WRAPPED = ("base_layer", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -397,7 +395,7 @@ def _modules_without_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module
 
 def plain_name(name: str) -> str:
     """The qualified name that a module has without what wraps it or a part of the model that it is in."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", *WRAPPED))
 
 
 def embedding(model: nn.Module, getter: str) -> nn.Module | None:
