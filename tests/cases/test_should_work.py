@@ -559,6 +559,21 @@ def test_gradients_are_those_of_the_oracle(request, kind, how):
     case.assert_apart(found[name], dense[name])
 
 
+@pytest.mark.parametrize("prefill", ["half", "all"])
+def test_gradients_by_a_transform_are_those_of_the_oracle(case, prefill):
+    ids = case.tokens[:2, :16]
+
+    def gradients(model):
+        def loss(weights):
+            return torch.func.functional_call(model, weights, (ids,), {"use_cache": False}).logits.square().mean()
+
+        return torch.func.grad(loss)({name: each.detach() for name, each in model.named_parameters()})
+
+    found, expected = gradients(case.sparse(prefill=prefill)), gradients(case.oracle(prefill))
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], atol=1e-4, rtol=1e-3)
+
+
 def test_dropped_channels_get_no_gradient(case):
     model, dense = case.sparse(prefill="all"), case.dense()
     name, entry = next(iter(case.schedule.linears.items()))

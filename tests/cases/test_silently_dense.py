@@ -153,6 +153,13 @@ def test_a_call_that_is_not_compiled(case, way):
     assert_sparse_in_prompts(case, case.logits(UNCOMPILED[way](model), case.prompt))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's own attention
+def test_a_call_under_vmap(case):
+    model = case.sparse(prefill="all")
+    call = torch.func.vmap(lambda row: model(row, use_cache=False).logits)
+    assert_sparse_in_prompts(case, case.logits(call, case.prompt[None])[0])
+
+
 @pytest.mark.parametrize("way", COMPILED)
 def test_a_call_that_another_compiler_gets(block, way):
     fast = COMPILED[way](block.sparse(prefill="all"), backend="eager")
@@ -462,6 +469,17 @@ def test_new_weights_are_noticed_by_a_compiled_call(block):
     model.load_state_dict(state)
     for call in (model, fast):
         block.assert_sparse(block.logits(call, block.prompt), expected, dense)
+
+
+def test_new_weights_of_a_part_are_noticed_by_a_compiled_call(block):
+    model, (other, _) = block.sparse(prefill="all"), other_weights(block)
+    fast = torch.compile(lambda ids: model(ids).logits, backend="eager")
+    block.logits(fast, block.prompt)
+    dense = block.dense()
+    for each in (model, dense):
+        each.model.layers[0].load_state_dict(other.model.layers[0].state_dict())
+    expected = block.logits(block.oracle(model=dense), block.prompt)
+    block.assert_sparse(block.logits(fast, block.prompt), expected, block.logits(dense, block.prompt))
 
 
 def test_new_weights_are_noticed_by_the_next_generate(case):
