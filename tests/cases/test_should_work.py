@@ -495,6 +495,15 @@ def test_quantised_weights_work_or_are_named_at_once(case, method, function):
     assert "dequantiz" in text.lower() or "dequantis" in text.lower() or "unquanti" in text.lower()
 
 
+def test_weights_quantised_by_another_library_after_sparsify_are_named(case):
+    model = case.sparse()
+    for name in case.schedule.linears:
+        module = model.get_submodule(name)
+        module.weight = torchao_linear(module).weight
+    with pytest.raises(ValueError, match=r"q_proj is stored as a AffineQuantizedTensor .* was_fx\.quantize"):
+        case.logits(model, case.prompt)
+
+
 # Memory.
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from was_fx.compat.tensors import version
 from was_fx.kernels.parts.private_names import is_transforming
 from was_fx.modules.experts import weight_names
-from was_fx.modules.linears import LinearModule, is_conv1d
+from was_fx.modules.linears import LinearModule, is_conv1d, unsupported_format
 from was_fx.modules.placement import make_input_major
 from was_fx.modules.quantized_experts import is_quantized
 from was_fx.modules.quantized_linear import QuantizedLinear
@@ -121,13 +121,24 @@ class _Weight(NamedTuple):
 
 
 def _stamped(model: nn.Module) -> list[tuple[_Weight, tuple[Any, ...]]]:
-    """Each weight of sparse Linears that is loaded, with its stamp."""
+    """Each weight of sparse Linears that is loaded, with its stamp.
+
+    Raises:
+        ValueError: one was quantised by another library since it was made sparse.
+    """
     weights = [
         _Weight(name, module, held)
         for name, module in sparse_modules(model).items()
         for held in (weight_names(module) if isinstance(module, SparseExperts) else ("weight",))
     ]
     weights = [weight for weight in weights if not is_offloaded(weight.tensor)]
+    for weight in weights:
+        stored = unsupported_format(weight.tensor)
+        if stored is not None and not isinstance(weight.module, QuantizedLinear | SparseExperts):
+            raise ValueError(
+                f"{weight.name} is stored as {stored} since it was made sparse, and no sparse product reads that: load "
+                "the model again, and quantise it by was_fx.quantize(model, 'int8') before calibrate"
+            )
     pieces = _norms_of_pieces([local(weight.tensor) for weight in weights])
     return [(weight, _stamp(weight, piece)) for weight, piece in zip(weights, pieces, strict=True)]
 
