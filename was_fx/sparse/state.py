@@ -87,13 +87,14 @@ class SparseState:
             linear, holder = linears.get(name), module_of(name)
             if holder not in missing or holder not in found or (linear is not None and is_sparse(linear)):
                 continue
-            if linear is not None and linear.shape == self.schedule.shapes[name]:
+            channels = self.schedule.shapes[name][1]
+            if linear is not None and linear.shape[1] == channels:
                 new[name] = linear
                 continue
             kind = type(found[holder]).__name__ if linear is None else f"a Linear {list(linear.shape)}"
             warnings.warn(
-                f"{name} was replaced by {kind}, which stays dense: the schedule is for a Linear "
-                f"{list(self.schedule.shapes[name])}; calibrate the model as it is now",
+                f"{name} was replaced by {kind}, which stays dense: the schedule is for a Linear of {channels} input "
+                "channels; calibrate the model as it is now",
                 stacklevel=3,
             )
         self.strides = make_all_sparse(new, self.schedule, self.rule) | self.strides
