@@ -12,12 +12,12 @@ from was_fx.compile.cuda_graphs import Call, noting_calls
 from was_fx.generate.generation import Generation
 from was_fx.kernels.parts.served import Served, noting_served
 from was_fx.measure.realised import Realised, counting
-from was_fx.modules.linears import find_linears
+from was_fx.modules.linears import find_linears, plain_name
 from was_fx.modules.placement import input_device
 from was_fx.modules.sparse_linear import eager_code
 from was_fx.modules.tokens import check_tokens, vocabulary
 from was_fx.modules.weights import local
-from was_fx.schedules.experts import groups
+from was_fx.schedules.experts import groups, module_of
 from was_fx.sparse.sparsify import prompts_treated
 from was_fx.sparse.state import sparse_state
 
@@ -108,6 +108,7 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
         )
     check_tokens(model, prompt)
     prompt = prompt.to(input_device(model))
+    state.keep_sparse(model)  # before anything is counted
     notes = _Notes()
     with (
         notes,
@@ -133,6 +134,10 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
     if uses_flash_attention(model):
         attention = attention_of(model)
         notes.texts.append(f"{attention} can't read a static cache, so decode steps are not captured as a CUDA graph")
+    modules = _modules(model)
+    absent = sum(module_of(name) not in modules for name in state.schedule.linears)
+    if absent:
+        notes.texts.append(f"{absent} scheduled Linears are not in the model any more")
     slow = sum(row.implementation in ("dense_product", "dequantised_product") for row in rows)
     if slow:
         notes.texts.append(f"{slow} Linears are right but not faster: no kernel skips their rows here")
@@ -160,13 +165,15 @@ def _rows(model: nn.Module, found: Realised, served: list[Served], expected: int
     linears = find_linears(model)
     schedule = state.schedule
     rows = []
-    for group, names in groups(schedule.linears).items():
+    modules = _modules(model)
+    for group, names in groups(name for name in schedule.linears if module_of(name) in modules).items():
         tokens = {name: found.tokens.get(name, 0) for name in names}
         total = sum(tokens.values())
         dropped = sum(count * found.linears.get(name, 0.0) for name, count in tokens.items())
         calls = round(total / schedule.metadata.experts_per_token.get(group, 1))
         # The product is made with W [N, K], a view of the parameter at the same address.
-        by = next(filter(None, (by_weight.get(local(linears[name].matrix).data_ptr()) for name in names)), None)
+        held = [local(linears[name].matrix).data_ptr() for name in names if name in linears]
+        by = next(filter(None, map(by_weight.get, held)), None)
         dense = calls < expected
         reason = by.reason if by else "no sparse product was made" if dense else "its weight lies elsewhere meanwhile"
         rows.append(
@@ -181,6 +188,10 @@ def _rows(model: nn.Module, found: Realised, served: list[Served], expected: int
             )
         )
     return tuple(rows)
+
+
+def _modules(model: nn.Module) -> set[str]:
+    return {plain_name(name) for name, _ in model.named_modules()}
 
 
 def _path(served: list[Served], calls: list[Call]) -> str:
