@@ -7,14 +7,13 @@ computed again, and rows of Wᵀ that are not contiguous are made so.
 """
 
 from collections import defaultdict
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from was_fx.compat.tensors import version
-from was_fx.kernels.parts.private_names import is_transforming
 from was_fx.modules.experts import weight_names
 from was_fx.modules.linears import LinearModule, is_conv1d, unsupported_format
 from was_fx.modules.placement import make_input_major
@@ -22,7 +21,6 @@ from was_fx.modules.quantized_experts import is_quantized
 from was_fx.modules.quantized_linear import QuantizedLinear
 from was_fx.modules.sparse_experts import SparseExperts
 from was_fx.modules.sparse_linear import sparse_modules, take_norms
-from was_fx.modules.token_rule import body_of, prompt_begins
 from was_fx.modules.weights import is_offloaded, local
 from was_fx.schedules.experts import member
 
@@ -36,37 +34,18 @@ class Freshness:
         self._stamps: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, ...]]] = WeakKeyDictionary()
 
     def watch(self, model: nn.Module) -> list[Any]:
-        """Look before every prompt of `model`, and of its body where that is called alone. For after the token rule's.
+        """Refresh each sparse Linear whose state is loaded, with the model or alone.
 
         Returns:
             Handles of the hooks.
         """
-        body = body_of(model)
-        handles: list[Any] = [model.register_forward_pre_hook(self.before_model)]
-        # Of each, for a part of the model may be loaded alone.
-        handles += [
+        return [
             module.register_load_state_dict_post_hook(self.after_loading) for module in sparse_modules(model).values()
         ]
-        if body is not None:
-            handles.append(body.register_forward_pre_hook(self.before_body))
-        return handles
-
-    def before_model(self, model: nn.Module, _: Any) -> None:
-        """Hook: refresh at a prompt."""
-        self._before("model", model)
-
-    def before_body(self, body: nn.Module, _: Any) -> None:
-        """Hook: refresh at a prompt of the body alone."""
-        self._before("body", body)
 
     def after_loading(self, module: nn.Module, _: Any) -> None:
         """Hook: refresh a sparse Linear whose state was loaded, for compiled calls don't look."""
         self.refresh(module)
-
-    def _before(self, role: Literal["model", "body"], module: nn.Module) -> None:
-        # A transform's weights are for one call only, and have no address.
-        if not torch.compiler.is_compiling() and not is_transforming() and prompt_begins(role):
-            self.refresh(module)
 
     def remember(self, model: nn.Module) -> None:
         """Take the weights as they are for those that the thresholds are of."""

@@ -4,11 +4,12 @@ import functools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from was_fx.kernels.parts.private_names import is_transforming
 from was_fx.modules.freshness import Freshness
 from was_fx.modules.linears import LinearModule, find_linears, plain_name
 from was_fx.modules.quantized_linear import weight_formats
@@ -57,13 +58,18 @@ class SparseState:
 
     def before_model(self, model: nn.Module, _: Any) -> None:
         """Hook: look at a prompt."""
-        if not torch.compiler.is_compiling() and prompt_begins("model"):
-            self.keep_sparse(model)
+        self._before("model", model)
 
     def before_body(self, body: nn.Module, _: Any) -> None:
         """Hook: look at a prompt of the body alone."""
-        if not torch.compiler.is_compiling() and prompt_begins("body"):
-            self.keep_sparse(body, f"{self.body}.")
+        self._before("body", body, f"{self.body}.")
+
+    def _before(self, role: Literal["model", "body"], module: nn.Module, prefix: str = "") -> None:
+        if torch.compiler.is_compiling() or not prompt_begins(role):
+            return
+        self.keep_sparse(module, prefix)
+        if not is_transforming():  # a transform's weights are for one call only, and have no address
+            self.freshness.refresh(module)
 
     def keep_sparse(self, module: nn.Module, prefix: str = "") -> None:
         """Make sparse what was put in the place of scheduled Linears since `sparsify`.
