@@ -1,6 +1,7 @@
 """`check`: does every scheduled Linear drop channels on the path that `generate()` takes, and by what kernel?"""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +126,9 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
             do_sample=False,
         )
         found = counts.realised()
-    rows = _rows(model, found, served, (new_tokens - 1) * len(prompt))
+    modules = {plain_name(name) for name, _ in model.named_modules()}
+    present = [name for name in state.schedule.linears if module_of(name) in modules]
+    rows = _rows(model, present, found, served, (new_tokens - 1) * len(prompt))
     own = vars(model).get("generate")
     if isinstance(own, Generation) and own.step is not None and own.step.declined:
         notes.texts.append(f"decode steps run uncompiled, because {own.step.declined}")
@@ -134,8 +137,7 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
     if uses_flash_attention(model):
         attention = attention_of(model)
         notes.texts.append(f"{attention} can't read a static cache, so decode steps are not captured as a CUDA graph")
-    modules = _modules(model)
-    absent = sum(module_of(name) not in modules for name in state.schedule.linears)
+    absent = len(state.schedule.linears) - len(present)
     if absent:
         notes.texts.append(f"{absent} scheduled Linears are not in the model any more")
     slow = sum(row.implementation in ("dense_product", "dequantised_product") for row in rows)
@@ -158,15 +160,16 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
     )
 
 
-def _rows(model: nn.Module, found: Realised, served: list[Served], expected: int) -> tuple[LinearCheck, ...]:
+def _rows(
+    model: nn.Module, present: Sequence[str], found: Realised, served: list[Served], expected: int
+) -> tuple[LinearCheck, ...]:
     """A row for each scheduled Linear, of whose calls so many tokens were `expected` to be sparse."""
     by_weight = {weight: each for each in served for weight in each.weights}
     state: Any = sparse_state(model)
     linears = find_linears(model)
     schedule = state.schedule
     rows = []
-    modules = _modules(model)
-    for group, names in groups(name for name in schedule.linears if module_of(name) in modules).items():
+    for group, names in groups(present).items():
         tokens = {name: found.tokens.get(name, 0) for name in names}
         total = sum(tokens.values())
         dropped = sum(count * found.linears.get(name, 0.0) for name, count in tokens.items())
@@ -188,10 +191,6 @@ def _rows(model: nn.Module, found: Realised, served: list[Served], expected: int
             )
         )
     return tuple(rows)
-
-
-def _modules(model: nn.Module) -> set[str]:
-    return {plain_name(name) for name, _ in model.named_modules()}
 
 
 def _path(served: list[Served], calls: list[Call]) -> str:
