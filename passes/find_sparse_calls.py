@@ -12,6 +12,7 @@ from was_fx.kernels.linear.quantized_linear import quantized_linear
 from was_fx.kernels.linear.sparse_experts import sparse_experts
 from was_fx.kernels.linear.sparse_linear import sparse_linear
 from was_fx.passes.graph.context import Context, SparseCall, module_path, value
+from was_fx.passes.graph.matching import named_arguments
 
 _NAMES = ("x", "weight", "bias", "threshold", "tokens")
 _QUANTIZED = ("x", "weight", "scales", "groups", "bias", "threshold", "tokens")
@@ -39,7 +40,7 @@ def find_sparse_calls(context: Context) -> None:
         names = _OPS.get(node.target) if node.op == "call_function" else None
         if names is None:
             continue
-        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        given = named_arguments(node, names)
         given = {("weight" if name == "codes" else name): argument for name, argument in given.items()}
         if given["threshold"] is None:
             continue

@@ -21,7 +21,7 @@ from was_fx.kernels.ops.compact import compact_op
 from was_fx.kernels.ops.decode_attention import decode_attention_op, fake
 from was_fx.passes.graph.context import Context, value
 from was_fx.passes.graph.counters import counters_before
-from was_fx.passes.graph.matching import arguments_of, flattening_of, kind, storage, written_storages
+from was_fx.passes.graph.matching import arguments_of, flattening_of, kind, named_arguments, storage, written_storages
 
 _SDPA = "scaled_dot_product_attention"
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
@@ -43,7 +43,7 @@ class Attention:
 
 def match(node: Node) -> Attention | str:
     """What an attention node computes, or why it is left alone."""
-    given: dict[str, Any] = dict(zip(_NAMES, arguments_of(node), strict=False)) | node.kwargs
+    given = named_arguments(node, _NAMES)
     values: list[Any] = [given.get(name, default) for name, default in zip(_NAMES, _DEFAULTS, strict=True)]
     q, k, v, mask, dropout, causal, scale = values
     if dropout or causal:

@@ -27,6 +27,7 @@ from was_fx.passes.graph.matching import (
     dtype_of,
     either_order,
     kind,
+    named_arguments,
     storage,
     without_casts,
     written_storages,
@@ -47,7 +48,7 @@ def match(context: Context, x: Node) -> RMSNorm | str:
     """The norm that computes `x`, or why there is none."""
     if kind(x) == "rms_norm":
         names = ("input", "normalized_shape", "weight", "eps")
-        given: dict[str, Any] = dict(zip(names, arguments_of(x), strict=False)) | x.kwargs
+        given = named_arguments(x, names)
         h, shape, weight, eps = (given.get(name) for name in names)
         if h is None or weight is None or eps is None or len(shape or ()) != 1:
             return "rms_norm without a weight or eps"

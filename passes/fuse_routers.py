@@ -8,7 +8,6 @@ after    counters = was.arrivals(x)     once in a graph
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from was_fx.kernels.ops.route import fake, fits, route_op
 from was_fx.passes import replace_topk
 from was_fx.passes.graph.context import Context, value
 from was_fx.passes.graph.counters import counters_before
-from was_fx.passes.graph.matching import arguments_of, dtype_of, kind, storage, without_casts, written_storages
+from was_fx.passes.graph.matching import dtype_of, kind, named_arguments, storage, without_casts, written_storages
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,15 @@ class Router:
     softmax: bool
 
 
-def match(context: Context, node: Node, written: set[int]) -> Router | str:
-    """The router that ends in a torch.topk, or why there is none; `written` are the storages written in place."""
-    topk = replace_topk.match(context, node)
-    if isinstance(topk, str):
-        return topk
-    scores, k = topk
+def match(context: Context, scores: Node, k: int, written: set[int]) -> Router | str:
+    """The router that ends in a torch.topk of `scores`, or why there is none; `written` are the storages written in
+    place."""
     logits = _before_softmax(scores) if kind(scores) == "softmax" else scores
     if isinstance(logits, str):
         return logits
     if kind(logits) != "linear":
         return "the topk is not of a Linear, or of its softmax"
-    given: dict[str, Any] = dict(zip(("input", "weight", "bias"), arguments_of(logits), strict=False)) | logits.kwargs
+    given = named_arguments(logits, ("input", "weight", "bias"))
     x, weight, bias = given["input"], given["weight"], given.get("bias")
     parameters = [weight] if bias is None else [weight, bias]
     # The kernel reads W before those before it have ended.
@@ -61,7 +57,7 @@ def _before_softmax(scores: Node) -> Node | str:
     """The logits whose softmax in fp32 `scores` is, or why it is none."""
     if len(scores.users) > 1:
         return "the scores are read by more than the topk"
-    given: dict[str, Any] = dict(zip(("input", "dim"), arguments_of(scores), strict=False)) | scores.kwargs
+    given = named_arguments(scores, ("input", "dim"))
     x = given["input"]
     if given.get("dim") not in (-1, value(scores).dim() - 1):
         return "the softmax is not over the last dimension"
@@ -78,9 +74,11 @@ def fuse_routers(context: Context) -> None:
     if not context.counts["listed"]:
         return
     written = written_storages(context.module.graph)
-    nodes = [node for node in context.module.graph.nodes if kind(node) == "topk"]
-    nodes = [node for node in nodes if not isinstance(replace_topk.match(context, node), str)]  # that pass says why
-    for node, found in context.matches(nodes, lambda node: match(context, node, written)):
+    found_topks = {
+        node: replace_topk.match(context, node) for node in context.module.graph.nodes if kind(node) == "topk"
+    }
+    topks = {node: topk for node, topk in found_topks.items() if not isinstance(topk, str)}  # that pass says why
+    for node, found in context.matches([*topks], lambda node: match(context, *topks[node], written)):
         counters = counters_before(context, found.logits, found.x)
         with context.module.graph.inserting_before(found.logits):
             arguments = (found.x, found.weight, found.bias, found.k, found.softmax, counters)

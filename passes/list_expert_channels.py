@@ -27,12 +27,13 @@ from was_fx.kernels.parts.gemv_config import experts_config
 from was_fx.kernels.parts.triton_parts import DTYPES
 from was_fx.passes.find_sparse_calls import EXPERTS
 from was_fx.passes.graph.context import Context, value
+from was_fx.passes.graph.matching import named_arguments
 
 
 def expert_calls(context: Context) -> list[tuple[Node, dict[str, Any]]]:
     """The sparse products with experts of a graph, and the arguments of each by name."""
     nodes = [node for node in context.module.graph.nodes if node.op == "call_function" and node.target in EXPERTS]
-    found = [(node, dict(zip(EXPERTS[node.target], node.args, strict=False)) | node.kwargs) for node in nodes]
+    found = [(node, named_arguments(node, EXPERTS[node.target])) for node in nodes]
     return [(node, given) for node, given in found if given["threshold"] is not None]
 
 

@@ -5,19 +5,17 @@ after    values, index = was.few_topk(x, k)
 """
 
 import operator
-from typing import Any
 
 from torch.fx import Node
 
 from was_fx.kernels.ops.few_topk import fake, few_topk_op, fits
 from was_fx.passes.graph.context import Context, value
-from was_fx.passes.graph.matching import arguments_of, kind
+from was_fx.passes.graph.matching import kind, named_arguments
 
 
 def match(context: Context, node: Node) -> tuple[Node, int] | str:
     """(x, k) of a torch.topk that the kernel takes, or why it does not."""
-    given: dict[str, Any] = dict(zip(("input", "k", "dim", "largest", "sorted"), arguments_of(node), strict=False))
-    given |= node.kwargs
+    given = named_arguments(node, ("input", "k", "dim", "largest", "sorted"))
     x, k = given.get("input"), given.get("k")
     example = value(x)
     if not isinstance(x, Node) or not isinstance(k, int) or not all(isinstance(n, int) for n in example.shape):

@@ -32,6 +32,11 @@ def is_member(name: str) -> bool:
     return _MEMBER.fullmatch(name) is not None
 
 
+def module_of(name: str) -> str:
+    """The qualified name of the module that holds a Linear, or an expert's matrix."""
+    return group_of(name).rpartition(".")[0] if is_member(name) else name
+
+
 def groups(names: Iterable[str]) -> dict[str, list[str]]:
     """Names by group, in their order; a Linear alone is a group of one."""
     found: dict[str, list[str]] = {}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from was_fx.kernels.cpu.library import DTYPES, KINDS, kind, library
 from was_fx.kernels.linear import cpu_gather, cpu_product
-from was_fx.kernels.parts.private_names import calls_plainly, multiplies_natively
+from was_fx.kernels.parts.private_names import calls_plainly, is_transforming, multiplies_natively
 from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.served import Choice
 
@@ -99,7 +99,11 @@ torch.library.register_autograd(dense_linear, _backward, setup_context=_save_for
 
 
 def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`was::dense_linear`; past the dispatcher where nothing needs it."""
-    if not torch.compiler.is_compiling() and calls_plainly(x, weight):
-        return compute(x, weight, bias)
+    """`was::dense_linear`; past the dispatcher where nothing needs it. By its meaning under a transform of torch.func,
+    which can't see into an op with a backward of its own."""
+    if not torch.compiler.is_compiling():
+        if calls_plainly(x, weight):
+            return compute(x, weight, bias)
+        if is_transforming():
+            return torch.nn.functional.linear(x, weight, bias)
     return dense_linear(x, weight, bias)

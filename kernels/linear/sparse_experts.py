@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from was_fx.kernels.linear import dense_linear, sparse_linear
-from was_fx.kernels.parts.private_names import calls_plainly
+from was_fx.kernels.parts.private_names import calls_plainly, is_transforming
 from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.served import Choice, note_served
 
@@ -323,7 +323,11 @@ torch.library.register_autograd(sparse_experts, _backward, setup_context=_save_f
 def call(
     x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | None, experts: Tensor, tokens: Tensor | None
 ) -> Tensor:
-    """`was::sparse_experts`; on a CPU past the dispatcher where nothing needs it."""
-    if not torch.compiler.is_compiling() and x.is_cpu and calls_plainly(x, weight):
-        return compute(x, weight, bias, threshold, experts, tokens)
+    """`was::sparse_experts`; on a CPU past the dispatcher where nothing needs it. By its meaning under a transform of
+    torch.func, which can't see into an op with a backward of its own."""
+    if not torch.compiler.is_compiling():
+        if x.is_cpu and calls_plainly(x, weight):
+            return compute(x, weight, bias, threshold, experts, tokens)
+        if is_transforming():
+            return reference(x, weight, bias, threshold, experts, tokens)
     return sparse_experts(x, weight, bias, threshold, experts, tokens)

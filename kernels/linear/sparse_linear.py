@@ -17,7 +17,7 @@ from torch import Tensor
 
 from was_fx.kernels.linear import cpu_embedding_bag, cpu_gather, dense_linear
 from was_fx.kernels.linear.arguments import check_arguments
-from was_fx.kernels.parts.private_names import calls_plainly
+from was_fx.kernels.parts.private_names import calls_plainly, is_transforming
 from was_fx.kernels.parts.served import Choice, note_served
 
 
@@ -185,9 +185,12 @@ torch.library.register_fake("was::sparse_siblings", _siblings_fake, lib=_library
 
 def call(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor, tokens: Tensor | None) -> Tensor:
     """`was::sparse_linear`; on a CPU past the dispatcher, which takes as long as a small product, where nothing needs
-    it."""
-    if not torch.compiler.is_compiling() and x.is_cpu and calls_plainly(x, weight):
-        return compute(x, (weight,), (bias,), (threshold,), tokens)
+    it. By its meaning under a transform of torch.func, which can't see into an op with a backward of its own."""
+    if not torch.compiler.is_compiling():
+        if x.is_cpu and calls_plainly(x, weight):
+            return compute(x, (weight,), (bias,), (threshold,), tokens)
+        if is_transforming():
+            return reference(x, (weight,), (bias,), (threshold,), tokens)
     return sparse_linear(x, weight, bias, threshold, tokens)
 
 

@@ -48,6 +48,11 @@ def multiplies_natively(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64)
 
 
+def is_transforming() -> bool:
+    """Whether a transform of torch.func is in force: grad, vmap, …"""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def calls_plainly(*tensors: Tensor) -> bool:
     """Whether a call with these tensors needs no dispatcher: no gradients, subclass, mode, transform or tracer."""
     grad = torch.is_grad_enabled()
@@ -57,7 +62,7 @@ def calls_plainly(*tensors: Tensor) -> bool:
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_transforming()
         and torch._C._get_tracing_state() is None
     )
 

@@ -33,6 +33,11 @@ def arguments_of(node: Node) -> Any:
     return node.args
 
 
+def named_arguments(node: Node, names: Iterable[str]) -> dict[str, Any]:
+    """A node's arguments by name; `names` are those that it may be given by position, in order."""
+    return dict(zip(names, arguments_of(node), strict=False)) | node.kwargs
+
+
 def kind(node: object) -> str:
     """Name of the operation: "mul" for x * y, torch.mul(x, y) and x.mul(y); "" for what is not a call."""
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
@@ -128,7 +133,7 @@ def _written_by_op(node: Node) -> list[Node]:
     schema = schema_of(node.target)
     if schema is None or not schema.is_mutable:
         return []
-    named = dict(zip((each.name for each in schema.arguments), node.args, strict=False)) | node.kwargs
+    named = named_arguments(node, (each.name for each in schema.arguments))
     found: list[Node] = []
     for each in schema.arguments:
         if each.alias_info is not None and each.alias_info.is_write:

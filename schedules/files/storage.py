@@ -39,7 +39,7 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]
     """Tensors (on the CPU) and metadata of a file of `kind`, the tags `format` and `format_version` removed.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError, IsADirectoryError: if there is no such file.
         ScheduleError: if the file is not a whole safetensors file, of another kind, or of a newer format.
     """
     try:
@@ -47,6 +47,10 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]
     except FileNotFoundError as error:
         message = f"there is no {kind} here; check the path, or save one first"
         raise FileNotFoundError(errno.ENOENT, message, str(path)) from error
+    except IsADirectoryError as error:
+        inside = ", ".join(sorted(each.name for each in Path(path).glob("*was*.safetensors"))[:3])
+        message = f"is a folder; give the path of a {kind}" + (f", such as {inside} in it" if inside else "")
+        raise IsADirectoryError(errno.EISDIR, message, str(path)) from error
     tensors, metadata = _decode(data, path, kind)
     _check_tags(path, kind, metadata.pop("format", None), metadata.pop("format_version", ""))
     return tensors, metadata

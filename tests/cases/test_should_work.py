@@ -495,6 +495,15 @@ def test_quantised_weights_work_or_are_named_at_once(case, method, function):
     assert "dequantiz" in text.lower() or "dequantis" in text.lower() or "unquanti" in text.lower()
 
 
+def test_weights_quantised_by_another_library_after_sparsify_are_named(case):
+    model = case.sparse()
+    for name in case.schedule.linears:
+        module = model.get_submodule(name)
+        module.weight = torchao_linear(module).weight
+    with pytest.raises(ValueError, match=r"q_proj is stored as a AffineQuantizedTensor .* was_fx\.quantize"):
+        case.logits(model, case.prompt)
+
+
 # Memory.
 
 
@@ -557,6 +566,21 @@ def test_gradients_are_those_of_the_oracle(request, kind, how):
         torch.testing.assert_close(grad, expected[name], atol=1e-4, rtol=1e-3)
     name = next(iter(case.schedule.linears)) + ".weight"
     case.assert_apart(found[name], dense[name])
+
+
+@pytest.mark.parametrize("prefill", ["half", "all"])
+def test_gradients_by_a_transform_are_those_of_the_oracle(case, prefill):
+    ids = case.tokens[:2, :16]
+
+    def gradients(model):
+        def loss(weights):
+            return torch.func.functional_call(model, weights, (ids,), {"use_cache": False}).logits.square().mean()
+
+        return torch.func.grad(loss)({name: each.detach() for name, each in model.named_parameters()})
+
+    found, expected = gradients(case.sparse(prefill=prefill)), gradients(case.oracle(prefill))
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], atol=1e-4, rtol=1e-3)
 
 
 def test_dropped_channels_get_no_gradient(case):

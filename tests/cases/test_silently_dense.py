@@ -153,6 +153,13 @@ def test_a_call_that_is_not_compiled(case, way):
     assert_sparse_in_prompts(case, case.logits(UNCOMPILED[way](model), case.prompt))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's own attention
+def test_a_call_under_vmap(case):
+    model = case.sparse(prefill="all")
+    call = torch.func.vmap(lambda row: model(row, use_cache=False).logits)
+    assert_sparse_in_prompts(case, case.logits(call, case.prompt[None])[0])
+
+
 @pytest.mark.parametrize("way", COMPILED)
 def test_a_call_that_another_compiler_gets(block, way):
     fast = COMPILED[way](block.sparse(prefill="all"), backend="eager")
@@ -464,6 +471,17 @@ def test_new_weights_are_noticed_by_a_compiled_call(block):
         block.assert_sparse(block.logits(call, block.prompt), expected, dense)
 
 
+def test_new_weights_of_a_part_are_noticed_by_a_compiled_call(block):
+    model, (other, _) = block.sparse(prefill="all"), other_weights(block)
+    fast = torch.compile(lambda ids: model(ids).logits, backend="eager")
+    block.logits(fast, block.prompt)
+    dense = block.dense()
+    for each in (model, dense):
+        each.model.layers[0].load_state_dict(other.model.layers[0].state_dict())
+    expected = block.logits(block.oracle(model=dense), block.prompt)
+    block.assert_sparse(block.logits(fast, block.prompt), expected, block.logits(dense, block.prompt))
+
+
 def test_new_weights_are_noticed_by_the_next_generate(case):
     model = case.sparse()
     before = case.greedy(model, case.prompt)
@@ -552,6 +570,126 @@ def test_a_parametrized_weight_stays_sparse(case):
     found = case.logits(model, case.prompt)
     expected = case.logits(case.oracle(model=dense), case.prompt)
     case.assert_sparse(found, expected, case.logits(dense, case.prompt))
+
+
+def test_densify_leaves_a_parametrization_in_place(case):
+    model, dense = case.sparse(prefill="all"), case.dense()
+    for each in (model, dense):
+        nn.utils.parametrizations.weight_norm(each.model.layers[0].mlp.gate_proj)
+    case.logits(model, case.prompt)
+    was_fx.densify(model)
+    case.assert_close(case.logits(model, case.prompt), case.logits(dense, case.prompt))
+    for each in (model, dense):
+        nn.utils.parametrize.remove_parametrizations(each.model.layers[0].mlp.gate_proj, "weight")
+    assert {type(module) for module in model.modules()} == {type(module) for module in dense.modules()}
+
+
+# Modules that a user puts in the place of others.
+
+GATE = "model.layers.0.mlp.gate_proj"
+
+
+def another_linear(model, outputs=160):
+    torch.manual_seed(5)
+    model.set_submodule(GATE, nn.Linear(64, outputs, bias=False))
+
+
+def another_block(model):
+    torch.manual_seed(5)
+    block = type(model.model.layers[0])(model.config, 0)
+    model.model.layers[0] = block.eval()
+
+
+@pytest.mark.parametrize("change", [another_linear, another_block])
+@pytest.mark.parametrize("way", ["itself", "its body alone"])
+def test_a_module_put_in_the_place_of_another_is_sparse_too(case, change, way):
+    model, other = case.sparse(prefill="all"), case.dense()
+    for each in (model, other):
+        change(each)
+    found = case.logits(UNCOMPILED[way](model), case.prompt)
+    case.assert_sparse(found, case.logits(case.oracle(model=other), case.prompt), case.logits(other, case.prompt))
+    was_fx.densify(model)
+    assert {type(module) for module in model.modules()} == {type(module) for module in other.modules()}
+    assert case.logits(model, case.prompt).equal(case.logits(other, case.prompt))
+
+
+def test_a_scheduled_head_that_is_resized_stays_sparse(tied):
+    model, other = tied.sparse(prefill="all"), tied.dense()
+    for each in (model, other):
+        torch.manual_seed(0)
+        each.resize_token_embeddings(140, mean_resizing=False)
+    found = tied.logits(model, tied.prompt)
+    tied.assert_sparse(found, tied.logits(tied.oracle(model=other), tied.prompt), tied.logits(other, tied.prompt))
+    assert was_fx.evaluate(model, tied.tokens).linears["lm_head"] > 0.3
+
+
+def test_a_module_put_in_the_place_of_another_is_measured(case):
+    for measure in (lambda model: was_fx.evaluate(model, case.tokens).linears, was_fx.check):
+        model = case.sparse()
+        another_linear(model)
+        found = measure(model)
+        rows = found if isinstance(found, dict) else {row.name: row.realised for row in found.linears}
+        assert rows.keys() == case.schedule.linears.keys()
+        assert rows[GATE] > 0.3
+    model = case.sparse()
+    another_linear(model)
+    was_fx.sparsify(model, was_fx.uniform(case.calibration, 0.4), allow_other_model=True)
+    assert was_fx.evaluate(model, case.tokens).linears[GATE] > 0.1
+
+
+@pytest.mark.parametrize("what", ["a Linear of other channels", "no Linear"])
+def test_a_module_that_the_schedule_does_not_fit_is_named_once(case, what):
+    model = case.sparse()
+    if what == "no Linear":
+        model.set_submodule(GATE, nn.Sequential(nn.Linear(64, 160)))
+    else:
+        another_linear(model, 96)
+        for name, shape in (("up_proj", (64, 96)), ("down_proj", (96, 64))):
+            model.set_submodule(f"model.layers.0.mlp.{name}", nn.Linear(*shape, bias=False))
+    with pytest.warns(UserWarning, match="was replaced") as told:
+        case.greedy(model, case.prompt)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = was_fx.check(model, case.prompt)
+    assert [row.name for row in report.linears if row.dense] == [
+        name for name in case.schedule.linears if any(name in str(each.message) for each in told)
+    ]
+    was_fx.densify(model)
+
+
+def test_a_model_that_lost_a_block(case):
+    model, oracle = case.sparse(), case.oracle("dense")
+    for each in (model, oracle):
+        del each.model.layers[1]
+        each.config.num_hidden_layers = 1
+    assert case.greedy(model, case.prompt).equal(case.greedy(oracle, case.prompt))
+    report = was_fx.check(model)
+    assert report.ok
+    assert len(report.linears) == 7
+    assert any("7 scheduled Linears are not in the model" in note for note in report.notes)
+    was_fx.densify(model)
+
+
+def test_blocks_that_are_wrapped_keep_their_names(block):
+    model = block.sparse()
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    assert block.greedy(model, block.prompt).equal(block.greedy(block.oracle("dense"), block.prompt))
+    report = was_fx.check(model)
+    assert report.ok
+    assert {row.name for row in report.linears} == set(block.schedule.linears)
+    was_fx.densify(model)
+    assert was_fx.calibrate(model, block.tokens).shapes == block.calibration.shapes
+
+
+def test_a_body_that_two_models_share_is_made_sparse_once(case):
+    model = case.sparse()
+    other = type(model)(model.config).eval()
+    other.model = model.model
+    with pytest.raises(ValueError, match="is sparse already"):
+        was_fx.sparsify(other, case.schedule, allow_other_model=True)
+    was_fx.densify(model)
+    case.assert_close(case.logits(model, case.prompt), case.logits(case.dense(), case.prompt))
 
 
 # What a prompt is.
@@ -679,11 +817,10 @@ def test_check_counts_decode_steps_as_the_oracle_does(case):
         assert row.realised == pytest.approx(dropped / seen, abs=0.02)
 
 
-def replaced_by_a_dense_one(model):
-    old = model.model.layers[0].mlp.up_proj
-    new = nn.Linear(old.in_features, old.out_features, bias=False)
-    new.weight = old.weight
-    model.model.layers[0].mlp.up_proj = new
+def replaced_by_another_module(model):
+    model.model.layers[0].mlp.up_proj = nn.Sequential(nn.Linear(64, 160))
+    with pytest.warns(UserWarning, match="up_proj was replaced by Sequential"):
+        model(torch.tensor([[5, 6]]), use_cache=True)
 
 
 def with_the_forward_of_a_dense_one(model):
@@ -691,7 +828,7 @@ def with_the_forward_of_a_dense_one(model):
     module.forward = types.MethodType(nn.Linear.forward, module)
 
 
-@pytest.mark.parametrize("make_dense", [replaced_by_a_dense_one, with_the_forward_of_a_dense_one])
+@pytest.mark.parametrize("make_dense", [replaced_by_another_module, with_the_forward_of_a_dense_one])
 def test_check_reports_a_linear_that_runs_dense(case, make_dense):
     model = case.sparse()
     make_dense(model)

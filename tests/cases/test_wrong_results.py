@@ -332,6 +332,77 @@ def test_losses_do_not_depend_on_the_batch_size(case):
     assert abs(was_fx.evaluate(case.dense(), case.tokens).loss - expected) > 0.001
 
 
+def test_sequences_packed_into_one_row(case):
+    """As a data collator without padding makes them: positions begin anew, and transformers lets nothing through."""
+    model, oracle, dense = case.sparse(prefill="half"), case.oracle("half"), case.dense()
+    rows = [case.tokens[row : row + 1, :n] for row, n in enumerate(LENGTHS)]
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    arguments = {"input_ids": torch.cat(rows, 1), "position_ids": positions, "use_cache": False}
+    alone, without = (torch.cat([case.logits(each, row) for row in rows], 1) for each in (oracle, dense))
+    case.assert_sparse(case.logits(model, **arguments), alone, without)
+
+
+@pytest.mark.parametrize("kept", [3, torch.tensor([0, 3, 11])], ids=["the last", "by index"])
+def test_a_sparse_head_that_reads_some_tokens(tied, kept):
+    model, oracle = tied.sparse(prefill="half"), tied.oracle("half")
+    found = tied.logits(model, tied.prompt, logits_to_keep=kept)
+    expected = tied.logits(oracle, tied.prompt)
+    tied.assert_close(found, expected[:, kept] if isinstance(kept, torch.Tensor) else expected[:, -kept:])
+
+
+# A call within another.
+
+
+@pytest.mark.parametrize("what", ["model", "body"])
+@pytest.mark.parametrize(("prefill", "length"), [("dense", 1), ("half", 12)])
+def test_a_hook_that_calls_a_sparse_model(case, prefill, length, what):
+    model, oracle, inner = case.sparse(prefill=prefill), case.oracle(prefill), case.sparse(prefill="all")
+    called = inner if what == "model" else inner.model
+    expected, seen = case.oracle()(case.tokens[1:, :5], output_hidden_states=True).hidden_states[-1], []
+
+    def call(*_):
+        seen.append(called(case.tokens[1:, :5], output_hidden_states=True).hidden_states[-1])
+
+    model.model.layers[0].register_forward_hook(call)
+    ids, mask = case.tokens[:2, :length], torch.ones(2, length, dtype=torch.long)
+    mask[0, : length // 3] = 0
+    places = mask.bool()
+    found = case.logits(model, ids, attention_mask=mask)[places]
+    case.assert_close(found, case.logits(oracle, ids, attention_mask=mask)[places])
+    case.assert_close(seen[0], expected)
+
+
+# Gradient checkpointing, which computes blocks again in the backward pass.
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("prefill", ["dense", "sparse", "half", "all"])
+def test_gradients_with_checkpoints_are_those_without(case, prefill, reentrant):
+    batch, _ = padded(case, "left")
+    places = batch["attention_mask"].bool()
+
+    def gradients(model):
+        model.train()
+        model.enable_input_require_grads()
+        model(**batch, use_cache=False).logits[places].square().mean().backward()
+        return {name: each.grad for name, each in model.named_parameters()}
+
+    model = case.sparse(prefill=prefill)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found, expected = gradients(model), gradients(case.oracle(prefill))
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_checkpointed_prompt_of_one_token_is_dense_again(case):
+    model, dense = case.sparse(), case.dense()
+    for each in (model, dense):
+        each.train().gradient_checkpointing_enable()
+        each(case.tokens[:2, :1], use_cache=False).logits.square().mean().backward()
+    name = "model.layers.0.mlp.down_proj"
+    torch.testing.assert_close(model.get_submodule(name).weight.grad, dense.get_submodule(name).weight.grad)
+
+
 # Hooks that come after the first call.
 
 

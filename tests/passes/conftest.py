@@ -17,7 +17,7 @@ from was_fx.modules.linears import LinearModule
 from was_fx.modules.sparse_linear import make_sparse
 from was_fx.modules.token_rule import TokenRule
 from was_fx.passes.graph.context import Context, Numbers, Options
-from was_fx.passes.pipeline import run
+from was_fx.passes.pipeline import observers, run
 from was_fx.schedules.files.linear_schedule import LinearSchedule
 
 
@@ -172,6 +172,15 @@ def rewrite():
 def meanings(monkeypatch):
     """The ops of a GPU run by their meaning, which is quicker than Triton's interpreter."""
     monkeypatch.setattr("was_fx.kernels.parts.triton_parts.interpreted", lambda: False)
+
+
+@pytest.fixture
+def contexts(meanings):
+    """The contexts of the graphs that are rewritten, in order."""
+    found = []
+    observers.append(found.append)
+    yield found
+    observers.remove(found.append)
 
 
 @pytest.fixture

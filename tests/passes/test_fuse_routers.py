@@ -16,7 +16,6 @@ from was_fx.kernels.ops.decode_attention import decode_attention_op
 from was_fx.kernels.ops.few_topk import few_topk_op
 from was_fx.kernels.ops.route import route_op
 from was_fx.kernels.parts.arrivals import arrivals_op
-from was_fx.passes.pipeline import observers
 
 EXPERTS, K = 6, 16
 
@@ -106,14 +105,6 @@ class InputMajor(Mixture):
     def __init__(self, choose) -> None:
         super().__init__(choose)
         self.weight = nn.Parameter(self.weight.t().contiguous().t(), requires_grad=False)
-
-
-@pytest.fixture
-def contexts(meanings):
-    found = []
-    observers.append(found.append)
-    yield found
-    observers.remove(found.append)
 
 
 def targets(context):

@@ -11,7 +11,6 @@ from was_fx.kernels.linear.sparse_experts import reference, sparse_experts
 from was_fx.kernels.ops.compact_experts import compact_experts_op
 from was_fx.kernels.quantized.fit import quantize_int8
 from was_fx.passes.find_sparse_calls import EXPERTS
-from was_fx.passes.pipeline import observers
 
 
 class QuantisedExperts(nn.Module):
@@ -47,14 +46,6 @@ class Experts(nn.Module):
     def expected(self, x, tokens=None):
         experts = (x[:, :2] > 0).long() + torch.tensor([0, 2])
         return torch.relu(reference(x * 2, self.weight, self.bias, self.threshold, experts.flatten(), tokens))
-
-
-@pytest.fixture
-def contexts(meanings):
-    found = []
-    observers.append(found.append)
-    yield found
-    observers.remove(found.append)
 
 
 def compiled(module, **options):

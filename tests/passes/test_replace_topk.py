@@ -7,7 +7,6 @@ from torch import nn
 from was_fx.compile.backend import was
 from was_fx.kernels.linear.sparse_experts import reference, sparse_experts
 from was_fx.kernels.ops.few_topk import few_topk_op
-from was_fx.passes.pipeline import observers
 
 
 class Mixture(nn.Module):
@@ -26,14 +25,6 @@ class Mixture(nn.Module):
         values = values / values.sum(-1, keepdim=True)
         y = self.product(x * 2, self.weight, None, self.threshold, experts.flatten(), None)
         return y * values.reshape(-1, 1)
-
-
-@pytest.fixture
-def contexts(meanings):
-    found = []
-    observers.append(found.append)
-    yield found
-    observers.remove(found.append)
 
 
 def run(module, rows, contexts, **options):

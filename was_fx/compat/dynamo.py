@@ -11,6 +11,9 @@ from torch.fx import GraphModule, Node
 # What Dynamo writes for `F.linear` and `nn.Linear`.
 linear_function: Any = torch._C._nn.linear
 
+# Attributes in which a module of torch's holds the one that it wraps: compiled, checkpointed, sharded.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
 
 def source_name(node: Node) -> str:
     """Where a graph input comes from, such as "L['past_key_values'].layers[0].keys"; "" when it can't be told."""

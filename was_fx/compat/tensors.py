@@ -3,12 +3,18 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 def version(tensor: Tensor) -> int:
     """How often a tensor was changed in place, by the counter that autograd keeps; -1 for one of inference mode."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def in_backward() -> bool:
+    """Whether this thread is in a backward pass, where checkpointing computes forwards again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def storage_id(tensor: Tensor) -> int:

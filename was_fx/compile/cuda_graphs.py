@@ -118,7 +118,7 @@ class CudaGraphs:
     def replaying(self, inputs: Sequence[Any]) -> Callable[[Sequence[Any]], Any] | None:
         """What does a call with these inputs again, where nothing has changed but the contents of those that are
         copied: it doesn't look at the others, of which there are hundreds. None if no graph was captured for them."""
-        key, _ = self._key(inputs)
+        key = self._key(inputs)
         with self._lock:
             found = self._graphs.get(key)
         device = self._device
@@ -139,7 +139,7 @@ class CudaGraphs:
             calls.append(Call(self, inputs, outputs))
 
     def _run(self, inputs: Sequence[Any]) -> Any:
-        key, moving = self._key(inputs)
+        key, moving = self._key(inputs), self._moving(inputs)
         if not all(each.is_contiguous() for each in moving):
             return self._compiled(*inputs)  # a copy has other strides than those it was compiled for
         with self._lock:
@@ -159,8 +159,8 @@ class CudaGraphs:
         others = map(inputs.__getitem__, self._others or ())
         return [each for each in others if isinstance(each, Tensor) and not _is_number(each)]
 
-    def _key(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor]]:
-        """What a graph depends on, and the inputs that it doesn't read where they are."""
+    def _key(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """What a graph depends on."""
         if self._others is None:
             self._others = tuple(sorted(set(range(len(inputs))) - set(self._in_place)))
         others = [inputs[position] for position in self._others]
@@ -169,7 +169,7 @@ class CudaGraphs:
         ]
         versions = map(version, map(inputs.__getitem__, self._versioned))
         # Hundreds of weights at every token: map, which loops in C.
-        return (*map(Tensor.data_ptr, map(inputs.__getitem__, self._in_place)), *plain, *versions), self._moving(inputs)
+        return (*map(Tensor.data_ptr, map(inputs.__getitem__, self._in_place)), *plain, *versions)
 
     def _capture(self, inputs: Sequence[Any], moving: list[Tensor]) -> _Captured:
         copied = [each.clone() for each in moving]

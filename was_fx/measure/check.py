@@ -1,6 +1,7 @@
 """`check`: does every scheduled Linear drop channels on the path that `generate()` takes, and by what kernel?"""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,12 @@ from was_fx.compile.cuda_graphs import Call, noting_calls
 from was_fx.generate.generation import Generation
 from was_fx.kernels.parts.served import Served, noting_served
 from was_fx.measure.realised import Realised, counting
-from was_fx.modules.linears import find_linears
+from was_fx.modules.linears import find_linears, plain_name
 from was_fx.modules.placement import input_device
 from was_fx.modules.sparse_linear import eager_code
 from was_fx.modules.tokens import check_tokens, vocabulary
 from was_fx.modules.weights import local
-from was_fx.schedules.experts import groups
+from was_fx.schedules.experts import groups, module_of
 from was_fx.sparse.sparsify import prompts_treated
 from was_fx.sparse.state import sparse_state
 
@@ -108,6 +109,7 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
         )
     check_tokens(model, prompt)
     prompt = prompt.to(input_device(model))
+    state.keep_sparse(model)  # before anything is counted
     notes = _Notes()
     with (
         notes,
@@ -124,7 +126,9 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
             do_sample=False,
         )
         found = counts.realised()
-    rows = _rows(model, found, served, (new_tokens - 1) * len(prompt))
+    modules = {plain_name(name) for name, _ in model.named_modules()}
+    present = [name for name in state.schedule.linears if module_of(name) in modules]
+    rows = _rows(model, present, found, served, (new_tokens - 1) * len(prompt))
     own = vars(model).get("generate")
     if isinstance(own, Generation) and own.step is not None and own.step.declined:
         notes.texts.append(f"decode steps run uncompiled, because {own.step.declined}")
@@ -133,6 +137,9 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
     if uses_flash_attention(model):
         attention = attention_of(model)
         notes.texts.append(f"{attention} can't read a static cache, so decode steps are not captured as a CUDA graph")
+    absent = len(state.schedule.linears) - len(present)
+    if absent:
+        notes.texts.append(f"{absent} scheduled Linears are not in the model any more")
     slow = sum(row.implementation in ("dense_product", "dequantised_product") for row in rows)
     if slow:
         notes.texts.append(f"{slow} Linears are right but not faster: no kernel skips their rows here")
@@ -153,20 +160,23 @@ def check(model: nn.Module, prompt: Tensor | None = None, *, new_tokens: int = 8
     )
 
 
-def _rows(model: nn.Module, found: Realised, served: list[Served], expected: int) -> tuple[LinearCheck, ...]:
+def _rows(
+    model: nn.Module, present: Sequence[str], found: Realised, served: list[Served], expected: int
+) -> tuple[LinearCheck, ...]:
     """A row for each scheduled Linear, of whose calls so many tokens were `expected` to be sparse."""
     by_weight = {weight: each for each in served for weight in each.weights}
     state: Any = sparse_state(model)
     linears = find_linears(model)
     schedule = state.schedule
     rows = []
-    for group, names in groups(schedule.linears).items():
+    for group, names in groups(present).items():
         tokens = {name: found.tokens.get(name, 0) for name in names}
         total = sum(tokens.values())
         dropped = sum(count * found.linears.get(name, 0.0) for name, count in tokens.items())
         calls = round(total / schedule.metadata.experts_per_token.get(group, 1))
         # The product is made with W [N, K], a view of the parameter at the same address.
-        by = next(filter(None, (by_weight.get(local(linears[name].matrix).data_ptr()) for name in names)), None)
+        held = [local(linears[name].matrix).data_ptr() for name in names if name in linears]
+        by = next(filter(None, map(by_weight.get, held)), None)
         dense = calls < expected
         reason = by.reason if by else "no sparse product was made" if dense else "its weight lies elsewhere meanwhile"
         rows.append(

@@ -81,6 +81,8 @@ def evaluate(
     state = sparse_state(model)
     if state is not None and prefill == "dense":
         raise ValueError("prefill='dense' would measure the dense model; use 'sparse', 'half' or 'all'")
+    if state is not None:
+        state.keep_sparse(model)  # before anything is counted
     length = tokens.shape[1]
     if scored is not None and not 1 <= scored < length:
         raise ValueError(f"scored is {scored}; expected at least 1 and less than the {length} tokens of a sequence")

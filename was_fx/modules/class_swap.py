@@ -55,8 +55,17 @@ def _made(mixin: Any, kind: Any) -> Any:
 
 
 def class_before(module: Any) -> Any:
-    """The class that a module had before its mixin."""
-    return type(module).__bases__[1]
+    """The class that a module had before its mixin. A class that another library made of ours since, as torch's
+    parametrizations do, is made anew of that one."""
+    return _without_mixin(type(module))
+
+
+def _without_mixin(kind: Any) -> Any:
+    if kind.__bases__[0] is not Swapped and "was_input_major" in vars(kind):
+        return kind.__bases__[1]
+    bases = tuple(_without_mixin(each) if issubclass(each, Swapped) else each for each in kind.__bases__)
+    own = {name: each for name, each in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, bases, own)
 
 
 def swap_class(module: nn.Module, kind: Any) -> None:

@@ -2,12 +2,12 @@
 
 A weight may be replaced, loaded anew, moved or changed in place at any time. Before each prompt, unless it is being
 traced, every sparse Linear's weight is looked at: is it another tensor, has its version counter moved, or, as writes
-through `.data` move no counter, has the norm of a piece of its diagonal changed? Then its channel thresholds are
+through `.data` move no counter, has the norm of a few numbers spread over it changed? Then its channel thresholds are
 computed again, and rows of Wᵀ that are not contiguous are made so.
 """
 
 from collections import defaultdict
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from was_fx.compat.tensors import version
 from was_fx.modules.experts import weight_names
-from was_fx.modules.linears import LinearModule, is_conv1d
+from was_fx.modules.linears import LinearModule, is_conv1d, unsupported_format
 from was_fx.modules.placement import make_input_major
 from was_fx.modules.quantized_experts import is_quantized
 from was_fx.modules.quantized_linear import QuantizedLinear
 from was_fx.modules.sparse_experts import SparseExperts
 from was_fx.modules.sparse_linear import sparse_modules, take_norms
-from was_fx.modules.token_rule import body_of, prompt_begins
 from was_fx.modules.weights import is_offloaded, local
 from was_fx.schedules.experts import member
 
@@ -35,35 +34,18 @@ class Freshness:
         self._stamps: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, ...]]] = WeakKeyDictionary()
 
     def watch(self, model: nn.Module) -> list[Any]:
-        """Look before every prompt of `model`, and of its body where that is called alone. For after the token rule's.
+        """Refresh each sparse Linear whose state is loaded, with the model or alone.
 
         Returns:
             Handles of the hooks.
         """
-        body = body_of(model)
-        handles: list[Any] = [
-            model.register_forward_pre_hook(self.before_model),
-            model.register_load_state_dict_post_hook(self.after_loading),
+        return [
+            module.register_load_state_dict_post_hook(self.after_loading) for module in sparse_modules(model).values()
         ]
-        if body is not None:
-            handles.append(body.register_forward_pre_hook(self.before_body))
-        return handles
 
-    def before_model(self, model: nn.Module, _: Any) -> None:
-        """Hook: refresh at a prompt."""
-        self._before("model", model)
-
-    def before_body(self, body: nn.Module, _: Any) -> None:
-        """Hook: refresh at a prompt of the body alone."""
-        self._before("body", body)
-
-    def after_loading(self, model: nn.Module, _: Any) -> None:
-        """Hook: refresh when a state dict was loaded, for compiled calls don't look."""
-        self.refresh(model)
-
-    def _before(self, role: Literal["model", "body"], module: nn.Module) -> None:
-        if not torch.compiler.is_compiling() and prompt_begins(role):
-            self.refresh(module)
+    def after_loading(self, module: nn.Module, _: Any) -> None:
+        """Hook: refresh a sparse Linear whose state was loaded, for compiled calls don't look."""
+        self.refresh(module)
 
     def remember(self, model: nn.Module) -> None:
         """Take the weights as they are for those that the thresholds are of."""
@@ -118,13 +100,24 @@ class _Weight(NamedTuple):
 
 
 def _stamped(model: nn.Module) -> list[tuple[_Weight, tuple[Any, ...]]]:
-    """Each weight of sparse Linears that is loaded, with its stamp."""
+    """Each weight of sparse Linears that is loaded, with its stamp.
+
+    Raises:
+        ValueError: one was quantised by another library since it was made sparse.
+    """
     weights = [
         _Weight(name, module, held)
         for name, module in sparse_modules(model).items()
         for held in (weight_names(module) if isinstance(module, SparseExperts) else ("weight",))
     ]
     weights = [weight for weight in weights if not is_offloaded(weight.tensor)]
+    for weight in weights:
+        stored = unsupported_format(weight.tensor)
+        if stored is not None and not isinstance(weight.module, QuantizedLinear | SparseExperts):
+            raise ValueError(
+                f"{weight.name} is stored as {stored} since it was made sparse, and no sparse product reads that: load "
+                "the model again, and quantise it by was_fx.quantize(model, 'int8') before calibrate"
+            )
     pieces = _norms_of_pieces([local(weight.tensor) for weight in weights])
     return [(weight, _stamp(weight, piece)) for weight, piece in zip(weights, pieces, strict=True)]
 
@@ -135,13 +128,14 @@ def _stamp(weight: _Weight, piece: int) -> tuple[Any, ...]:
 
 
 def _piece(weight: Tensor) -> Tensor:
-    """A few numbers of a weight [N], [N, K] or [E, N, K]: of its diagonals."""
+    """A few numbers of a weight [N], [N, K] or [E, N, K]: a diagonal of rows and columns that are spread over it."""
     data = weight.data if weight.dim() > 1 else weight.data[None]
-    return data[..., :_PIECE, :_PIECE].diagonal(dim1=-2, dim2=-1)
+    rows, columns = (max(1, size // _PIECE) for size in data.shape[-2:])
+    return data[..., ::rows, ::columns].diagonal(dim1=-2, dim2=-1)[..., :_PIECE]
 
 
 def _norms_of_pieces(weights: list[Tensor]) -> list[int]:
-    """The norm of a piece of each weight's diagonal, as the bits of a float; one transfer per device."""
+    """The norm of a few numbers of each weight, as the bits of a float; one transfer per device."""
     places: defaultdict[torch.device, list[int]] = defaultdict(list)
     for place, weight in enumerate(weights):
         places[weight.device].append(place)

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from was_fx.compat.dynamo import WRAPPED
 from was_fx.kernels.quantized.rows import QuantizedRows
 from was_fx.modules.experts import expert_names, is_experts, running_by_hand
 from was_fx.modules.quantized_experts import QuantizedExperts, is_quantized, rows_of
@@ -89,7 +90,7 @@ def find_linears(model: nn.Module) -> dict[str, LinearModule]:
     """Every Linear of a model by qualified name, the head included.
 
     A Linear that adapters of PEFT wrap keeps the name it has without them, and the adapters' own are left out, so a
-    schedule of the model fits it with and without adapters.
+    schedule of the model fits it with and without adapters; so do the Linears of a part that torch.compile wraps.
 
     Raises:
         ValueError: the model has none, or wraps the one that has.
@@ -388,10 +389,13 @@ def _modules_without_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module
         if isinstance(getattr(module, "base_layer", None), nn.Module):
             adapted.append(name)
         inside = [outer for outer in adapted if name.startswith(f"{outer}.")]
-        if not inside:
-            yield name, module
-        elif name == f"{inside[-1]}.base_layer":
-            yield inside[-1], module
+        if not inside or name == f"{inside[-1]}.base_layer":
+            yield plain_name(name), module
+
+
+def plain_name(name: str) -> str:
+    """The qualified name that a module has without what wraps it or a part of the model that it is in."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", *WRAPPED))
 
 
 def embedding(model: nn.Module, getter: str) -> nn.Module | None:

@@ -6,8 +6,9 @@
     several sequences packed into one (continuous           those with one token and a past: decode;
       batching)                                               the others by `prefill`
 
-Hooks on the model and on its body decide before the call and take the decision back after it. The decision is held
-per thread. Dynamo traces the hooks with the model, so a compiled call decides by the same lines.
+Hooks on the model and on its body decide before the call and take the decision back after it, so that a model may be
+called within another's call. The decision is held per thread. Dynamo traces the hooks with the model, so a compiled
+call decides by the same lines. What gradient checkpointing computes again is decided as the model's last call was.
 """
 
 import inspect
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from was_fx.compat.generation import CACHE_NAMES
+from was_fx.compat.tensors import in_backward
 
 Prefill = Literal["dense", "sparse", "half", "all"]
 
@@ -36,6 +38,9 @@ class _Call(threading.local):
         prompt: it is no decode step.
         dense: no token drops channels.
         tokens: bool [B, S], the tokens that do; None for all.
+        kept: LongTensor, the places in a sequence that the head reads; None where it reads all, or the last ones.
+        rule: whose call it is.
+        outer: the call that this one is within, as all of these; None if it is in none.
     """
 
     def __init__(self) -> None:  # in each thread: torch 2.13 can't guard attributes that a thread has not set
@@ -43,6 +48,22 @@ class _Call(threading.local):
         self.prompt: bool = False
         self.dense: bool = False
         self.tokens: Tensor | None = None
+        self.kept: Tensor | None = None
+        self.rule: TokenRule | None = None
+        self.outer: tuple[Any, ...] | None = None
+
+    def enter(self, within: str, rule: "TokenRule") -> None:
+        nested = self.within in ("model", "body")
+        self.outer = (
+            (self.within, self.prompt, self.dense, self.tokens, self.kept, self.rule, self.outer) if nested else None
+        )
+        self.within, self.rule = within, rule
+
+    def leave(self, within: str) -> None:
+        """Back to the call that this one was within; from the outermost, to what `within` says."""
+        self.within = within
+        if self.outer is not None:
+            self.within, self.prompt, self.dense, self.tokens, self.kept, self.rule, self.outer = self.outer
 
 
 _call = _Call()
@@ -64,6 +85,7 @@ class TokenRule:
     Attributes:
         prefill: which tokens of a prompt are sparse: "dense" none; "sparse" all but the first 1 % of a sequence's own
             tokens (WAS); "half" their last half (TEAL); "all" every one. May be changed at any time.
+        last: of the last call with gradients, whether all tokens were dense, and else which were sparse.
     """
 
     def __init__(self, prefill: Prefill) -> None:
@@ -72,6 +94,7 @@ class TokenRule:
         self._names: dict[str, tuple[str, ...]] = {}
         self._warned = False
         self._last_length = -1
+        self.last: tuple[bool, Tensor | None] | None = None
 
     @contextmanager
     def treating_prompts(self, prefill: Prefill) -> Iterator[None]:
@@ -105,26 +128,33 @@ class TokenRule:
 
     def before_model(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Hook: decide."""
+        _call.enter("model", self)
         self._decide({**dict(zip(self._names["model"], arguments, strict=False)), **keywords})
-        _call.within = "model"
 
     def after_model(self, *_: Any) -> None:
         """Hook: the call is over."""
-        _call.within = ""
-        _call.tokens = None
+        _call.tokens = _call.kept = None
+        _call.leave("")
 
     def before_body(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Hook: decide, unless the model's call has."""
-        if _call.within != "model":
+        if _call.within != "model" or _call.rule is not self:
+            _call.enter("body", self)
             self._decide({**dict(zip(self._names["body"], arguments, strict=False)), **keywords})
-            _call.within = "body"
 
     def after_body(self, *_: Any) -> None:
         """Hook: what was decided for a body that was called alone still holds for the head after it."""
         if _call.within == "body":
-            _call.within = "head"
+            _call.leave("head")
 
     def _decide(self, given: Mapping[str, Any]) -> None:
+        kept = given.get("logits_to_keep")
+        _call.kept = kept if isinstance(kept, Tensor) else None
+        self._decide_tokens(given)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.last = _call.dense, _call.tokens
+
+    def _decide_tokens(self, given: Mapping[str, Any]) -> None:
         inputs = given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
         _call.prompt, _call.dense, _call.tokens = True, False, None
@@ -143,7 +173,8 @@ class TokenRule:
             if cache is None and not torch.compiler.is_compiling():
                 self._say_once_that_nothing_is_cached(inputs.shape[1])
         elif self.prefill != "all":
-            _call.tokens = _after_the_first(inputs, given.get("attention_mask"), cache, self.prefill)
+            mask, positions = given.get("attention_mask"), given.get("position_ids")
+            _call.tokens = _after_the_first(inputs, mask, cache, self.prefill, positions)
 
     def _decide_packed(self, length: int, given: Mapping[str, Any]) -> None:
         """Sequences one after the other in one row; `cu_seq_lens_q` says where each begins."""
@@ -183,7 +214,11 @@ def decided(module: Any, x: Tensor) -> tuple[bool, Tensor | None]:
     if _call.within in ("model", "body") or (_call.within == "head" and module.was_is_head):
         if _call.dense or _call.tokens is None:
             return _call.dense, None
-        return False, _for_rows(_call.tokens, x)
+        kept = _call.kept if module.was_is_head else None
+        return False, _for_rows(_call.tokens if kept is None else _call.tokens[:, kept], x)
+    if module.was_rule.last is not None and not torch.compiler.is_compiling() and in_backward():
+        dense, tokens = module.was_rule.last
+        return dense, None if tokens is None else _for_rows(tokens, x)
     prefill = module.was_rule.prefill
     length = x.shape[-2] if x.dim() > 1 else 1
     if length == 1 or prefill == "all":
@@ -244,19 +279,33 @@ def _is_filled(layer: Any) -> bool:
     return length > 0
 
 
-def _after_the_first(inputs: Tensor, mask: Any, cache: Any, prefill: str) -> Tensor:
+def _after_the_first(inputs: Tensor, mask: Any, cache: Any, prefill: str, positions: Any = None) -> Tensor:
     """bool [B, S]: the tokens of each sequence after its first 1 % ("sparse") or its first half ("half"), rounded up;
-    padding is not counted and keeps every channel."""
+    padding is not counted and keeps every channel. Without a mask and a cache, a sequence begins where positions [B, S]
+    don't go on, as transformers has it."""
     batch, new = inputs.shape[0], inputs.shape[1]
     past = _past_length(cache)
     found = _own_tokens(mask, batch, new, past)
-    if found is None:
+    if mask is None and cache is None and isinstance(positions, Tensor) and positions.dim() == 2:
+        place, length = _places(positions)
+    elif found is None:
         place, length = (torch.arange(new, device=inputs.device) + past)[None], new + past
     else:
         own, before = found
         place, length = own.cumsum(-1) - 1 + before, own.sum(-1, keepdim=True) + before
     tokens = place >= dense_length(length, prefill)
     return tokens.expand(batch, new) if found is None else tokens & found[0]
+
+
+def _places(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Of sequences one after the other in rows of positions [B, S]: each token's place in its own, and how long that
+    is, [B, S]."""
+    begins = torch.nn.functional.pad(positions.diff(dim=-1) != 1, (1, 0), value=True)
+    index = torch.arange(positions.shape[1], device=positions.device)
+    place = index - (index * begins).cummax(-1).values
+    sequence = begins.cumsum(-1) - 1
+    length = torch.zeros_like(sequence).scatter_add(-1, sequence, torch.ones_like(sequence)).gather(-1, sequence)
+    return place, length
 
 
 def dense_length(length: Any, prefill: str) -> Any:

@@ -1,6 +1,5 @@
 """`sparsify` and `densify`: put a schedule on a model in place, and take it off again."""
 
-import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,18 +10,16 @@ from was_fx.compat.dynamo import mode_options
 from was_fx.compile.backend import register
 from was_fx.compile.options import BackendOptions, ModelLowering
 from was_fx.generate.generation import check_lowering, use_own_generate, use_plain_generate
-from was_fx.kernels.linear.layout import restore
 from was_fx.modules.dense_linear import make_fast, make_plain
 from was_fx.modules.freshness import Freshness
-from was_fx.modules.linears import LinearModule, find_linears
-from was_fx.modules.placement import make_input_major, rearrange
+from was_fx.modules.linears import find_linears
 from was_fx.modules.quantized_linear import quantized_linears
 from was_fx.modules.sparse_experts import register as register_experts_function
-from was_fx.modules.sparse_linear import make_dense, make_sparse, set_numbers, sparse_modules
+from was_fx.modules.sparse_linear import is_sparse, make_dense, set_numbers, sparse_modules
 from was_fx.modules.token_rule import Prefill, TokenRule
-from was_fx.modules.weights import is_offloaded, local
 from was_fx.schedules.files.schedule import Schedule
 from was_fx.sparse import saving
+from was_fx.sparse.in_place import give_back_strides, make_all_sparse
 from was_fx.sparse.quantize import adopt_foreign, quantize
 from was_fx.sparse.schedule_fit import fitted
 from was_fx.sparse.state import SparseState, sparse_state, warn_of_other_formats
@@ -71,8 +68,9 @@ def sparsify(
 
     Raises:
         ScheduleError: the schedule doesn't fit this model; lists every problem.
-        ValueError: the model has no Linears, its weights are quantised in a way that can't be read, or an argument is
-            not valid; "recorded" for a model that is not on the CPU, or without the C++ kernels.
+        ValueError: the model has no Linears, its weights are quantised in a way that can't be read, they are sparse
+            already as part of another model, or an argument is not valid; "recorded" for a model that is not on the
+            CPU, or without the C++ kernels.
 
     Warns:
         UserWarning: the schedule was made with weights in other formats than the model's.
@@ -98,16 +96,22 @@ def sparsify(
         known = None
     scheduled = {name: linears[name] for name in schedule.linears}
     if known is None:
-        state = SparseState(schedule, rule, Freshness())
-        _replace(scheduled, state)
+        shared = next((name for name, linear in scheduled.items() if is_sparse(linear)), None)
+        if shared is not None:
+            raise ValueError(
+                f"{shared} is sparse already, by the schedule of another model that holds the same module; call "
+                "was_fx.densify on that model first, or sparsify a copy of its modules"
+            )
+        state = SparseState(schedule, rule, Freshness(), strides=make_all_sparse(scheduled, schedule, rule))
         for name in linears.keys() - scheduled.keys():
             if linears[name].rows is None and linears[name].expert is None:
                 make_fast(linears[name].module)
-        state.handles = [*rule.watch(model), *state.freshness.watch(model)]
+        state.watch(model)
         model._was_state = state  # type: ignore[assignment]
         state.freshness.remember(model)
         saving.attach(model)
     else:
+        known.keep_sparse(model)
         known.schedule, known.rule.prefill = schedule, prefill
         for name, linear in scheduled.items():
             set_numbers(linear, schedule.linears[name])
@@ -127,11 +131,12 @@ def densify(model: nn.Module) -> nn.Module:
     for handle in state.handles:
         handle.remove()
     linears = find_linears(model)
+    moved = [name for name in state.strides if name in linears and is_sparse(linears[name])]
     for module in sparse_modules(model).values():
         make_dense(module)
     make_plain(model)
-    for name, stride in state.strides.items():
-        _give_back_strides(linears[name], stride)
+    for name in moved:
+        give_back_strides(linears[name], state.strides[name])
     use_plain_generate(model)
     if not quantized_linears(model):
         saving.detach(model)
@@ -150,36 +155,3 @@ def set_entries(model: nn.Module, schedule: Schedule) -> None:
     linears = find_linears(model)
     for name, entry in schedule.linears.items():
         set_numbers(linears[name], entry)
-
-
-def _replace(linears: dict[str, LinearModule], state: SparseState) -> None:
-    """Make the Linears sparse and move their weights into input-major storage; undone as a whole if any fails."""
-    seen: set[int] = set()
-    done: list[nn.Module] = []
-    try:
-        for name, linear in linears.items():
-            parameter = linear.parameter
-            first = id(parameter) not in seen  # two Linears may share one, and experts do
-            if linear.rows is None and first:
-                seen.add(id(parameter))
-                state.strides[name] = local(parameter).stride()
-            make_sparse(linear, state.schedule.linears[name], state.schedule.norm, state.rule)
-            if first or linear.expert is None:
-                done.append(linear.module)
-            make_input_major(linear)
-    except BaseException:
-        for module in dict.fromkeys(done):
-            make_dense(module)
-        for name, stride in state.strides.items():
-            _give_back_strides(linears[name], stride)
-        raise
-
-
-def _give_back_strides(linear: LinearModule, stride: tuple[int, ...]) -> None:
-    """Give a weight the strides it had, in a storage of its own."""
-    if is_offloaded(linear.parameter):
-        return
-    part = local(linear.parameter)
-    alone = part.untyped_storage().nbytes() == part.numel() * part.element_size()
-    if part.stride() != stride or not alone:
-        rearrange(linear.parameter, functools.partial(restore, stride=stride))

@@ -91,6 +91,14 @@ def test_file_without_metadata_is_refused(tmp_path):
         storage.read(tmp_path / "weights.safetensors", storage.SCHEDULE)
 
 
+def test_a_folder_says_what_is_in_it(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"is a folder; give the path of a was-fx schedule\b(?!,)"):
+        storage.read(tmp_path, storage.SCHEDULE)
+    (tmp_path / "schedule.was.safetensors").touch()
+    with pytest.raises(IsADirectoryError, match=r"such as schedule\.was\.safetensors in it"):
+        storage.read(tmp_path, storage.SCHEDULE)
+
+
 def test_missing_file_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no was-fx schedule here.*absent"):
         storage.read(tmp_path / "absent", storage.SCHEDULE)

@@ -213,6 +213,24 @@ def counts_versions() -> bool:
     return after == (before[0] + 1, before[1] + 1) and tensors.version(made) == -1
 
 
+def wraps_modules() -> bool:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
+
+    compiled, checkpointed, sharded = dynamo.WRAPPED
+    module = nn.Linear(2, 2)
+    holders = getattr(torch.compile(module), compiled), getattr(checkpoint_wrapper(module), checkpointed)
+    return all(each is module for each in holders) and sharded == FSDP_WRAPPED_MODULE
+
+
+def knows_a_backward_pass() -> bool:
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda _: seen.append(tensors.in_backward()))
+    x.sum().backward()
+    return seen == [True] and not tensors.in_backward()
+
+
 def tells_storages_apart() -> bool:
     x, y = torch.zeros(2, 2), torch.zeros(2, 2)
     apart = tensors.storage_id(x) != tensors.storage_id(y)
@@ -295,7 +313,9 @@ CHECKS: dict[str, Callable[[Captured], object]] = {
     "_pytree": lambda _: private_names.tree_leaves(([1], {"a": 2})) == [1, 2],
     "_scaled_dot_product_flash_attention_for_cpu": lambda _: callable(private_names.CPU_ATTENTION),
     "_softmax": lambda _: callable(private_names.SOFTMAX),
+    "_checkpoint_wrapped_module": lambda _: wraps_modules(),
     "_compiled_call_impl": lambda _: with_compiled_call(),
+    "_current_graph_task_id": lambda _: knows_a_backward_pass(),
     "_dynamo": lambda _: (
         torch._dynamo.config.recompile_limit,
         torch._dynamo.config.specialize_float in (True, False),
@@ -323,6 +343,8 @@ CHECKS: dict[str, Callable[[Captured], object]] = {
         graphs.is_higher_order(torch.ops.higher_order.cond) and graphs.schema_of(torch.ops.aten.add_).is_mutable
     ),
     "_param_name_to_source": lambda found: "was_constant" in found.constants or not found.constants,
+    "_orig_mod": lambda _: wraps_modules(),
+    "_fsdp_wrapped_module": lambda _: wraps_modules(),
     "_schema": lambda _: (
         graphs.schema_of(torch.ops.aten.add_.Tensor).arguments[0].alias_info.is_write
         and graphs.schema_of(torch.add) is None

@@ -183,6 +183,16 @@ def test_the_diagonals_of_several_weights_are_told_apart():
     assert freshness_module._norms_of_pieces([]) == []
 
 
+def test_what_changes_beyond_the_first_rows_and_columns_is_noticed():
+    weight = torch.randn(320, 192, generator=torch.Generator().manual_seed(0))
+    before = freshness_module._norms_of_pieces([weight, weight.t(), weight[None]])
+    for rows, columns in ((slice(None), slice(100, 110)), (slice(310, 320), slice(None))):
+        changed = weight.clone()
+        changed.data[rows, columns] *= 3
+        after = freshness_module._norms_of_pieces([changed, changed.t(), changed[None]])
+        assert all(one != other for one, other in zip(before, after, strict=True))
+
+
 def test_a_fresh_one_looks_at_everything(sparse, refreshed):
     Freshness().refresh(sparse)
     assert sorted(refreshed) == sorted(name for name, each in find_linears(sparse).items() if not each.head)
