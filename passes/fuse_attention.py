@@ -66,7 +66,7 @@ def match(node: Node) -> Attention | str:
         whole = whole and statically_known_true(shape[3] == value(k).shape[2])
         if value(mask).dtype != torch.bool or not whole:
             return "a mask that is not [B, 1, 1, L] bool"
-    return Attention(q, k, v, mask, width**-0.5 if scale is None else float(scale))
+    return Attention(q, k, v, _unexpanded(mask), width**-0.5 if scale is None else float(scale))
 
 
 def fuse_attention(context: Context) -> None:
@@ -76,10 +76,14 @@ def fuse_attention(context: Context) -> None:
     graph = context.module.graph
     lists = graph.find_nodes(op="call_function", target=compact_op)
     written = written_storages(graph)
-    readers = {flattening_of(x, {_SDPA}): each for each in lists if storage(x := each.args[0]) not in written}
-    for node, found in context.matches([each for each in graph.nodes if kind(each) == _SDPA], match):
+    readers = {flattening_of(x, _is_attention): each for each in lists if storage(x := each.args[0]) not in written}
+    for node, found in context.matches([each for each in graph.nodes if _is_attention(each)], match):
         _rewrite(context, node, found, readers.get(node))
         context.counts["decode attention"] += 1
+
+
+def _is_attention(node: Any) -> bool:
+    return kind(node) == _SDPA
 
 
 def _unrepeated(node: Any) -> Any:
@@ -99,6 +103,16 @@ def _unrepeated(node: Any) -> Any:
     ]
     same = [len(a) == len(b) and all(map(statically_known_true, map(operator.eq, a, b))) for a, b in shapes]
     return base if all(same) else node
+
+
+def _unexpanded(mask: Node | None) -> Node | None:
+    """The mask that an expansion to its own shape is of; of the expansion Inductor would make a copy for each block."""
+    while kind(mask) == "expand" and isinstance(mask, Node):
+        before, after = value(mask.args[0]).shape, value(mask).shape
+        if len(before) != len(after) or not all(map(statically_known_true, map(operator.eq, before, after))):
+            break
+        mask = mask.args[0]  # type: ignore[assignment]
+    return mask
 
 
 def _rewrite(context: Context, node: Node, found: Attention, reader: Node | None) -> None:
