@@ -361,7 +361,7 @@ def plan(q: Tensor, k: Tensor, siblings: int, counters: Tensor | None) -> Plan:
         "SEGMENT": index.shape[2],
         "G": siblings,
         "UPCAST": interpreted(),
-        "num_warps": 4,
+        "num_warps": 8,
     }
     return Plan(splits, work, (torch.empty_like(q), index, count), options)
 

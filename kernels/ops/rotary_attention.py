@@ -114,7 +114,6 @@ def _rotary_attention(
     shared = tl.num_programs(0)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     d = tl.arange(0, WIDTH)
-    heads = tl.arange(0, HEADS)
     k_ptr += kv.to(tl.int64) * k_head
     v_ptr += kv.to(tl.int64) * v_head
     threshold = first_threshold(t0, kv, group, HEADS if SPLITS == 1 else ROWS, D, WIDTH, G)
@@ -128,10 +127,13 @@ def _rotary_attention(
     begin(PDL)
     cos = tl.load(cos_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    ours = (heads < group)[:, None] & (d < D)[None, :]
+    rows = tl.arange(0, ROWS)
+    ours = (rows < group)[:, None] & (d < D)[None, :]
     q = _turned(
-        partial_ptr + q_start, q_bias_ptr, kv * group + heads, ours, cos, sin, width, D, WIDTH, PARTS, Q_BIAS, dtype
+        partial_ptr + q_start, q_bias_ptr, kv * group + rows, ours, cos, sin, width, D, WIDTH, PARTS, Q_BIAS, dtype
     )
+    # As many heads as a product on tensor cores needs; those too many are not looked at.
+    q = tl.reshape(tl.broadcast_to(q[None, :, :], [HEADS // ROWS, ROWS, WIDTH]), [HEADS, WIDTH])
     one = kv + tl.arange(0, 1)
     own = (d < D)[None, :]
     new_k = _turned(partial_ptr + k_start, k_bias_ptr, one, own, cos, sin, width, D, WIDTH, PARTS, K_BIAS, dtype)
