@@ -76,14 +76,10 @@ def fuse_attention(context: Context) -> None:
     graph = context.module.graph
     lists = graph.find_nodes(op="call_function", target=compact_op)
     written = written_storages(graph)
-    readers = {flattening_of(x, _is_attention): each for each in lists if storage(x := each.args[0]) not in written}
-    for node, found in context.matches([each for each in graph.nodes if _is_attention(each)], match):
+    readers = {flattening_of(x, {_SDPA}): each for each in lists if storage(x := each.args[0]) not in written}
+    for node, found in context.matches([each for each in graph.nodes if kind(each) == _SDPA], match):
         _rewrite(context, node, found, readers.get(node))
         context.counts["decode attention"] += 1
-
-
-def _is_attention(node: Any) -> bool:
-    return kind(node) == _SDPA
 
 
 def _unrepeated(node: Any) -> Any:

@@ -25,7 +25,6 @@ def _gpu_passes() -> tuple[Pass, ...]:
     from was_fx.passes.fuse_attention import fuse_attention
     from was_fx.passes.fuse_gated_products import fuse_gated_products
     from was_fx.passes.fuse_rms_norms import fuse_rms_norms
-    from was_fx.passes.fuse_rotary import fuse_rotary
     from was_fx.passes.fuse_routers import fuse_routers
     from was_fx.passes.list_channels import list_channels
     from was_fx.passes.list_expert_channels import list_expert_channels
@@ -37,7 +36,6 @@ def _gpu_passes() -> tuple[Pass, ...]:
         fuse_routers,
         replace_topk,
         fuse_attention,
-        fuse_rotary,
         fuse_rms_norms,
         fuse_gated_products,
         batch_counters,

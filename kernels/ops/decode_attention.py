@@ -11,8 +11,6 @@ one order, whichever that was, so results are the same from run to run.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -80,7 +78,7 @@ def _sum_parts(
 def _write(
     norm,  # [ROWS]
     total,  # [ROWS, WIDTH]
-    threshold,  # [ROWS, WIDTH], of `first_threshold`
+    threshold,  # [ROWS, WIDTH], of the first list
     t1,
     t2,
     t3,
@@ -121,106 +119,6 @@ def _write(
             SEGMENT,
         )
     tl.store(y_ptr + batch * H * D + channels, y, mask=inside)
-
-
-@triton.jit
-def first_threshold(t_ptr, kv, group, OUT: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr):
-    """Thresholds [OUT, WIDTH] of the first list, of the heads that read a key-value head; no kernel writes them."""
-    threshold = tl.zeros([OUT, WIDTH], tl.float32)
-    if G > 0:
-        rows = tl.arange(0, OUT)
-        d = tl.arange(0, WIDTH)
-        inside = (rows < group)[:, None] & (d < D)[None, :]
-        threshold = tl.load(t_ptr + (kv * group + rows)[:, None] * D + d[None, :], mask=inside, other=0.0)
-    return threshold
-
-
-@triton.jit
-def attend(
-    q,  # [HEADS, WIDTH]
-    k,  # [BLOCK, WIDTH]
-    v,  # [BLOCK, WIDTH]
-    seen,  # [BLOCK] bool
-    best,  # [HEADS] fp32: the largest logit so far
-    norm,  # [HEADS] fp32: Σ exp(logit - best)
-    total,  # [HEADS, WIDTH] fp32: Σ exp(logit - best) v
-    scale,
-):
-    """best, norm and total with another block of keys."""
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    logits = tl.where(seen[None, :], logits, float("-inf"))
-    now = tl.maximum(best, tl.max(logits, axis=1))
-    shift = tl.where(now == float("-inf"), 0.0, now)  # -inf - -inf is no number
-    weights = tl.exp(logits - shift[:, None])
-    shrink = tl.exp(best - shift)
-    norm = norm * shrink + tl.sum(weights, axis=1)
-    total = total * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-    return now, norm, total
-
-
-@triton.jit
-def finish(
-    best,  # as of `attend`, of the keys of a split
-    norm,
-    total,
-    best_ptr,
-    norm_ptr,
-    part_ptr,
-    arrivals_ptr,
-    threshold,  # [OUT, WIDTH], of `first_threshold`
-    t1,
-    t2,
-    t3,
-    y_ptr,
-    index_ptr,
-    count_ptr,
-    batch,
-    kv,
-    split,
-    group,
-    H,
-    shared,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
-    FAN: tl.constexpr,
-    BUNDLES: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    G: tl.constexpr,
-):
-    """Store what a split has found; the last to end adds up all of them, and writes and lists y."""
-    if SPLITS == 1:
-        _write(
-            norm, total, threshold, t1, t2, t3, y_ptr, index_ptr, count_ptr, batch, kv, group, H, shared,
-            HEADS, D, WIDTH, SEGMENT, G,
-        )  # fmt: skip
-    else:
-        first = batch * (SPLITS + BUNDLES) * H + kv * group
-        arrivals_ptr += (batch * shared + kv) * (BUNDLES + 1)
-        bundle = split // FAN
-        _store_part(best, norm, total, best_ptr, norm_ptr, part_ptr, first + split * H, group, HEADS, D)
-        if last(arrivals_ptr + bundle, FAN):
-            best1, norm1, total1 = _sum_parts(
-                best_ptr, norm_ptr, part_ptr, first + bundle * FAN * H, H, group, FAN, ROWS, D, WIDTH
-            )
-            if BUNDLES == 0:
-                _write(
-                    norm1, total1, threshold, t1, t2, t3, y_ptr, index_ptr, count_ptr, batch, kv, group, H, shared,
-                    ROWS, D, WIDTH, SEGMENT, G,
-                )  # fmt: skip
-            else:
-                place = first + SPLITS * H
-                _store_part(best1, norm1, total1, best_ptr, norm_ptr, part_ptr, place + bundle * H, group, ROWS, D)
-                if last(arrivals_ptr + BUNDLES, BUNDLES):
-                    _, norm2, total2 = _sum_parts(
-                        best_ptr, norm_ptr, part_ptr, place, H, group, BUNDLES, ROWS, D, WIDTH
-                    )
-                    _write(
-                        norm2, total2, threshold, t1, t2, t3, y_ptr, index_ptr, count_ptr, batch, kv, group, H, shared,
-                        ROWS, D, WIDTH, SEGMENT, G,
-                    )  # fmt: skip
 
 
 @triton.jit
@@ -270,7 +168,13 @@ def _decode_attention(
     d = tl.arange(0, WIDTH)
     heads = tl.arange(0, HEADS)
     ours = (heads < group)[:, None] & (d < D)[None, :]
-    threshold = first_threshold(t0, kv, group, HEADS if SPLITS == 1 else ROWS, D, WIDTH, G)
+    # No kernel writes thresholds, so the first list's are read before those before this one have ended.
+    OUT: tl.constexpr = HEADS if SPLITS == 1 else ROWS
+    threshold = tl.zeros([OUT, WIDTH], tl.float32)
+    if G > 0:
+        out = tl.arange(0, OUT)
+        inside = (out < group)[:, None] & (d < D)[None, :]
+        threshold = tl.load(t0 + (kv * group + out)[:, None] * D + d[None, :], mask=inside, other=0.0)
     begin(PDL)
     row = batch * H + kv * group + heads
     # A cache of many sequences can have more elements than 32 bits count.
@@ -293,11 +197,45 @@ def _decode_attention(
             v = tl.load(v_ptr + keys[:, None] * v_row + d[None, :], mask=inside, other=0.0)
             if UPCAST:
                 k, v = k.to(tl.float32), v.to(tl.float32)
-            best, norm, total = attend(q, k, v, seen, best, norm, total, scale)
-    finish(
-        best, norm, total, best_ptr, norm_ptr, part_ptr, arrivals_ptr, threshold, t1, t2, t3, y_ptr, index_ptr,
-        count_ptr, batch, kv, split, group, H, shared, HEADS, ROWS, D, WIDTH, SPLITS, FAN, BUNDLES, SEGMENT, G,
-    )  # fmt: skip
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            logits = tl.where(seen[None, :], logits, float("-inf"))
+            now = tl.maximum(best, tl.max(logits, axis=1))
+            shift = tl.where(now == float("-inf"), 0.0, now)  # -inf - -inf is no number
+            weights = tl.exp(logits - shift[:, None])
+            shrink = tl.exp(best - shift)
+            norm = norm * shrink + tl.sum(weights, axis=1)
+            total = total * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            best = now
+    if SPLITS == 1:
+        _write(
+            norm, total, threshold, t1, t2, t3, y_ptr, index_ptr, count_ptr, batch, kv, group, H, shared,
+            HEADS, D, WIDTH, SEGMENT, G,
+        )  # fmt: skip
+    else:
+        first = batch * (SPLITS + BUNDLES) * H + kv * group
+        arrivals_ptr += (batch * shared + kv) * (BUNDLES + 1)
+        bundle = split // FAN
+        _store_part(best, norm, total, best_ptr, norm_ptr, part_ptr, first + split * H, group, HEADS, D)
+        if last(arrivals_ptr + bundle, FAN):
+            best1, norm1, total1 = _sum_parts(
+                best_ptr, norm_ptr, part_ptr, first + bundle * FAN * H, H, group, FAN, ROWS, D, WIDTH
+            )
+            if BUNDLES == 0:
+                _write(
+                    norm1, total1, threshold, t1, t2, t3, y_ptr, index_ptr, count_ptr, batch, kv, group, H, shared,
+                    ROWS, D, WIDTH, SEGMENT, G,
+                )  # fmt: skip
+            else:
+                place = first + SPLITS * H
+                _store_part(best1, norm1, total1, best_ptr, norm_ptr, part_ptr, place + bundle * H, group, ROWS, D)
+                if last(arrivals_ptr + BUNDLES, BUNDLES):
+                    _, norm2, total2 = _sum_parts(
+                        best_ptr, norm_ptr, part_ptr, place, H, group, BUNDLES, ROWS, D, WIDTH
+                    )
+                    _write(
+                        norm2, total2, threshold, t1, t2, t3, y_ptr, index_ptr, count_ptr, batch, kv, group, H, shared,
+                        ROWS, D, WIDTH, SEGMENT, G,
+                    )  # fmt: skip
 
 
 def _splits(length: int, heads: int) -> int:
@@ -311,67 +249,12 @@ def segment_size(group: int, width: int) -> int:
     return triton.next_power_of_2(group) * max(16, triton.next_power_of_2(width))
 
 
-def empty_list(q: Tensor, k: Tensor, siblings: int) -> tuple[Tensor, Tensor]:
+def _empty_list(q: Tensor, k: Tensor, siblings: int) -> tuple[Tensor, Tensor]:
     """index [G, KV, SEGMENT] and count [G, KV], both int32 and uninitialised."""
     shared = k.shape[1]
     segment = segment_size(q.shape[1] // shared, q.shape[3])
     index = q.new_empty((siblings, shared, segment), dtype=torch.int32)
     return index, q.new_empty((siblings, shared), dtype=torch.int32)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a launch is given beside its inputs.
-
-    Attributes:
-        splits: programs of a key-value head.
-        work: best, norm and parts of the splits, and the counters; None each where one program has a whole head.
-        results: y, index and count, uninitialised.
-        options: the kernel's compile-time constants, those of inputs excepted.
-    """
-
-    splits: int
-    work: tuple[Tensor | None, ...]
-    results: tuple[Tensor, Tensor, Tensor]
-    options: dict[str, Any]
-
-
-def plan(q: Tensor, k: Tensor, siblings: int, counters: Tensor | None) -> Plan:
-    """How the heads of q [B, H, 1, D], contiguous, are attended to over k [B, KV, L, D], with `siblings` lists."""
-    batch, heads, _, width = q.shape
-    shared, length = k.shape[1:3]
-    group = heads // shared
-    splits = _splits(length, shared * batch)
-    bundles = splits // FAN if splits > FAN else 0
-    work: tuple[Tensor | None, ...] = (None,) * 4
-    if splits > 1:
-        best, norm = (q.new_empty((batch, splits + bundles, heads), dtype=torch.float32) for _ in range(2))
-        parts = q.new_empty((batch, splits + bundles, heads, width), dtype=torch.float32)
-        work = best, norm, parts, arrivals(q) if counters is None else counters
-    index, count = empty_list(q, k, siblings)
-    options = {
-        "D": width,
-        "WIDTH": max(16, triton.next_power_of_2(width)),
-        "HEADS": max(16, triton.next_power_of_2(group)),
-        "ROWS": triton.next_power_of_2(group),
-        "BLOCK": BLOCK,
-        "SPLITS": splits,
-        "FAN": min(FAN, splits),
-        "BUNDLES": bundles,
-        "SEGMENT": index.shape[2],
-        "G": siblings,
-        "UPCAST": interpreted(),
-        "num_warps": 8,
-    }
-    return Plan(splits, work, (torch.empty_like(q), index, count), options)
-
-
-def mask_rows(mask: Tensor | None) -> Tensor | None:
-    """[B or 1, L] of a mask [B or 1, 1, 1, L], the entries of a row beside each other."""
-    if mask is None:
-        return None
-    mask = mask[:, 0, 0]
-    return mask if mask.stride(-1) == 1 else mask.contiguous()
 
 
 def reference(
@@ -393,7 +276,7 @@ def reference(
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     if mask is not None:
         y = y.masked_fill(~mask.any(-1, keepdim=True), 0)
-    index, count = empty_list(q, k, len(thresholds))
+    index, count = _empty_list(q, k, len(thresholds))
     flat = y.reshape(y.shape[0], -1)
     channels = flat.shape[1] // k.shape[1]
     for s in range(k.shape[1] if thresholds else 0):
@@ -415,31 +298,60 @@ def decode_attention(
     """See `reference`; by Triton where it serves. `counters` are of `arrivals`; without them a launch makes some."""
     if not serves(q) or k.stride(-1) != 1 or v.stride(-1) != 1:
         return reference(q, k, v, mask, scale, thresholds)
-    batch, heads = q.shape[:2]
-    shared, length = k.shape[1:3]
+    batch, heads, _, width = q.shape
+    shared, length = k.shape[1], k.shape[2]
+    group = heads // shared
+    splits = _splits(length, shared * batch)
+    bundles = splits // FAN if splits > FAN else 0
     q = q.contiguous()
-    made = plan(q, k, len(thresholds), counters)
-    mask = mask_rows(mask)
-    _decode_attention[(shared, made.splits, batch)](
+    y = torch.empty_like(q)
+    index, count = _empty_list(q, k, len(thresholds))
+    best = norm = parts = None
+    if splits == 1:
+        counters = None
+    else:
+        best, norm = (q.new_empty((batch, splits + bundles, heads), dtype=torch.float32) for _ in range(2))
+        parts = q.new_empty((batch, splits + bundles, heads, width), dtype=torch.float32)
+        counters = arrivals(q) if counters is None else counters
+    if mask is not None:
+        mask = mask[:, 0, 0]
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    _decode_attention[(shared, splits, batch)](
         q,
         k,
         v,
         mask,
-        *made.work,
+        best,
+        norm,
+        parts,
+        counters,
         *slots(thresholds),
-        *made.results,
+        y,
+        index,
+        count,
         scale,
         length,
         heads,
-        heads // shared,
+        group,
         *k.stride()[:3],
         *v.stride()[:3],
         mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0,
+        D=width,
+        WIDTH=max(16, triton.next_power_of_2(width)),
+        HEADS=max(16, triton.next_power_of_2(group)),
+        ROWS=triton.next_power_of_2(group),
+        BLOCK=BLOCK,
+        SPLITS=splits,
+        FAN=min(FAN, splits),
+        BUNDLES=bundles,
+        SEGMENT=index.shape[2],
+        G=len(thresholds),
         MASKED=mask is not None,
-        **made.options,
+        UPCAST=interpreted(),
+        num_warps=8,
         **launch_options(q),
     )
-    return made.results
+    return y, index, count
 
 
 def fake(
@@ -452,7 +364,7 @@ def fake(
     counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the op returns, uninitialised."""
-    return (q.new_empty(q.shape), *empty_list(q, k, len(thresholds)))
+    return (q.new_empty(q.shape), *_empty_list(q, k, len(thresholds)))
 
 
 # It leaves `counters` as they were.

@@ -1,7 +1,7 @@
 """Reading Dynamo's graph: what a node does, whichever way it was written."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -81,20 +81,15 @@ def dtype_of(node: object) -> torch.dtype | None:
     return example.dtype if isinstance(example, torch.Tensor) else None
 
 
-def is_view(node: object) -> bool:
-    """Whether `node` has the numbers of its first argument, in another shape."""
-    return kind(node) in _VIEWS
-
-
-def flattening_of(x: Node, wanted: Callable[[Any], bool]) -> Node | None:
-    """The wanted node whose elements `x` holds in the same order, through views only; None without one, and where
-    sizes are not known."""
+def flattening_of(x: Node, kinds: set[str]) -> Node | None:
+    """The node of one of `kinds` whose elements `x` holds in the same order, through views only; None without one, and
+    where sizes are not known."""
     chain: list[Node] = []
     node: Any = x
-    while not wanted(node) and is_view(node):
+    while kind(node) in _VIEWS:
         chain.append(node)
         node = node.args[0]
-    if not wanted(node) or not all(isinstance(size, int) for size in value(node).shape):
+    if kind(node) not in kinds or not all(isinstance(size, int) for size in value(node).shape):
         return None
     numbers = torch.arange(value(node).numel()).view(value(node).shape)
     moved = numbers

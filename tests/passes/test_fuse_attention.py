@@ -8,6 +8,7 @@ from torch import nn
 from was_fx.kernels.ops.compact import compact_op
 from was_fx.kernels.ops.decode_attention import decode_attention_op
 from was_fx.kernels.parts.arrivals import arrivals_op
+from was_fx.passes.graph.matching import kind
 
 SDPA = F.scaled_dot_product_attention
 SCHEDULE = {"q": 0.4, "o": 0.02}
@@ -90,6 +91,20 @@ def test_keys_are_shared_without_a_copy(listed, heads, shared, grouped):
     module = listed(model, SCHEDULE, *inputs(shared=shared))
     assert attention_node(module).args[1].meta["example_value"].shape[1] == shared
     assert module.targets["expand"] == 0
+
+
+@pytest.mark.parametrize(
+    ("expand", "base"),
+    [
+        (lambda m: m.expand(1, -1, 1, L), True),
+        (lambda m: m.expand(1, 1, 1, L).expand(-1, -1, -1, -1), True),
+        (lambda m: m[0].expand(1, 1, 1, L), False),  # of fewer dimensions
+    ],
+)
+def test_blocks_share_a_mask_that_is_expanded_to_its_own_shape(listed, expand, base):
+    module = listed(Attention(lambda q, k, v, m: SDPA(q, k, v, attn_mask=expand(m & True))), SCHEDULE, *inputs(MASK))
+    assert (kind(attention_node(module).args[3]) == "expand") != base
+    assert torch.Tag.flexible_layout in decode_attention_op.tags  # or Inductor stores it anew for every block
 
 
 def test_repetition_by_copies_is_read_as_it_is(listed):
