@@ -173,8 +173,8 @@ def _decode_attention(
     threshold = tl.zeros([OUT, WIDTH], tl.float32)
     if G > 0:
         out = tl.arange(0, OUT)
-        inside = (out < group)[:, None] & (d < D)[None, :]
-        threshold = tl.load(t0 + (kv * group + out)[:, None] * D + d[None, :], mask=inside, other=0.0)
+        listed = (out < group)[:, None] & (d < D)[None, :]
+        threshold = tl.load(t0 + (kv * group + out)[:, None] * D + d[None, :], mask=listed, other=0.0)
     begin(PDL)
     row = batch * H + kv * group + heads
     # A cache of many sequences can have more elements than 32 bits count.
