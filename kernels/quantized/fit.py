@@ -13,7 +13,7 @@ from was_fx.kernels.quantized.rows import QuantizedRows, check_group, pack_int4,
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _ROUNDS = 2
-_PIECE = 1 << 22  # weights that are fitted at a time
+_PIECE = 1 << 20  # weights that are fitted at a time, each by all candidates
 
 
 @torch.no_grad()
@@ -92,27 +92,28 @@ def round_int4(rows: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
 
 def _best(w: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """The step and the zero point [C, groups] with the smallest squared error of all candidates."""
-    step, zero, least = torch.zeros_like(low), torch.zeros_like(low), torch.full_like(low, torch.inf)
-    for shrink in SHRINK:
-        trial = ((high - low) * (shrink / 15)).clamp_min(torch.finfo(torch.float32).tiny)
-        at = (-low * shrink / trial).clamp(0, 15.9375)
-        for round_ in range(_ROUNDS + 1):
-            q = _levels(w, trial, at)
-            error = (trial[..., None] * (q - at[..., None]) - w).square().sum(2)
-            better = error < least
-            least = torch.where(better, error, least)
-            step, zero = torch.where(better, trial, step), torch.where(better, at, zero)
-            if round_ < _ROUNDS:
-                trial, at = _least_squares(w, q, trial, at)
-    return step, zero
+    shrink = torch.tensor(SHRINK, device=w.device)[:, None, None]
+    trial = ((high - low) * (shrink / 15)).clamp_min(torch.finfo(torch.float32).tiny)  # [candidates, C, groups]
+    at = (-low * shrink / trial).clamp(0, 15.9375)
+    step, zero, least = trial, at, torch.full_like(trial, torch.inf)
+    for round_ in range(_ROUNDS + 1):
+        q = _levels(w, trial, at)
+        error = (trial[..., None] * (q - at[..., None]) - w).square().sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        step, zero = torch.where(better, trial, step), torch.where(better, at, zero)
+        if round_ < _ROUNDS:
+            trial, at = _least_squares(w, q, trial, at)
+    best = least.argmin(0, keepdim=True)
+    return step.gather(0, best)[0], zero.gather(0, best)[0]
 
 
 def _least_squares(w: Tensor, q: Tensor, step: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """Step and zero point that fit w ≈ step · (q − zero) best; as they were where all levels are one."""
-    mean_q, mean_w = q.mean(2), w.mean(2)
+    mean_q, mean_w = q.mean(-1), w.mean(-1)
     centred = q - mean_q[..., None]
-    variance = centred.square().sum(2)
-    slope = (centred * w).sum(2) / variance
+    variance = centred.square().sum(-1)
+    slope = (centred * w).sum(-1) / variance
     good = (variance > 0) & (slope > 0)
     fitted = torch.where(good, slope, step)
     at = torch.where(good, mean_q - mean_w / fitted, zero).clamp(0, 15.9375)
