@@ -29,7 +29,7 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def chain(script):
+def chain(script, loops):
     return script.Chain(script.TINY, torch.float32, "cpu")
 
 
@@ -52,6 +52,7 @@ def test_the_fastest_right_tiles_are_taken(script, chain, monkeypatch, right, ro
     assert search.result()["us"]["0.5"] == {"before": 4 * 64, "after": 4 * rows}
 
 
+@pytest.mark.usefixtures("loops")
 def test_what_is_chosen_goes_into_the_file(script, monkeypatch, tmp_path, capsys):
     def times(chain, several, *_):
         return [100 - 10 * sum(each[name] != chain.present[name] for name in each) for each in several]
