@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import sys
+from typing import Any
 
 import torch
 from environment import describe
@@ -29,9 +30,8 @@ SPARSITIES = (0.0, 0.4, 0.5, 0.6, 0.75)
 CALLS = 20
 
 
-def products(shape: str) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """K and the N of each product of a block."""
-    c = config(shape)
+def products(c: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """K and the N of each product of a block, by the model's configuration."""
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     heads, shared = c.num_attention_heads * width, c.num_key_value_heads * width
     return {
@@ -52,7 +52,8 @@ def dense(channels: int, outputs: int, dtype: torch.dtype) -> float:
 
 def listing(shape: str, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     """Microseconds of what feeds each product: alone, and with the parts before it added and its output listed."""
-    c, parts = config(shape), products(shape)
+    c = config(shape)
+    parts = products(c)
     splits = {name: gemv_config(torch.device("cuda"), dtype, k, n).splits for name, (k, n) in parts.items()}
 
     def rand(*sizes: int, like: torch.dtype = dtype) -> torch.Tensor:
@@ -115,7 +116,7 @@ def main() -> None:
         table.add_column(heading, justify="right")
     totals = dict.fromkeys(SPARSITIES, 0.0)
     dense_total = listing_total = 0.0
-    for name, (channels, sizes) in products(arguments.shape).items():
+    for name, (channels, sizes) in products(config(arguments.shape)).items():
         best = gemv_config(torch.device("cuda"), dtype, channels, sizes)
         reference = dense(channels, sum(sizes), dtype)
         plain, listed = feeds[name]

@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -28,6 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(root).as_posix() if item.path.is_relative_to(root) else ""
         if folder.startswith(_CORE):
             item.add_marker(pytest.mark.core)
+
+
+@pytest.fixture(scope="session")
+def loops() -> None:
+    """Kernels with loops run here: on a GPU, or by an interpreter that knows the present numpy."""
+    if not torch.cuda.is_available() and version("triton") < "3.9" and version("numpy") >= "2.4":
+        pytest.skip("the interpreter of triton < 3.9 takes no loops with numpy >= 2.4")
 
 
 @pytest.fixture

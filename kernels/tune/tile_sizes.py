@@ -39,9 +39,9 @@ BATCH = 16
 def candidates(shape: Shape, multiprocessors: int) -> list[GemvConfig]:
     """Configurations worth measuring for a shape, on a GPU with so many multiprocessors."""
     channels, sizes = shape.channels, shape.sizes
-    most = 16 if isinstance(shape, LinearsShape) and len(sizes) < 3 else MOST_FOR_INDUCTOR
+    most = most_splits(shape)
     found = []
-    for rows, columns, warps in _tiles(shape.format):
+    for rows, columns, warps in tiles_of(shape.format):
         if columns > 2 * triton.next_power_of_2(max(sizes)):
             continue
         tiles = sum(triton.cdiv(n, columns) for n in sizes)
@@ -52,8 +52,13 @@ def candidates(shape: Shape, multiprocessors: int) -> list[GemvConfig]:
     return list(dict.fromkeys(found))
 
 
-def _tiles(format: Format) -> Iterator[tuple[int, int, int]]:
-    """Rows, columns and warps."""
+def most_splits(shape: Shape) -> int:
+    """The most splits worth measuring for a shape."""
+    return 16 if isinstance(shape, LinearsShape) and len(shape.sizes) < 3 else MOST_FOR_INDUCTOR
+
+
+def tiles_of(format: Format) -> Iterator[tuple[int, int, int]]:
+    """Rows, columns and warps worth measuring."""
     if isinstance(format, torch.dtype):
         for rows, columns in itertools.product((64, 128, 256), (32, 64, 128)):  # with 8 warps none was faster
             if 4096 <= rows * columns <= 16384:
@@ -67,23 +72,28 @@ def _tiles(format: Format) -> Iterator[tuple[int, int, int]]:
 
 
 def random_weights(shape: LinearsShape, generator: torch.Generator) -> tuple[list[Tensor], ...]:
-    """What `gather_gemv` or `gather_quantized_gemv` takes for the weights of a shape, in its order."""
+    """What `gather_gemv` or `gather_quantized_gemv` takes for the weights of a shape, in its order.
+
+    Outputs are about as large as inputs. The device is the generator's.
+    """
     channels, sizes, format = shape
+    device, scale = generator.device, channels**-0.5
     if isinstance(format, torch.dtype):
-        return ([torch.randn(channels, n, device="cuda", generator=generator).to(format).t() for n in sizes],)
+        normal = (torch.randn(channels, n, device=device, generator=generator) for n in sizes)
+        return ([each.mul_(scale).to(format).t() for each in normal],)
 
     def random_bytes(*size: int) -> Tensor:
-        return torch.randint(1, 256, size, dtype=torch.uint8, device="cuda", generator=generator)
+        return torch.randint(1, 256, size, dtype=torch.uint8, device=device, generator=generator)
 
     if format == INT4:
-        scales = torch.full((channels,), 1e-4, device="cuda")
+        scales = torch.full((channels,), scale / 960, device=device)  # 960: of what random codes and groups stand for
         groups = [random_bytes(channels, n // GROUP, 2) for n in sizes]
         return [random_bytes(channels, n // 2) for n in sizes], [scales] * len(sizes), groups
     codes = [random_bytes(channels, n + -n % 32).view(torch.int8) for n in sizes]
-    return codes, [torch.full((n,), 1e-3, device="cuda") for n in sizes], []
+    return codes, [torch.full((n,), scale / 74, device=device) for n in sizes], []
 
 
-def _product(shape: Shape) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def product_of(shape: Shape) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """What multiplies by weights of a shape, and its meaning in plain PyTorch."""
     plain = isinstance(shape.format, torch.dtype)
     if isinstance(shape, ExpertsShape):
@@ -145,10 +155,16 @@ def _experts_case(
 
 
 @torch.no_grad()
-def correct(shape: Shape, configs: Sequence[GemvConfig]) -> list[GemvConfig]:
-    """Those of which the product is right: Triton 3.6 was seen to miscompile one of two hundred."""
-    (case,) = _cases(shape, 0.5, 1)
-    product, reference = _product(shape)
+def correct(shape: Shape, configs: Sequence[GemvConfig], case: tuple[Any, ...] | None = None) -> list[GemvConfig]:
+    """Those of which the product is right: Triton 3.6 was seen to miscompile one of two hundred.
+
+    Args:
+        shape: of the weights.
+        configs: to choose from.
+        case: arguments of the product before its splits; by default random ones, half of whose channels are kept.
+    """
+    case = case or _cases(shape, 0.5, 1)[0]
+    product, reference = product_of(shape)
     expected = reference(*case, 1).sum(0)
     found = []
     for config in configs:
@@ -161,7 +177,7 @@ def correct(shape: Shape, configs: Sequence[GemvConfig]) -> list[GemvConfig]:
 @torch.no_grad()
 def measure(shape: Shape, configs: Sequence[GemvConfig], sparsity: float, repetitions: int) -> list[float]:
     """Microseconds of each configuration at one sparsity, median of so many graph replays."""
-    product, _ = _product(shape)
+    product, _ = product_of(shape)
     cases = _cases(shape, sparsity, MOST_COPIES)
     times: list[float] = []
     for first in range(0, len(configs), BATCH):

@@ -1,7 +1,6 @@
 """Random arguments of the ops."""
 
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -77,13 +76,6 @@ def error():
 
 
 CUDA = torch.cuda.is_available()
-
-
-@pytest.fixture(scope="session")
-def loops():
-    """Kernels with loops run here: on a GPU, or by an interpreter that knows the present numpy."""
-    if not CUDA and version("triton") < "3.9" and version("numpy") >= "2.4":
-        pytest.skip("the interpreter of triton < 3.9 takes no loops with numpy >= 2.4")
 
 
 @pytest.fixture
