@@ -9,7 +9,6 @@ after    counters = was.arrivals(q)     once in a graph
          x = y.transpose(1, 2).reshape(1, 1, H·D)
 """
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,15 @@ from was_fx.kernels.ops.compact import compact_op
 from was_fx.kernels.ops.decode_attention import decode_attention_op, fake
 from was_fx.passes.graph.context import Context, value
 from was_fx.passes.graph.counters import counters_before
-from was_fx.passes.graph.matching import arguments_of, flattening_of, kind, named_arguments, storage, written_storages
+from was_fx.passes.graph.matching import (
+    arguments_of,
+    flattening_of,
+    kind,
+    named_arguments,
+    same_shape,
+    storage,
+    written_storages,
+)
 
 _SDPA = "scaled_dot_product_attention"
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
@@ -97,17 +104,16 @@ def _unrepeated(node: Any) -> Any:
         (value(inner).shape, (batch, shared, 1, length, width)),
         (value(node).shape, (batch, shared * repeated.shape[2], length, width)),
     ]
-    same = [len(a) == len(b) and all(map(statically_known_true, map(operator.eq, a, b))) for a, b in shapes]
-    return base if all(same) else node
+    return base if all(same_shape(*each) for each in shapes) else node
 
 
 def _unexpanded(mask: Node | None) -> Node | None:
     """The mask that an expansion to its own shape is of; of the expansion Inductor would make a copy for each block."""
-    while kind(mask) == "expand" and isinstance(mask, Node):
-        before, after = value(mask.args[0]).shape, value(mask).shape
-        if len(before) != len(after) or not all(map(statically_known_true, map(operator.eq, before, after))):
+    while isinstance(mask, Node) and kind(mask) == "expand":
+        base: Any = mask.args[0]
+        if not same_shape(value(base).shape, value(mask).shape):
             break
-        mask = mask.args[0]  # type: ignore[assignment]
+        mask = base
     return mask
 
 

@@ -1,7 +1,8 @@
 """Reading Dynamo's graph: what a node does, whichever way it was written."""
 
+import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ def kind(node: object) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
+def same_shape(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Whether two shapes are known to be the same, sizes that are symbols among them."""
+    return len(first) == len(second) and all(map(statically_known_true, map(operator.eq, first, second)))
+
+
 def without_casts(node: Any) -> Any:
     """The tensor that `node` is, but for its dtype."""
     while kind(node) in _CASTS and isinstance(value(node), torch.Tensor):
@@ -59,9 +65,7 @@ def without_slices(node: Any) -> Any:
     while kind(node) == "getitem" and isinstance(value(node.args[0]), torch.Tensor):
         items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         before, after = value(node.args[0]).shape, value(node).shape
-        if not all(isinstance(item, slice) for item in items) or len(before) != len(after):
-            break
-        if not all(statically_known_true(a == b) for a, b in zip(before, after, strict=True)):
+        if not all(isinstance(item, slice) for item in items) or not same_shape(before, after):
             break
         node = node.args[0]
     return node
