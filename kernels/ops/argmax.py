@@ -1,4 +1,4 @@
-"""The column of the largest of each of a few long rows, by one kernel: `torch.ops.was.argmax`.
+"""The column of the largest of each of a few long rows, by one kernel.
 
     index[r] = the first column of the largest x[r, :], NaN above all                  x [R, V]
 
@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from was_fx.kernels.parts.arrivals import COUNTERS, arrivals, last
-from was_fx.kernels.parts.registration import register_op
 from was_fx.kernels.parts.triton_parts import begin, launch_options, order, serves
 
 # Columns that a program looks at.
@@ -50,7 +49,7 @@ def fits(x: Tensor) -> bool:
 
 
 def reference(x: Tensor) -> Tensor:
-    """The op's meaning in plain PyTorch.
+    """The kernel's meaning in plain PyTorch.
 
     Args:
         x: [R, V], floating point.
@@ -67,7 +66,7 @@ def argmax(x: Tensor, counters: Tensor | None = None) -> Tensor:
         return reference(x)
     rows, columns = x.shape
     parts = triton.cdiv(columns, BLOCK)
-    index = fake(x)
+    index = x.new_empty(rows, dtype=torch.int64)
     _argmax[(parts, rows)](
         x,
         x.stride(0),
@@ -81,12 +80,3 @@ def argmax(x: Tensor, counters: Tensor | None = None) -> Tensor:
         **launch_options(x),
     )
     return index
-
-
-def fake(x: Tensor, counters: Tensor | None = None) -> Tensor:
-    """What the op returns, uninitialised."""
-    return x.new_empty(x.shape[:1], dtype=torch.int64)
-
-
-# It leaves `counters` as they were.
-argmax_op = register_op("argmax(Tensor x, Tensor? counters=None) -> Tensor", argmax, fake)

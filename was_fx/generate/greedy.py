@@ -1,5 +1,8 @@
 """The likeliest next tokens."""
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
 
@@ -7,15 +10,15 @@ class Greedy:
     """Chooses the likeliest of a vocabulary, step after step; for steps that follow one another."""
 
     def __init__(self) -> None:
-        self._counters: Tensor | None = None
+        self._on_gpu: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Tokens [R] int64 by their scores [R, V]; of equal ones the first."""
         if not scores.is_cuda:
             return scores.argmax(dim=-1)
-        from was_fx.kernels.ops.argmax import argmax  # imports triton
-        from was_fx.kernels.parts.arrivals import arrivals
+        if self._on_gpu is None:
+            from was_fx.kernels.ops.argmax import argmax  # imports triton
+            from was_fx.kernels.parts.arrivals import arrivals
 
-        if self._counters is None:
-            self._counters = arrivals(scores)
-        return argmax(scores, self._counters)
+            self._on_gpu = partial(argmax, counters=arrivals(scores))
+        return self._on_gpu(scores)

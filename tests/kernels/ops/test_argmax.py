@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from was_fx.kernels.ops.argmax import BLOCK, argmax, argmax_op, fits, reference
+from was_fx.kernels.ops.argmax import BLOCK, argmax, fits, reference
 from was_fx.kernels.parts.arrivals import arrivals
 
 SHAPES = [(1, 3 * BLOCK + 5), (1, BLOCK), (5, BLOCK + 1), (2, 1), (1, 128256)]
@@ -55,7 +55,3 @@ def test_rows_may_lie_apart(device):
     assert not fits(columns)
     assert argmax(columns).equal(reference(columns))
     assert argmax(x.double()).equal(reference(x))
-
-
-def test_the_op_is_well_behaved(device):
-    torch.library.opcheck(argmax_op, (numbers((2, BLOCK + 9), torch.float32, device),))
